@@ -1,0 +1,180 @@
+//! The job spec: what a user writes in YAML, with defaults and the checks that need no file.
+
+mod validate;
+mod yaml;
+
+use serde::{Deserialize, Serialize};
+
+pub use yaml::parse_yaml;
+
+/// What to distil, into what, and what counts as good enough.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct JobSpec {
+    /// Names the promoted model: lower case letters, digits and dashes.
+    pub name: String,
+    /// Seeds every random choice of the job.
+    #[serde(default)]
+    pub seed: u64,
+    pub prompts: Prompts,
+    pub teacher: Teacher,
+    pub student: Student,
+    #[serde(default)]
+    pub train: Train,
+    #[serde(default)]
+    pub gates: Gates,
+}
+
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct Prompts {
+    /// JSONL in OpenAI messages form; a path (relative to the spec's folder in YAML, absolute
+    /// elsewhere) or a `file://` URL.
+    pub path: String,
+    /// Share of rows held out when no row says `"split"`, 0 < share < 1.
+    #[serde(default = "default_held_out_fraction")]
+    pub held_out_fraction: f64,
+    /// Rows a shard, the unit of teacher work.
+    #[serde(default = "default_shard_rows")]
+    pub shard_rows: u32,
+}
+
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct Teacher {
+    /// A Hugging Face folder.
+    pub model: String,
+    #[serde(default = "default_pool")]
+    pub pool: String,
+    #[serde(default)]
+    pub mode: TeacherMode,
+    #[serde(default)]
+    pub sampling: Sampling,
+    #[serde(default)]
+    pub soft_targets: SoftTargets,
+}
+
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum TeacherMode {
+    /// The teacher writes the completion; soft targets are captured in the same pass.
+    #[default]
+    Generate,
+    /// The prompt file carries completions; the teacher scores them.
+    Score,
+}
+
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields, default)]
+pub struct Sampling {
+    /// 0 is greedy.
+    pub temperature: f64,
+    /// Nucleus mass in (0, 1].
+    pub top_p: f64,
+    pub max_new_tokens: u32,
+}
+
+impl Default for Sampling {
+    fn default() -> Self {
+        Self { temperature: 0.7, top_p: 0.95, max_new_tokens: 128 }
+    }
+}
+
+/// How sparsely a teacher's distribution is stored: an exact head and a sampled tail.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields, default)]
+pub struct SoftTargets {
+    /// The most likely tokens, kept exactly.
+    pub head: u32,
+    /// Draws with replacement from the renormalised rest.
+    pub draws: u32,
+}
+
+impl Default for SoftTargets {
+    fn default() -> Self {
+        Self { head: 32, draws: 16 }
+    }
+}
+
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct Student {
+    #[serde(default = "default_pool")]
+    pub pool: String,
+    pub init: Init,
+}
+
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case", deny_unknown_fields)]
+pub enum Init {
+    /// This many of the teacher's layers, evenly spaced, the first and the last included.
+    Prune { layers: u32 },
+    /// A Hugging Face folder with the teacher's vocabulary.
+    Checkpoint { model: String },
+    /// Random weights in this shape, with the teacher's vocabulary.
+    Config {
+        hidden_size: u32,
+        intermediate_size: u32,
+        num_hidden_layers: u32,
+        num_attention_heads: u32,
+        num_key_value_heads: u32,
+    },
+}
+
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields, default)]
+pub struct Train {
+    /// Passes over the training shards.
+    pub passes: u32,
+    /// Sequences an optimiser step.
+    pub batch_rows: u32,
+    pub learning_rate: f64,
+    /// Share of the steps over which the learning rate rises from 0.
+    pub warmup_ratio: f64,
+    pub weight_decay: f64,
+    pub clip_norm: f64,
+    /// Weight of the cross-entropy on the completion's own tokens; forward KL has the rest.
+    pub ce_weight: f64,
+    /// Optimiser steps between checkpoints; 0 means only at the end.
+    pub checkpoint_steps: u32,
+}
+
+impl Default for Train {
+    fn default() -> Self {
+        Self {
+            passes: 3,
+            batch_rows: 8,
+            learning_rate: 5e-4,
+            warmup_ratio: 0.05,
+            weight_decay: 0.01,
+            clip_norm: 1.0,
+            ce_weight: 0.0,
+            checkpoint_steps: 20,
+        }
+    }
+}
+
+/// A candidate is promoted when every gate that is set holds on the held-out prompts.
+#[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields, default)]
+pub struct Gates {
+    /// Mean KL(teacher || student), nats a token, at most.
+    pub max_kl: Option<f64>,
+    /// KL after over KL before training, at most.
+    pub max_kl_ratio: Option<f64>,
+    pub min_top1_agreement: Option<f64>,
+    /// Student over teacher perplexity on the held-out completions, at most.
+    pub max_perplexity_ratio: Option<f64>,
+}
+
+fn default_held_out_fraction() -> f64 {
+    0.1
+}
+
+fn default_shard_rows() -> u32 {
+    16
+}
+
+fn default_pool() -> String {
+    "default".to_owned()
+}

@@ -1,0 +1,129 @@
+//! Checks across a spec's fields that need no file.
+
+use super::{Init, JobSpec};
+use crate::{Code, Error, Result};
+
+/// Largest exact head of a soft target.
+pub const MAX_HEAD: u32 = 1024;
+/// Most tail draws of a soft target; a draw's count is stored in one byte.
+pub const MAX_DRAWS: u32 = 255;
+
+impl JobSpec {
+    /// The first field that cannot be right, named with its value and its bounds.
+    pub fn validate(&self) -> Result<()> {
+        name("name", &self.name)?;
+        name("teacher.pool", &self.teacher.pool)?;
+        name("student.pool", &self.student.pool)?;
+        filled("prompts.path", &self.prompts.path)?;
+        filled("teacher.model", &self.teacher.model)?;
+        within("prompts.held_out_fraction", self.prompts.held_out_fraction, 0.001, 0.9)?;
+        count("prompts.shard_rows", self.prompts.shard_rows, 1, 4096)?;
+        let sampling = &self.teacher.sampling;
+        within("teacher.sampling.temperature", sampling.temperature, 0.0, 10.0)?;
+        within("teacher.sampling.top_p", sampling.top_p, 1e-6, 1.0)?;
+        count("teacher.sampling.max_new_tokens", sampling.max_new_tokens, 1, 131_072)?;
+        count("teacher.soft_targets.head", self.teacher.soft_targets.head, 1, MAX_HEAD)?;
+        count("teacher.soft_targets.draws", self.teacher.soft_targets.draws, 0, MAX_DRAWS)?;
+        match &self.student.init {
+            Init::Prune { layers } => count("student.init.prune.layers", *layers, 1, 1024)?,
+            Init::Checkpoint { model } => filled("student.init.checkpoint.model", model)?,
+            Init::Config {
+                hidden_size,
+                intermediate_size,
+                num_hidden_layers,
+                num_attention_heads,
+                num_key_value_heads,
+            } => {
+                count("student.init.config.hidden_size", *hidden_size, 8, 65_536)?;
+                count("student.init.config.intermediate_size", *intermediate_size, 8, 262_144)?;
+                count("student.init.config.num_hidden_layers", *num_hidden_layers, 1, 1024)?;
+                count("student.init.config.num_attention_heads", *num_attention_heads, 1, 1024)?;
+                count("student.init.config.num_key_value_heads", *num_key_value_heads, 1, *num_attention_heads)?;
+                divides("student.init.config", "num_attention_heads", *num_attention_heads, "hidden_size", *hidden_size)?;
+                divides(
+                    "student.init.config",
+                    "num_key_value_heads",
+                    *num_key_value_heads,
+                    "num_attention_heads",
+                    *num_attention_heads,
+                )?;
+                if (hidden_size / num_attention_heads) % 2 != 0 {
+                    return Err(invalid(format!(
+                        "student.init.config: hidden_size / num_attention_heads is {}, an odd head size; rotary embeddings need an even one",
+                        hidden_size / num_attention_heads
+                    )));
+                }
+            }
+        }
+        let train = &self.train;
+        count("train.passes", train.passes, 1, 10_000)?;
+        count("train.batch_rows", train.batch_rows, 1, 65_536)?;
+        within("train.learning_rate", train.learning_rate, 1e-9, 10.0)?;
+        within("train.warmup_ratio", train.warmup_ratio, 0.0, 1.0)?;
+        within("train.weight_decay", train.weight_decay, 0.0, 10.0)?;
+        within("train.clip_norm", train.clip_norm, 1e-6, 1e6)?;
+        within("train.ce_weight", train.ce_weight, 0.0, 1.0)?;
+        for (gate, limit, max) in [
+            ("gates.max_kl", self.gates.max_kl, 1e6),
+            ("gates.max_kl_ratio", self.gates.max_kl_ratio, 1e6),
+            ("gates.min_top1_agreement", self.gates.min_top1_agreement, 1.0),
+            ("gates.max_perplexity_ratio", self.gates.max_perplexity_ratio, 1e6),
+        ] {
+            if let Some(limit) = limit {
+                within(gate, limit, 0.0, max)?;
+            }
+        }
+        Ok(())
+    }
+}
+
+fn name(field: &str, value: &str) -> Result<()> {
+    let valid = (1..=63).contains(&value.len())
+        && value.bytes().all(|b| b.is_ascii_lowercase() || b.is_ascii_digit() || b == b'-')
+        && !value.starts_with('-')
+        && !value.ends_with('-');
+    if valid {
+        Ok(())
+    } else {
+        let shown: String = value.chars().take(80).collect();
+        Err(invalid(format!(
+            "{field} is {shown:?}; use 1 to 63 lower case letters, digits and dashes, no dash at either end"
+        )))
+    }
+}
+
+fn filled(field: &str, value: &str) -> Result<()> {
+    if value.is_empty() || value.len() > 4096 || value.contains('\0') {
+        Err(invalid(format!("{field} must be a path of 1 to 4096 bytes")))
+    } else {
+        Ok(())
+    }
+}
+
+fn within(field: &str, value: f64, min: f64, max: f64) -> Result<()> {
+    if (min..=max).contains(&value) {
+        Ok(())
+    } else {
+        Err(invalid(format!("{field} is {value}; it must lie between {min} and {max}")))
+    }
+}
+
+fn count(field: &str, value: u32, min: u32, max: u32) -> Result<()> {
+    if (min..=max).contains(&value) {
+        Ok(())
+    } else {
+        Err(invalid(format!("{field} is {value}; it must lie between {min} and {max}")))
+    }
+}
+
+fn divides(field: &str, part: &str, divisor: u32, whole: &str, dividend: u32) -> Result<()> {
+    if dividend.is_multiple_of(divisor) {
+        Ok(())
+    } else {
+        Err(invalid(format!("{field}: {part} ({divisor}) must divide {whole} ({dividend})")))
+    }
+}
+
+fn invalid(message: String) -> Error {
+    Error::new(Code::SpecInvalid, message)
+}

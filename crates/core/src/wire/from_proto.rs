@@ -1,0 +1,99 @@
+use retort_proto as proto;
+
+use crate::{
+    Code, Error, Result,
+    spec::{Gates, Init, JobSpec, Prompts, Sampling, SoftTargets, Student, Teacher, TeacherMode, Train},
+    state::{JobState, Split},
+};
+
+/// Reads and validates a spec from the wire.
+pub fn job_spec_from_proto(spec: proto::JobSpec) -> Result<JobSpec> {
+    let prompts = required("prompts", spec.prompts)?;
+    let teacher = required("teacher", spec.teacher)?;
+    let student = required("student", spec.student)?;
+    let sampling = teacher.sampling.map_or_else(Sampling::default, |s| Sampling {
+        temperature: s.temperature,
+        top_p: s.top_p,
+        max_new_tokens: s.max_new_tokens,
+    });
+    let soft_targets = teacher
+        .soft_targets
+        .map_or_else(SoftTargets::default, |s| SoftTargets { head: s.head, draws: s.draws });
+    let init = match required("student.init", student.init)? {
+        proto::student_spec::Init::Prune(prune) => Init::Prune { layers: prune.layers },
+        proto::student_spec::Init::Checkpoint(model) => Init::Checkpoint { model },
+        proto::student_spec::Init::Config(config) => Init::Config {
+            hidden_size: config.hidden_size,
+            intermediate_size: config.intermediate_size,
+            num_hidden_layers: config.num_hidden_layers,
+            num_attention_heads: config.num_attention_heads,
+            num_key_value_heads: config.num_key_value_heads,
+        },
+    };
+    let spec = JobSpec {
+        name: spec.name,
+        seed: spec.seed,
+        prompts: Prompts {
+            path: prompts.uri,
+            held_out_fraction: prompts.held_out_fraction,
+            shard_rows: prompts.shard_rows,
+        },
+        teacher: Teacher {
+            model: teacher.model,
+            pool: teacher.pool,
+            mode: match proto::TeacherMode::try_from(teacher.mode) {
+                Ok(proto::TeacherMode::Score) => TeacherMode::Score,
+                Ok(proto::TeacherMode::Generate | proto::TeacherMode::Unspecified) => TeacherMode::Generate,
+                Err(_) => {
+                    return Err(Error::new(Code::SpecInvalid, format!("teacher.mode {} is not known", teacher.mode)));
+                }
+            },
+            sampling,
+            soft_targets,
+        },
+        student: Student { pool: student.pool, init },
+        train: spec.train.map_or_else(Train::default, |t| Train {
+            passes: t.passes,
+            batch_rows: t.batch_rows,
+            learning_rate: t.learning_rate,
+            warmup_ratio: t.warmup_ratio,
+            weight_decay: t.weight_decay,
+            clip_norm: t.clip_norm,
+            ce_weight: t.ce_weight,
+            checkpoint_steps: t.checkpoint_steps,
+        }),
+        gates: spec.gates.map_or_else(Gates::default, |g| Gates {
+            max_kl: g.max_kl,
+            max_kl_ratio: g.max_kl_ratio,
+            min_top1_agreement: g.min_top1_agreement,
+            max_perplexity_ratio: g.max_perplexity_ratio,
+        }),
+    };
+    spec.validate()?;
+    Ok(spec)
+}
+
+/// `None` for unspecified or unknown.
+pub fn job_state_from_proto(state: i32) -> Option<JobState> {
+    match proto::JobState::try_from(state).ok()? {
+        proto::JobState::Unspecified => None,
+        proto::JobState::Queued => Some(JobState::Queued),
+        proto::JobState::Running => Some(JobState::Running),
+        proto::JobState::Succeeded => Some(JobState::Succeeded),
+        proto::JobState::Rejected => Some(JobState::Rejected),
+        proto::JobState::Failed => Some(JobState::Failed),
+        proto::JobState::Cancelled => Some(JobState::Cancelled),
+    }
+}
+
+pub fn split_from_proto(split: i32) -> Option<Split> {
+    match proto::Split::try_from(split).ok()? {
+        proto::Split::Unspecified => None,
+        proto::Split::Train => Some(Split::Train),
+        proto::Split::HeldOut => Some(Split::HeldOut),
+    }
+}
+
+fn required<T>(field: &str, value: Option<T>) -> Result<T> {
+    value.ok_or_else(|| Error::new(Code::SpecInvalid, format!("{field} is missing")))
+}

@@ -1,0 +1,111 @@
+use retort_proto as proto;
+
+use crate::{
+    Error,
+    spec::{Init, JobSpec, TeacherMode},
+    state::{JobState, Split, TaskKind},
+};
+
+pub fn job_spec_to_proto(spec: &JobSpec) -> proto::JobSpec {
+    proto::JobSpec {
+        name: spec.name.clone(),
+        seed: spec.seed,
+        prompts: Some(proto::Prompts {
+            uri: spec.prompts.path.clone(),
+            held_out_fraction: spec.prompts.held_out_fraction,
+            shard_rows: spec.prompts.shard_rows,
+        }),
+        teacher: Some(proto::TeacherSpec {
+            model: spec.teacher.model.clone(),
+            pool: spec.teacher.pool.clone(),
+            mode: match spec.teacher.mode {
+                TeacherMode::Generate => proto::TeacherMode::Generate,
+                TeacherMode::Score => proto::TeacherMode::Score,
+            } as i32,
+            sampling: Some(proto::Sampling {
+                temperature: spec.teacher.sampling.temperature,
+                top_p: spec.teacher.sampling.top_p,
+                max_new_tokens: spec.teacher.sampling.max_new_tokens,
+            }),
+            soft_targets: Some(proto::SoftTargetSpec {
+                head: spec.teacher.soft_targets.head,
+                draws: spec.teacher.soft_targets.draws,
+            }),
+        }),
+        student: Some(proto::StudentSpec {
+            pool: spec.student.pool.clone(),
+            init: Some(match &spec.student.init {
+                Init::Prune { layers } => proto::student_spec::Init::Prune(proto::PruneInit { layers: *layers }),
+                Init::Checkpoint { model } => proto::student_spec::Init::Checkpoint(model.clone()),
+                Init::Config {
+                    hidden_size,
+                    intermediate_size,
+                    num_hidden_layers,
+                    num_attention_heads,
+                    num_key_value_heads,
+                } => proto::student_spec::Init::Config(proto::ConfigInit {
+                    hidden_size: *hidden_size,
+                    intermediate_size: *intermediate_size,
+                    num_hidden_layers: *num_hidden_layers,
+                    num_attention_heads: *num_attention_heads,
+                    num_key_value_heads: *num_key_value_heads,
+                }),
+            }),
+        }),
+        train: Some(proto::TrainSpec {
+            passes: spec.train.passes,
+            batch_rows: spec.train.batch_rows,
+            learning_rate: spec.train.learning_rate,
+            warmup_ratio: spec.train.warmup_ratio,
+            weight_decay: spec.train.weight_decay,
+            clip_norm: spec.train.clip_norm,
+            ce_weight: spec.train.ce_weight,
+            checkpoint_steps: spec.train.checkpoint_steps,
+        }),
+        gates: Some(proto::GateSpec {
+            max_kl: spec.gates.max_kl,
+            max_kl_ratio: spec.gates.max_kl_ratio,
+            min_top1_agreement: spec.gates.min_top1_agreement,
+            max_perplexity_ratio: spec.gates.max_perplexity_ratio,
+        }),
+    }
+}
+
+pub fn job_state_to_proto(state: JobState) -> proto::JobState {
+    match state {
+        JobState::Queued => proto::JobState::Queued,
+        JobState::Running => proto::JobState::Running,
+        JobState::Succeeded => proto::JobState::Succeeded,
+        JobState::Rejected => proto::JobState::Rejected,
+        JobState::Failed => proto::JobState::Failed,
+        JobState::Cancelled => proto::JobState::Cancelled,
+    }
+}
+
+pub fn split_to_proto(split: Split) -> proto::Split {
+    match split {
+        Split::Train => proto::Split::Train,
+        Split::HeldOut => proto::Split::HeldOut,
+    }
+}
+
+pub fn task_kind_to_proto(kind: TaskKind) -> proto::TaskKind {
+    match kind {
+        TaskKind::Shard => proto::TaskKind::Shard,
+        TaskKind::Train => proto::TaskKind::Train,
+        TaskKind::Evaluate => proto::TaskKind::Evaluate,
+    }
+}
+
+pub fn error_to_proto(error: &Error) -> proto::ErrorDetail {
+    proto::ErrorDetail { code: error.code.as_str().to_owned(), message: error.chain() }
+}
+
+/// Milliseconds since the Unix epoch.
+pub fn timestamp_to_proto(ms: i64) -> prost_types::Timestamp {
+    prost_types::Timestamp { seconds: ms.div_euclid(1000), nanos: (ms.rem_euclid(1000) * 1_000_000) as i32 }
+}
+
+pub fn duration_to_proto(duration: std::time::Duration) -> prost_types::Duration {
+    prost_types::Duration { seconds: duration.as_secs() as i64, nanos: duration.subsec_nanos() as i32 }
+}

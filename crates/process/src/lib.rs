@@ -1,0 +1,12 @@
+//! What every retort process does alike: logs to standard error, two-step signals, the line that
+//! says it is ready, and exit codes.
+
+mod exit;
+mod logging;
+mod ready;
+mod shutdown;
+
+pub use exit::{EXIT_REJECTED, exit_with};
+pub use logging::{LogArgs, LogFormat};
+pub use ready::Ready;
+pub use shutdown::{die_with_parent, on_signals};
