@@ -94,6 +94,7 @@ codes! {
     JobCancelled = "job-cancelled", Cancelled;
     ModelNotFound = "model-not-found", NotFound;
     AttemptFenced = "attempt-fenced", Fenced;
+    WorkerStopped = "worker-stopped", Unavailable;
     AttemptsExhausted = "attempts-exhausted", Precondition;
     LossNotFinite = "loss-not-finite", Precondition;
     DeviceUnavailable = "device-unavailable", Precondition;

@@ -1,1 +1,48 @@
+//! The worker loop, the same for teachers and students: read a task from the bus, claim it, keep
+//! its lease while a [`Handler`] works, report, and only then commit.
+//!
+//! What holds, whatever dies and when:
+//!
+//! - A record is committed after the event that settles its task was acknowledged by the broker.
+//!   A worker killed before that is given the record again, and `ClaimTask` says whether anything
+//!   is left to do.
+//! - An attempt stops when it was fenced, when its job was cancelled, when this process was asked to
+//!   stop, or when its lease must have run out by its own clock. An orchestrator that is away for
+//!   less than a lease costs nothing: heartbeats go on asking.
+//! - A fenced attempt emits nothing.
+//!
+//! A worker holds one task at a time. Models live on a [`ModelThread`]; nothing async blocks.
 
+mod args;
+mod attempt;
+mod context;
+mod kafka;
+mod lease;
+mod model_thread;
+mod orchestrator;
+pub mod ports;
+mod retry;
+mod run;
+mod work_loop;
+
+pub use args::WorkerArgs;
+pub use attempt::Attempt;
+pub use context::{Stop, StopSwitch, TaskContext};
+pub use model_thread::ModelThread;
+pub use run::run;
+
+use retort_core::Result;
+
+/// What a worker does with a claimed task.
+///
+/// `run` emits the task's result through [`TaskContext::emit`] before it answers `Ok`. It watches
+/// [`TaskContext::cancelled`] and returns soon after it fires; whatever it then answers is not
+/// reported. An `Err` is reported as `TaskFailed`, retryable as [`retort_core::Error::is_retryable`]
+/// says.
+#[async_trait::async_trait]
+pub trait Handler: Send {
+    async fn run(&mut self, attempt: Attempt, cx: &TaskContext) -> Result<()>;
+}
+
+#[cfg(test)]
+mod tests;

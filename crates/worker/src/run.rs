@@ -1,0 +1,51 @@
+use std::sync::Arc;
+
+use retort_artifact::Store;
+use retort_bus::{Producer, TaskConsumer, ensure_topics, topics};
+use retort_core::{Code, Error, Result, id::WorkerId};
+use retort_process::{Ready, die_with_parent, on_signals};
+use tokio_util::sync::CancellationToken;
+
+use crate::{Handler, Stop, WorkerArgs, orchestrator::Grpc, work_loop::WorkLoop};
+
+/// Partitions of a task topic when this worker is the first to ask for it: the most workers a pool
+/// can keep busy.
+const TASK_PARTITIONS: i32 = 8;
+
+/// Runs a worker of `role` ("teacher" or "student") until it is told to stop; returns within five
+/// seconds of the first SIGINT or SIGTERM.
+///
+/// Must be called inside a multi-threaded tokio runtime. The caller has set logging up.
+pub async fn run(role: &'static str, args: WorkerArgs, handler: impl Handler) -> Result<()> {
+    if args.die_with_parent {
+        die_with_parent();
+    }
+    let shutdown = on_signals()?;
+    match start(role, &args, handler, &shutdown).await {
+        Err(error) if error.code == Code::WorkerStopped => Ok(()),
+        other => other,
+    }
+}
+
+async fn start(role: &'static str, args: &WorkerArgs, handler: impl Handler, shutdown: &CancellationToken) -> Result<()> {
+    let topic = match role {
+        "teacher" => topics::teacher_tasks(&args.pool),
+        "student" => topics::student_tasks(&args.pool),
+        other => return Err(Error::internal(format!("{other:?} is no worker role"))),
+    };
+    let worker_id = WorkerId::generate(role);
+    let store = Store::open(&args.store)?;
+    let orchestrator = Grpc::connect(&args.orchestrator, shutdown).await?;
+    let wanted = [(topic.clone(), TASK_PARTITIONS), (topics::EVENTS.to_owned(), topics::EVENT_PARTITIONS)];
+    tokio::select! {
+        () = shutdown.cancelled() => return Err(Stop::WorkerStopping.error()),
+        ready = ensure_topics(&args.brokers, &wanted) => ready?,
+    }
+    let events = Producer::new(&args.brokers)?;
+    let tasks = TaskConsumer::new(&args.brokers, &topic, &format!("retort-{role}-{}", args.pool))?;
+    Ready { ready: role.to_owned(), listen: None }.announce();
+    tracing::info!(worker = %worker_id, topic, "waiting for tasks");
+    WorkLoop::new(worker_id, tasks, Arc::new(orchestrator), Arc::new(events), store, handler).run(shutdown).await?;
+    tracing::info!("stopped");
+    Ok(())
+}
