@@ -1,0 +1,65 @@
+# retort: `make demo` runs the main job on this machine, `make test` passes the tests.
+# Both do all the set-up themselves and can be run again at any time.
+
+SHELL := /bin/bash
+.DEFAULT_GOAL := help
+.PHONY: help env setup build demo test test-rust test-parity lint fmt clippy deny layers clean-demo
+
+# Everything that is downloaded or built lives here, outside the checkout.
+export RETORT_CACHE ?= $(HOME)/.cache/retort
+export CARGO_TARGET_DIR ?= $(RETORT_CACHE)/target
+PYTHON ?= python3
+FETCH := $(PYTHON) setup/fetch.py
+export LIBTORCH ?= $(shell $(FETCH) libtorch-folder)
+export LIBTORCH_CXX11_ABI := 1
+export RUSTFLAGS ?= -C link-arg=-Wl,-rpath,$(LIBTORCH)/lib
+BIN := $(CARGO_TARGET_DIR)/debug
+# Imported models; specs name them by folder name.
+export RETORT_MODELS ?= $(RETORT_CACHE)/models
+TEACHER := $(RETORT_MODELS)/smollm2-135m-instruct
+DEMO_HOME ?= $(RETORT_CACHE)/demo
+
+help: ## Show this list
+	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /  make \1\t/' | expand -t 22
+
+env: ## Print what cargo needs in its environment: eval "$$(make -s env)"
+	@echo 'export RETORT_CACHE="$(RETORT_CACHE)" CARGO_TARGET_DIR="$(CARGO_TARGET_DIR)" LIBTORCH="$(LIBTORCH)" LIBTORCH_CXX11_ABI=1 RUSTFLAGS="$(RUSTFLAGS)" RETORT_MODELS="$(RETORT_MODELS)" PATH="$(BIN):$$PATH"'
+
+setup: ## Download libtorch and the demo's teacher (checksummed, cached)
+	@$(FETCH) libtorch teacher
+
+build: setup ## Build every binary
+	cargo build --workspace --locked
+
+$(TEACHER)/retort-import.json: | build
+	$(BIN)/retort model import $(RETORT_CACHE)/models/src/SmolLM2-135M-Instruct.Q4_1.gguf --out $(TEACHER)
+
+demo: build $(TEACHER)/retort-import.json ## Distil a 10-layer student from SmolLM2-135M on this machine
+	$(BIN)/retort run examples/support/job.yaml --home $(DEMO_HOME)
+
+test: test-rust test-parity ## Every test
+
+test-rust: build $(TEACHER)/retort-import.json ## Unit, property, golden, end-to-end and kill tests
+	cargo test --workspace --locked
+
+test-parity: build $(TEACHER)/retort-import.json ## An exported student against transformers
+	@$(FETCH) transformers
+	cargo test --locked -p retort-tests --features transformers --test transformers
+
+lint: fmt clippy layers deny ## Format, lints, dependency direction, licences
+
+fmt: ## Check the format
+	cargo fmt --all --check
+
+clippy: setup ## Lints, warnings are errors
+	cargo clippy --workspace --all-targets --locked -- -D warnings
+
+deny: ## Licences, bans and sources of every dependency
+	@$(FETCH) deny
+	$(RETORT_CACHE)/bin/cargo-deny --all-features check licenses bans sources
+
+layers: ## Who may depend on whom
+	@$(PYTHON) setup/layers.py
+
+clean-demo: ## Remove what the demo made (not the downloads)
+	rm -rf "$(DEMO_HOME)"
