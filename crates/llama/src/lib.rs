@@ -1,1 +1,34 @@
+//! Llama-family models on libtorch: Llama 2 to 3.3, SmolLM, Qwen2 and 2.5, Mistral.
+//!
+//! The graph is written once and serves both sides: a teacher runs it under [`tch::no_grad`] with
+//! a [`KvCache`], a student differentiates through [`Model::hidden`]. Nothing on that path writes
+//! in place, and no call here materialises `positions x vocabulary`: [`Model::hidden`] stops at
+//! the final norm, and the caller puts as many positions through [`Model::head`] as it can hold.
+//!
+//! Shape letters, used at the end of tensor names everywhere:
+//! `b` rows of a batch, `t` positions, `h` hidden size, `v` vocabulary, `q` query heads,
+//! `k` key-value heads, `g` query heads a key-value head serves, `d` head size, `s` positions
+//! attended to, `n` any number of rows.
 
+mod attention;
+mod cache;
+mod chat_template;
+mod config;
+mod device;
+mod error;
+mod generate;
+mod hash;
+mod model;
+mod rope;
+mod tokenizer;
+mod weights;
+
+pub use cache::KvCache;
+pub use chat_template::{ChatMessage, ChatTemplate};
+pub use config::{Architecture, Config, Llama3Scaling};
+pub use device::{device_from_flag, dtype_from_flag};
+pub use error::{Error, Result};
+pub use generate::{GenerateOptions, Sampler, TextStream, generate, greedy};
+pub use hash::folder_sha256;
+pub use model::Model;
+pub use tokenizer::{Tokenizer, copy_text_files};

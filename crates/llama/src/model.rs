@@ -1,0 +1,308 @@
+//! The decoder: embedding, blocks of attention and SwiGLU, final norm, head.
+
+use std::{collections::HashMap, path::Path};
+
+use serde_json::json;
+use tch::{Device, Kind, Tensor};
+
+use crate::{
+    Config, Error, KvCache, Result,
+    attention::{self, Mask},
+    rope::Rope,
+    weights::{self, Folder, safetensors},
+};
+
+mod block;
+
+use block::{Block, norm};
+
+/// A model whose tensors all lie on one device in one kind.
+#[derive(Debug)]
+pub struct Model {
+    config: Config,
+    /// In the order of [`weights::table`]; the fields below share their storage.
+    named: Vec<(String, Tensor)>,
+    embedding_vh: Tensor,
+    blocks: Vec<Block>,
+    norm_h: Tensor,
+    /// The embedding itself where the two are tied.
+    head_vh: Tensor,
+    rope: Rope,
+    kind: Kind,
+    device: Device,
+}
+
+impl Model {
+    /// Reads a Hugging Face folder: `config.json`, and the weights in one file or several. Every
+    /// tensor's shape is compared with the config's before any memory is taken for it.
+    pub fn load(dir: &Path, device: Device, kind: Kind) -> Result<Self> {
+        let config = Config::from_dir(dir)?;
+        let folder = Folder::open(dir)?;
+        let table = weights::table(&config);
+        for (name, shape) in &table {
+            let Some((entry, _, place)) = folder.get(name) else {
+                return Err(Error::malformed(folder.place(), format!("lacks tensor {name:?} of shape {shape:?}")));
+            };
+            if entry.shape != *shape {
+                return Err(Error::malformed(
+                    place,
+                    format!("tensor {name:?} has shape {:?}; config.json calls for {shape:?}", entry.shape),
+                ));
+            }
+        }
+        report_unused(&folder, &table);
+        let read = |(name, shape): (String, Vec<i64>)| {
+            let missing = || Error::malformed(folder.place(), format!("lacks tensor {name:?}"));
+            let (entry, bytes, _) = folder.get(&name).ok_or_else(missing)?;
+            let stored = Tensor::f_from_data_size(bytes, &shape, entry.dtype.kind())?;
+            let tensor = stored.f_to_device(device)?.f_to_kind(kind)?;
+            Ok((name, tensor))
+        };
+        let named = tch::no_grad(|| table.into_iter().map(read).collect::<Result<_>>())?;
+        Self::assemble(config, named, device, kind)
+    }
+
+    /// Random weights: normal with the config's deviation, norms at one, biases at zero. The same
+    /// seed gives the same weights on every device. Sets libtorch's global seed.
+    pub fn init(config: Config, device: Device, kind: Kind, seed: i64) -> Result<Self> {
+        config.validate()?;
+        tch::manual_seed(seed);
+        let deviation = config.initializer_range;
+        let draw = |(name, shape): (String, Vec<i64>)| {
+            let tensor = if name.ends_with("norm.weight") {
+                Tensor::f_ones(&shape, (kind, device))?
+            } else if name.ends_with(".bias") {
+                Tensor::f_zeros(&shape, (kind, device))?
+            } else {
+                let mut tensor = Tensor::f_empty(&shape, (Kind::Float, Device::Cpu))?;
+                let _ = tensor.f_normal_(0.0, deviation)?;
+                tensor.f_to_device(device)?.f_to_kind(kind)?
+            };
+            Ok((name, tensor))
+        };
+        let table = weights::table(&config);
+        let named = tch::no_grad(|| table.into_iter().map(draw).collect::<Result<_>>())?;
+        Self::assemble(config, named, device, kind)
+    }
+
+    /// A model of the layers `keep`, in ascending order, with its own copy of every weight.
+    pub fn prune_layers(&self, keep: &[usize]) -> Result<Self> {
+        let layers = self.blocks.len();
+        let ascending = keep.windows(2).all(|pair| pair[0] < pair[1]);
+        if keep.is_empty() || !ascending || keep.iter().any(|&layer| layer >= layers) {
+            return Err(Error::Invalid(format!(
+                "layers {keep:?} cannot be kept: name some of 0 to {}, in ascending order",
+                layers - 1
+            )));
+        }
+        let config = Config { num_hidden_layers: keep.len() as i64, ..self.config.clone() };
+        let named: HashMap<&str, &Tensor> = self.named.iter().map(|(name, tensor)| (name.as_str(), tensor)).collect();
+        let copy = |(name, _): (String, Vec<i64>)| {
+            let source = source_name(&name, keep);
+            let tensor = named.get(source.as_str()).ok_or_else(|| Error::Invalid(format!("no tensor {source:?}")))?;
+            let mut copy = tensor.f_detach()?.f_empty_like()?;
+            copy.f_copy_(tensor)?;
+            Ok((name, copy))
+        };
+        let table = weights::table(&config);
+        let copies = tch::no_grad(|| table.into_iter().map(copy).collect::<Result<_>>())?;
+        Self::assemble(config, copies, self.device, self.kind)
+    }
+
+    pub fn config(&self) -> &Config {
+        &self.config
+    }
+
+    pub fn device(&self) -> Device {
+        self.device
+    }
+
+    pub fn kind(&self) -> Kind {
+        self.kind
+    }
+
+    /// Every weight by its Hugging Face name, in a fixed order. The tensors share storage with the
+    /// model: writing into one changes the model. A tied head is not listed.
+    pub fn parameters(&self) -> Vec<(String, Tensor)> {
+        self.named.iter().map(|(name, tensor)| (name.clone(), tensor.shallow_clone())).collect()
+    }
+
+    /// Whether [`Model::hidden`] records a graph for gradients of the weights.
+    pub fn set_trainable(&self, trainable: bool) {
+        for (_, tensor) in &self.named {
+            let _ = tensor.set_requires_grad(trainable);
+        }
+    }
+
+    /// Hidden states after the final norm, `[b, t, h]`, of token ids int64 `[b, t]` on any device.
+    ///
+    /// Causal, positions from 0. Rows may be padded on the right with any token: padding disturbs
+    /// only its own positions. Differentiable; wrap it in [`tch::no_grad`] for inference.
+    pub fn hidden(&self, ids_bt: &Tensor) -> Result<Tensor> {
+        let (_, tokens) = self.check_ids(ids_bt)?;
+        let bias = match self.config.sliding_window {
+            Some(window) if tokens > window => {
+                let position_bt = Tensor::f_arange(tokens, (Kind::Int64, self.device))?.f_unsqueeze(0)?;
+                Some(attention::bias(&position_bt, tokens, Some(window), (self.kind, self.device))?)
+            }
+            _ => None,
+        };
+        let mask = bias.as_ref().map_or(Mask::Causal, Mask::Bias);
+        let angles = self.rope.angles(&Tensor::f_arange(tokens, (Kind::Int64, self.device))?, self.kind)?;
+        let mut hidden_bth = self.embed(ids_bt)?;
+        for block in &self.blocks {
+            hidden_bth = block.forward(&self.config, &hidden_bth, &angles, |query, key, value| {
+                attention::attend(query, key, value, &mask)
+            })?;
+        }
+        self.final_norm(&hidden_bth)
+    }
+
+    /// Logits `[..., v]` of hidden states `[..., h]`, in the model's kind.
+    pub fn head(&self, hidden_nh: &Tensor) -> Result<Tensor> {
+        Ok(hidden_nh.f_linear(&self.head_vh, None::<&Tensor>)?)
+    }
+
+    /// The head's weight `[v, h]`, sharing the model's storage.
+    pub fn head_weight(&self) -> Tensor {
+        self.head_vh.shallow_clone()
+    }
+
+    /// Adds `lengths[b]` tokens of each row of `ids_bt` (padded on the right) to the cache, and
+    /// gives the hidden state `[b, h]` of each row's last. The cache may already hold positions.
+    /// Records no gradients.
+    pub fn prefill(&self, ids_bt: &Tensor, lengths: &[i64], cache: &mut KvCache) -> Result<Tensor> {
+        let (rows, tokens) = self.check_ids(ids_bt)?;
+        if lengths.len() as i64 != rows || lengths.iter().any(|&length| !(1..=tokens).contains(&length)) {
+            return Err(Error::Invalid(format!(
+                "lengths {lengths:?} do not fit token ids of shape [{rows}, {tokens}]"
+            )));
+        }
+        tch::no_grad(|| {
+            let hidden_bth = self.extend(ids_bt, cache)?;
+            cache.advance(lengths);
+            let last_b = Tensor::f_from_slice(lengths)?.f_sub_scalar(1)?.f_to_device(self.device)?;
+            let row_b = Tensor::f_arange(rows, (Kind::Int64, self.device))?;
+            self.final_norm(&hidden_bth.f_index(&[Some(row_b), Some(last_b)])?)
+        })
+    }
+
+    /// Adds one token to each row, ids int64 `[b]`, and gives its hidden state `[b, h]`. Records
+    /// no gradients.
+    pub fn decode(&self, ids_b: &Tensor, cache: &mut KvCache) -> Result<Tensor> {
+        let ids_bt = ids_b.f_unsqueeze(-1)?;
+        let (rows, _) = self.check_ids(&ids_bt)?;
+        tch::no_grad(|| {
+            let hidden_bth = self.extend(&ids_bt, cache)?;
+            cache.advance(&vec![1; rows as usize]);
+            self.final_norm(&hidden_bth.f_squeeze_dim(1)?)
+        })
+    }
+
+    /// Writes `config.json` and `model.safetensors` in this kind; each file appears complete or
+    /// not at all.
+    pub fn save(&self, dir: &Path, kind: Kind) -> Result<()> {
+        std::fs::create_dir_all(dir).map_err(|error| Error::io(dir, error))?;
+        safetensors::write(&dir.join("model.safetensors"), &self.named, kind)?;
+        let mut config = self.config.to_json();
+        config["dtype"] = json!(match kind {
+            Kind::BFloat16 => "bfloat16",
+            Kind::Half => "float16",
+            Kind::Double => "float64",
+            _ => "float32",
+        });
+        let path = dir.join("config.json");
+        std::fs::write(&path, format!("{config:#}\n")).map_err(|error| Error::io(&path, error))
+    }
+
+    fn assemble(config: Config, named: Vec<(String, Tensor)>, device: Device, kind: Kind) -> Result<Self> {
+        let tensors: HashMap<&str, &Tensor> = named.iter().map(|(name, tensor)| (name.as_str(), tensor)).collect();
+        let find = |name: &str| tensors.get(name).map(|tensor| tensor.shallow_clone());
+        let take = |name: &str| find(name).ok_or_else(|| Error::Invalid(format!("no tensor {name:?}")));
+        let embedding_vh = take("model.embed_tokens.weight")?;
+        let blocks =
+            (0..config.num_hidden_layers).map(|layer| Block::assemble(layer, &find)).collect::<Result<Vec<_>>>()?;
+        let norm_h = take("model.norm.weight")?;
+        let head_vh = if config.tie_word_embeddings { embedding_vh.shallow_clone() } else { take("lm_head.weight")? };
+        let rope = Rope::new(&config, device)?;
+        Ok(Self { embedding_vh, blocks, norm_h, head_vh, rope, kind, device, named, config })
+    }
+
+    /// Rows and positions of token ids, once they are known to fit the model.
+    fn check_ids(&self, ids_bt: &Tensor) -> Result<(i64, i64)> {
+        let shape = ids_bt.size();
+        let &[rows, tokens] = shape.as_slice() else {
+            return Err(Error::Invalid(format!("token ids of shape {shape:?}; it must be [rows, positions]")));
+        };
+        if rows < 1 || tokens < 1 || ids_bt.kind() != Kind::Int64 {
+            return Err(Error::Invalid(format!(
+                "token ids of shape {shape:?} and kind {:?}; give at least one int64 id",
+                ids_bt.kind()
+            )));
+        }
+        let context = self.config.max_position_embeddings;
+        if tokens > context {
+            return Err(Error::TooLong(format!("{tokens} positions are more than the model's context of {context}")));
+        }
+        // On a GPU the check would wait for all work before it; ids are made on the CPU.
+        if ids_bt.device() == Device::Cpu {
+            let (least, most) = (ids_bt.f_min()?.f_int64_value(&[])?, ids_bt.f_max()?.f_int64_value(&[])?);
+            let vocabulary = self.config.vocab_size;
+            if least < 0 || most >= vocabulary {
+                let wrong = if least < 0 { least } else { most };
+                return Err(Error::Invalid(format!(
+                    "token id {wrong} is outside the model's vocabulary of {vocabulary}"
+                )));
+            }
+        }
+        Ok((rows, tokens))
+    }
+
+    fn embed(&self, ids_bt: &Tensor) -> Result<Tensor> {
+        let ids_bt = ids_bt.f_to_device(self.device)?;
+        Ok(Tensor::f_embedding(&self.embedding_vh, &ids_bt, -1, false, false)?)
+    }
+
+    fn final_norm(&self, hidden_nh: &Tensor) -> Result<Tensor> {
+        norm(hidden_nh, &self.norm_h, self.config.rms_norm_eps)
+    }
+
+    /// Runs new tokens against the cache and stores them there, without counting them.
+    fn extend(&self, ids_bt: &Tensor, cache: &mut KvCache) -> Result<Tensor> {
+        let (rows, tokens) = ids_bt.size2()?;
+        if rows != cache.batch() as i64 {
+            return Err(Error::Invalid(format!("{rows} rows of token ids for a cache of {} rows", cache.batch())));
+        }
+        let step = cache.plan(tokens)?;
+        let angles = self.rope.angles(&step.position_bt, self.kind)?.over_heads()?;
+        let mut hidden_bth = self.embed(ids_bt)?;
+        for (layer, block) in self.blocks.iter().enumerate() {
+            hidden_bth = block.forward(&self.config, &hidden_bth, &angles, |query, key, value| {
+                cache.attend(layer, &step, query, key, value)
+            })?;
+        }
+        Ok(hidden_bth)
+    }
+}
+
+/// The name in the unpruned model of a pruned model's tensor.
+fn source_name(name: &str, keep: &[usize]) -> String {
+    let renamed = name.strip_prefix("model.layers.").and_then(|rest| {
+        let (layer, rest) = rest.split_once('.')?;
+        let source = keep.get(layer.parse::<usize>().ok()?)?;
+        Some(format!("model.layers.{source}.{rest}"))
+    });
+    renamed.unwrap_or_else(|| name.to_owned())
+}
+
+fn report_unused(folder: &Folder, table: &[(String, Vec<i64>)]) {
+    let known: std::collections::HashSet<&str> = table.iter().map(|(name, _)| name.as_str()).collect();
+    let recomputed = |name: &str| name.ends_with(".rotary_emb.inv_freq") || name == "lm_head.weight";
+    let unused: Vec<_> = folder.names().filter(|name| !known.contains(name) && !recomputed(name)).collect();
+    if let Some(first) = unused.first() {
+        tracing::warn!(place = folder.place(), count = unused.len(), first, "tensors that the model does not use");
+    }
+}
+
+#[cfg(test)]
+mod tests;

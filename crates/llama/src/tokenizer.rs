@@ -1,0 +1,172 @@
+//! Text to token ids and back, and conversations to prompts, by the model's own files.
+
+use std::{fs, path::Path};
+
+use serde_json::Value;
+use time::OffsetDateTime;
+
+use crate::{ChatMessage, ChatTemplate, Error, Result, chat_template, hash::sha256_hex};
+
+/// Large vocabularies come to some twenty megabytes.
+const MAX_TOKENIZER_BYTES: u64 = 1 << 28;
+const MAX_CONFIG_BYTES: u64 = 1 << 24;
+
+/// What a folder holds beside config and weights, and a model made from it needs too.
+const TEXT_FILES: [&str; 5] = [
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "chat_template.jinja",
+    "generation_config.json",
+];
+
+/// A `tokenizer.json` and the chat template beside it.
+#[derive(Debug)]
+pub struct Tokenizer {
+    inner: tokenizers::Tokenizer,
+    template: Option<ChatTemplate>,
+    special_tokens: Vec<(String, String)>,
+    place: String,
+    vocab_size: u32,
+    sha256: String,
+}
+
+impl Tokenizer {
+    /// Reads `tokenizer.json`, and, where there are any, `tokenizer_config.json`,
+    /// `special_tokens_map.json` and `chat_template.jinja`.
+    pub fn from_dir(dir: &Path) -> Result<Self> {
+        let path = dir.join("tokenizer.json");
+        let place = path.display().to_string();
+        let bytes = read(&path, MAX_TOKENIZER_BYTES)?;
+        let sha256 = sha256_hex(&bytes);
+        let mut inner = tokenizers::Tokenizer::from_bytes(&bytes)
+            .map_err(|error| Error::malformed(&place, format!("is no tokenizer: {error}")))?;
+        // A tokenizer saved in training may pad or cut; texts here are taken whole.
+        inner.with_padding(None);
+        inner.with_truncation(None).map_err(|error| Error::malformed(&place, error.to_string()))?;
+        let vocab_size = inner.get_vocab(true).into_values().max().map_or(0, |id| id.saturating_add(1));
+
+        let config = read_json(&dir.join("tokenizer_config.json"))?;
+        let special_tokens = special_tokens(&[&config, &read_json(&dir.join("special_tokens_map.json"))?]);
+        let template = match chat_template::find_source(dir, &config)? {
+            Some(source) => Some(ChatTemplate::compile(&source, special_tokens.clone(), None)?),
+            None => None,
+        };
+        Ok(Self { inner, template, special_tokens, place, vocab_size, sha256 })
+    }
+
+    /// Makes the chat template's date this one instead of the present.
+    pub fn pin_date(&mut self, now: OffsetDateTime) -> Result<()> {
+        if let Some(template) = &self.template {
+            self.template = Some(ChatTemplate::compile(template.source(), self.special_tokens.clone(), Some(now))?);
+        }
+        Ok(())
+    }
+
+    /// Token ids of a text. `add_special` adds what the model expects around a plain text, such as
+    /// a first token; a rendered chat has it already.
+    pub fn encode(&self, text: &str, add_special: bool) -> Result<Vec<u32>> {
+        let encoding = self
+            .inner
+            .encode_fast(text, add_special)
+            .map_err(|error| Error::malformed(&self.place, error.to_string()))?;
+        Ok(encoding.get_ids().to_vec())
+    }
+
+    /// The text of token ids; bytes that are no UTF-8 become U+FFFD.
+    pub fn decode(&self, ids: &[u32], skip_special: bool) -> Result<String> {
+        self.inner.decode(ids, skip_special).map_err(|error| Error::malformed(&self.place, error.to_string()))
+    }
+
+    /// One more than the highest token id. A model's embedding may have more rows.
+    pub fn vocab_size(&self) -> u32 {
+        self.vocab_size
+    }
+
+    /// The prompt's text by the model's template.
+    pub fn render_chat(&self, messages: &[ChatMessage], add_generation_prompt: bool) -> Result<String> {
+        let template = self.template.as_ref().ok_or_else(|| {
+            Error::Template(format!("{} comes without one; put a chat_template.jinja beside it", self.place))
+        })?;
+        template.render(messages, add_generation_prompt)
+    }
+
+    /// [`Tokenizer::render_chat`], encoded.
+    pub fn encode_chat(&self, messages: &[ChatMessage], add_generation_prompt: bool) -> Result<Vec<u32>> {
+        self.encode(&self.render_chat(messages, add_generation_prompt)?, false)
+    }
+
+    /// The id of `eos_token`. Generation stops at more: see [`crate::Config::eos_token_ids`].
+    pub fn eos_id(&self) -> Option<u32> {
+        self.special_id("eos_token")
+    }
+
+    /// The id of a special token by its role, such as `bos_token` or `pad_token`.
+    pub fn special_id(&self, role: &str) -> Option<u32> {
+        let (_, token) = self.special_tokens.iter().find(|(name, _)| name == role)?;
+        self.inner.token_to_id(token)
+    }
+
+    pub fn token_to_id(&self, token: &str) -> Option<u32> {
+        self.inner.token_to_id(token)
+    }
+
+    /// SHA-256 of `tokenizer.json`, in hexadecimal.
+    pub fn tokenizer_sha256(&self) -> String {
+        self.sha256.clone()
+    }
+
+    /// SHA-256 of the template's text, in hexadecimal; of nothing where there is no template.
+    pub fn chat_template_sha256(&self) -> String {
+        sha256_hex(self.template.as_ref().map_or("", ChatTemplate::source).as_bytes())
+    }
+}
+
+/// Copies the tokenizer's files, the chat template and `generation_config.json`, those that exist,
+/// so that a folder of new weights is complete.
+pub fn copy_text_files(from: &Path, into: &Path) -> Result<()> {
+    fs::create_dir_all(into).map_err(|error| Error::io(into, error))?;
+    for name in TEXT_FILES {
+        let source = from.join(name);
+        if source.exists() {
+            let target = into.join(name);
+            fs::copy(&source, &target).map_err(|error| Error::io(&target, error))?;
+        }
+    }
+    Ok(())
+}
+
+/// Pairs such as `("bos_token", "<s>")`; the first file that names a role counts.
+fn special_tokens(files: &[&Value]) -> Vec<(String, String)> {
+    let mut tokens: Vec<(String, String)> = Vec::new();
+    for file in files.iter().filter_map(|file| file.as_object()) {
+        for (role, value) in file.iter().filter(|(role, _)| role.ends_with("_token")) {
+            let token = value.as_str().or_else(|| value.get("content").and_then(Value::as_str));
+            if let Some(token) = token
+                && !tokens.iter().any(|(known, _)| known == role)
+            {
+                tokens.push((role.clone(), token.to_owned()));
+            }
+        }
+    }
+    tokens
+}
+
+fn read_json(path: &Path) -> Result<Value> {
+    if !path.exists() {
+        return Ok(Value::Null);
+    }
+    let bytes = read(path, MAX_CONFIG_BYTES)?;
+    serde_json::from_slice(&bytes).map_err(|error| Error::malformed(path.display(), error.to_string()))
+}
+
+fn read(path: &Path, most: u64) -> Result<Vec<u8>> {
+    let size = fs::metadata(path).map_err(|error| Error::io(path, error))?.len();
+    if size > most {
+        return Err(Error::malformed(path.display(), format!("{size} bytes is too large; at most {most}")));
+    }
+    fs::read(path).map_err(|error| Error::io(path, error))
+}
+
+#[cfg(test)]
+mod tests;

@@ -1,0 +1,137 @@
+//! A folder's weights: one safetensors file, or several and their index.
+
+use std::{
+    collections::{BTreeMap, BTreeSet},
+    path::{Component, Path},
+};
+
+use serde_json::Value;
+
+use crate::{Config, Error, Result};
+
+pub(crate) mod safetensors;
+#[cfg(test)]
+mod tests;
+
+use safetensors::{Entry, SafetensorsFile};
+
+const SINGLE: &str = "model.safetensors";
+const INDEX: &str = "model.safetensors.index.json";
+const MAX_INDEX_BYTES: u64 = 1 << 26;
+const MAX_FILES: usize = 4096;
+
+/// Every tensor a model of this shape has, by its name in Hugging Face checkpoints and in the
+/// order of [`crate::Model::parameters`]. A weight is `[outputs, inputs]`.
+pub(crate) fn table(config: &Config) -> Vec<(String, Vec<i64>)> {
+    let (hidden, inner) = (config.hidden_size, config.intermediate_size);
+    let queries = config.num_attention_heads * config.head_dim;
+    let keys = config.num_key_value_heads * config.head_dim;
+    let mut table = vec![("model.embed_tokens.weight".to_owned(), vec![config.vocab_size, hidden])];
+    for layer in 0..config.num_hidden_layers {
+        let mut add = |name: &str, shape: Vec<i64>| table.push((format!("model.layers.{layer}.{name}"), shape));
+        let projections = [
+            ("self_attn.q_proj", queries, hidden, config.qkv_bias),
+            ("self_attn.k_proj", keys, hidden, config.qkv_bias),
+            ("self_attn.v_proj", keys, hidden, config.qkv_bias),
+            ("self_attn.o_proj", hidden, queries, config.output_bias),
+            ("mlp.gate_proj", inner, hidden, config.mlp_bias),
+            ("mlp.up_proj", inner, hidden, config.mlp_bias),
+            ("mlp.down_proj", hidden, inner, config.mlp_bias),
+        ];
+        add("input_layernorm.weight", vec![hidden]);
+        for (name, outputs, inputs, bias) in projections {
+            add(&format!("{name}.weight"), vec![outputs, inputs]);
+            if bias {
+                add(&format!("{name}.bias"), vec![outputs]);
+            }
+        }
+        add("post_attention_layernorm.weight", vec![hidden]);
+    }
+    table.push(("model.norm.weight".to_owned(), vec![hidden]));
+    if !config.tie_word_embeddings {
+        table.push(("lm_head.weight".to_owned(), vec![config.vocab_size, hidden]));
+    }
+    table
+}
+
+/// The open weights of a folder, checked but not read.
+pub(crate) struct Folder {
+    files: Vec<SafetensorsFile>,
+    /// Tensor name to its file.
+    places: BTreeMap<String, usize>,
+}
+
+impl Folder {
+    /// Opens `model.safetensors`, or else the files that `model.safetensors.index.json` names.
+    pub(crate) fn open(dir: &Path) -> Result<Self> {
+        let single = dir.join(SINGLE);
+        if single.exists() {
+            let file = SafetensorsFile::open(&single)?;
+            let places = file.names().map(|name| (name.to_owned(), 0)).collect();
+            return Ok(Self { files: vec![file], places });
+        }
+        let index = dir.join(INDEX);
+        if index.exists() {
+            return Self::open_sharded(dir, &index);
+        }
+        if !dir.is_dir() {
+            return Err(Error::NotFound { path: dir.display().to_string() });
+        }
+        Err(Error::NotFound { path: format!("{} (nor {INDEX})", single.display()) })
+    }
+
+    /// Tensor names, sorted.
+    pub(crate) fn names(&self) -> impl Iterator<Item = &str> {
+        self.places.keys().map(String::as_str)
+    }
+
+    /// What a tensor is, its bytes, and the file's name for errors.
+    pub(crate) fn get(&self, name: &str) -> Option<(&Entry, &[u8], &str)> {
+        let file = &self.files[*self.places.get(name)?];
+        let (entry, bytes) = file.get(name)?;
+        Some((entry, bytes, file.place()))
+    }
+
+    /// Where the weights lie, for errors.
+    pub(crate) fn place(&self) -> &str {
+        self.files.first().map_or("", SafetensorsFile::place)
+    }
+
+    fn open_sharded(dir: &Path, index: &Path) -> Result<Self> {
+        let wrong = |reason: String| Error::malformed(index.display(), reason);
+        let size = std::fs::metadata(index).map_err(|error| Error::io(index, error))?.len();
+        if size > MAX_INDEX_BYTES {
+            return Err(wrong(format!("{size} bytes is too large for an index; at most {MAX_INDEX_BYTES}")));
+        }
+        let text = std::fs::read(index).map_err(|error| Error::io(index, error))?;
+        let value: Value = serde_json::from_slice(&text).map_err(|error| wrong(error.to_string()))?;
+        let map = value
+            .get("weight_map")
+            .and_then(Value::as_object)
+            .ok_or_else(|| wrong("lacks an object \"weight_map\"".into()))?;
+
+        let mut names = BTreeSet::new();
+        for (tensor, file) in map {
+            let file = file.as_str().ok_or_else(|| wrong(format!("the file of tensor {tensor:?} is not a name")))?;
+            let mut parts = Path::new(file).components();
+            if !matches!((parts.next(), parts.next()), (Some(Component::Normal(_)), None)) {
+                return Err(wrong(format!("tensor {tensor:?} lies in {file:?}, outside the folder")));
+            }
+            names.insert(file);
+        }
+        if names.is_empty() || names.len() > MAX_FILES {
+            return Err(wrong(format!("names {} files; it must be 1 to {MAX_FILES}", names.len())));
+        }
+        let files: Vec<_> = names.iter().map(|name| SafetensorsFile::open(&dir.join(name))).collect::<Result<_>>()?;
+        let order: BTreeMap<&str, usize> = names.iter().enumerate().map(|(at, name)| (*name, at)).collect();
+        let mut places = BTreeMap::new();
+        for (tensor, file) in map {
+            let at = order[file.as_str().unwrap_or_default()];
+            if files[at].get(tensor).is_none() {
+                return Err(wrong(format!("tensor {tensor:?} is not in {}", files[at].place())));
+            }
+            places.insert(tensor.clone(), at);
+        }
+        Ok(Self { files, places })
+    }
+}
