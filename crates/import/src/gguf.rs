@@ -1,0 +1,87 @@
+//! A GGUF file into a Hugging Face folder: weights dequantised, `config.json` rebuilt from the
+//! metadata, and the embedded tokenizer written as an equal `tokenizer.json`.
+
+mod config;
+mod metadata;
+mod quant;
+mod reader;
+mod sentencepiece;
+mod tensors;
+mod tokenizer;
+mod vocabulary;
+
+use std::fs::File;
+use std::io::BufReader;
+use std::path::Path;
+
+use retort_core::{Error, Result};
+use serde_json::Value;
+
+use crate::stage::{self, Found, IMPORTER, Receipt, Stage};
+use crate::weights::{self, Entry, Sink};
+use crate::{Format, Imported, Phase, Progress, digest};
+use reader::Gguf;
+use vocabulary::Vocabulary;
+
+const WEIGHTS: &str = "model.safetensors";
+
+pub(crate) fn import(source: &Path, out: &Path, progress: &mut dyn FnMut(Progress)) -> Result<Imported> {
+    let place = source.display().to_string();
+    let file = File::open(source).map_err(|error| Error::io(source, error))?;
+    let length = file.metadata().map_err(|error| Error::io(source, error))?.len();
+    let gguf = Gguf::read(BufReader::new(&file), length, &place)?;
+
+    let vocabulary = Vocabulary::read(&gguf.metadata)?;
+    let layout = config::layout(&gguf, vocabulary.tokens.len() as u64)?;
+    let scaling = config::rope_scaling(&gguf, &file, source, &layout)?;
+    let plan = tensors::plan(&gguf, &layout)?;
+    let dtype = tensors::main_dtype(&plan);
+    let texts = [
+        ("config.json", pretty(&config::config(&gguf.metadata, &layout, &vocabulary, scaling, dtype)?)?),
+        ("generation_config.json", pretty(&config::generation_config(&vocabulary))?),
+        ("tokenizer.json", tokenizer::tokenizer(&vocabulary, &gguf.metadata)?),
+        ("tokenizer_config.json", pretty(&tokenizer::tokenizer_config(&vocabulary, &gguf.metadata)?)?),
+    ];
+
+    let mut done = 0;
+    let source_sha256 = digest::sha256_file(source, &mut |bytes| {
+        done += bytes;
+        progress(Progress { phase: Phase::Hashing, done, total: length.max(done) });
+    })?;
+    let format = Format::Gguf { version: gguf.version };
+    let facts = Receipt {
+        importer: IMPORTER,
+        source: source.file_name().unwrap_or_default().to_string_lossy().into_owned(),
+        source_format: format.to_string(),
+        source_sha256,
+        architecture: layout.family.architecture().to_owned(),
+        parameters: plan.iter().map(|tensor| tensor.entry.elements()).sum(),
+        tensors: plan.len() as u64,
+        files: Vec::new(),
+    };
+    if let Found::Same(receipt) = stage::look(out, &facts.source_sha256)? {
+        return Ok(Imported::new(out, format, receipt, true));
+    }
+
+    let entries: Vec<Entry> = plan.iter().map(|tensor| tensor.entry.clone()).collect();
+    let small: u64 = texts.iter().map(|(_, text)| text.len() as u64).sum();
+    let mut stage = Stage::begin(out, weights::file_bytes(&entries).saturating_add(small))?;
+    for (name, text) in &texts {
+        stage.write(name, text)?;
+    }
+    let (written, path) = stage.create(WEIGHTS)?;
+    let mut sink = Sink::start(written, &path, &entries, progress)?;
+    for tensor in &plan {
+        tensor.copy(&file, source, &mut sink)?;
+    }
+    let (written, sha256, bytes) = sink.finish()?;
+    stage.record(WEIGHTS, written, bytes, sha256)?;
+    Ok(Imported::new(out, format, stage.publish(facts)?, false))
+}
+
+fn pretty(value: &Value) -> Result<Vec<u8>> {
+    let mut text = serde_json::to_vec_pretty(value)
+        .map_err(|error| Error::internal(format!("a configuration cannot be written: {error}")))?;
+    text.push(b'\n');
+    Ok(text)
+}
