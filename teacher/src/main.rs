@@ -1,1 +1,121 @@
-fn main() {}
+use std::{path::PathBuf, process::ExitCode};
+
+use clap::{CommandFactory as _, FromArgMatches as _, Parser, Subcommand};
+use retort_core::{Code, Error, Result};
+use retort_process::{LogArgs, exit_with};
+use retort_teacher::{Teacher, chat};
+use retort_worker::WorkerArgs;
+
+/// Computes shards: completions of a teacher model with its soft targets.
+///
+/// Waits for tasks of its pool until it is stopped; the first SIGTERM hands the running shard back,
+/// the second ends at once.
+#[derive(Parser)]
+#[command(name = "retort-teacher", version, subcommand_negates_reqs = true, after_help = EXAMPLES)]
+struct Cli {
+    #[command(flatten)]
+    worker: Option<WorkerArgs>,
+    /// Cores used for arithmetic; all of them when not given
+    #[arg(long, env = "RETORT_THREADS", global = true, value_name = "N")]
+    threads: Option<usize>,
+    #[command(subcommand)]
+    command: Option<Command>,
+}
+
+const EXAMPLES: &str = "Examples:
+  retort-teacher --store /srv/retort/store --brokers 127.0.0.1:9092
+  retort-teacher --store /srv/retort/store --pool large --device cuda:0 --dtype bf16
+  retort-teacher chat --model ~/models/smollm2 --prompt \"Where is my parcel?\"";
+
+#[derive(Subcommand)]
+enum Command {
+    /// Talks with a model: one answer to --prompt, or a conversation
+    Chat(ChatArgs),
+}
+
+#[derive(clap::Args)]
+struct ChatArgs {
+    /// A Hugging Face folder
+    #[arg(long, value_name = "DIR")]
+    model: PathBuf,
+    /// Answer this and exit
+    #[arg(long, value_name = "TEXT")]
+    prompt: Option<String>,
+    /// System message that opens the conversation
+    #[arg(long, value_name = "TEXT")]
+    system: Option<String>,
+    /// Longest answer, tokens
+    #[arg(long, default_value_t = 256, value_name = "N")]
+    max_new_tokens: u32,
+    /// 0 is greedy
+    #[arg(long, default_value_t = 0.7, value_name = "T")]
+    temperature: f64,
+    /// Nucleus mass in (0, 1]
+    #[arg(long, default_value_t = 0.95, value_name = "P")]
+    top_p: f64,
+    /// The same seed gives the same answers
+    #[arg(long, default_value_t = 0, value_name = "N")]
+    seed: u64,
+    /// auto, cpu or cuda:N
+    #[arg(long, default_value = "auto")]
+    device: String,
+    /// auto, f32 or bf16
+    #[arg(long, default_value = "auto")]
+    dtype: String,
+}
+
+fn main() -> ExitCode {
+    let matches = Cli::command().get_matches();
+    let parsed = Cli::from_arg_matches(&matches).and_then(|cli| Ok((cli, LogArgs::from_arg_matches(&matches)?)));
+    let (cli, log) = match parsed {
+        Ok(parsed) => parsed,
+        Err(error) => error.exit(),
+    };
+    log.init();
+    let done = match cli.command {
+        Some(Command::Chat(args)) => talk(args, cli.threads),
+        None => cli
+            .worker
+            .ok_or_else(|| Error::new(Code::RequestInvalid, "--store is missing; see retort-teacher --help"))
+            .and_then(|args| serve(args, cli.threads)),
+    };
+    match done {
+        Ok(()) => ExitCode::SUCCESS,
+        Err(error) => exit_with(&error),
+    }
+}
+
+fn serve(args: WorkerArgs, threads: Option<usize>) -> Result<()> {
+    let (device, kind) = computing(&args.device, &args.dtype)?;
+    let teacher = Teacher::new(device, kind, threads)?;
+    let runtime = tokio::runtime::Builder::new_multi_thread()
+        .worker_threads(2)
+        .enable_all()
+        .build()
+        .map_err(|error| Error::internal(format!("cannot start the runtime: {error}")))?;
+    let done = runtime.block_on(retort_worker::run("teacher", args, teacher));
+    runtime.shutdown_background();
+    done
+}
+
+fn talk(args: ChatArgs, threads: Option<usize>) -> Result<()> {
+    let (device, kind) = computing(&args.device, &args.dtype)?;
+    if let Some(threads) = threads {
+        tch::set_num_threads(threads.clamp(1, 4096) as i32);
+    }
+    let options = chat::Options {
+        max_new_tokens: args.max_new_tokens,
+        temperature: args.temperature,
+        top_p: args.top_p,
+        seed: args.seed,
+        system: args.system,
+    };
+    chat::run(&args.model, device, kind, args.prompt, options)
+}
+
+fn computing(device: &str, dtype: &str) -> Result<(tch::Device, tch::Kind)> {
+    let wrong = |error: retort_llama::Error| Error::new(Code::DeviceUnavailable, error.to_string());
+    let device = retort_llama::device_from_flag(device).map_err(wrong)?;
+    let kind = retort_llama::dtype_from_flag(dtype, device).map_err(wrong)?;
+    Ok((device, kind))
+}

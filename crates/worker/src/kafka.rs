@@ -27,4 +27,8 @@ impl ports::Tasks for TaskConsumer {
     async fn commit(&self, delivery: &Delivery) -> Result<()> {
         TaskConsumer::commit(self, delivery).await
     }
+
+    async fn close(self) {
+        TaskConsumer::close(self).await;
+    }
 }

@@ -31,4 +31,8 @@ pub trait Tasks: Send + Sync {
     fn message<'a>(&self, delivery: &'a Self::Delivery) -> &'a proto::TaskMessage;
     async fn next(&self) -> Result<Self::Delivery>;
     async fn commit(&self, delivery: &Self::Delivery) -> Result<()>;
+    /// Leaves the group, so that the others take over at once.
+    async fn close(self)
+    where
+        Self: Sized;
 }

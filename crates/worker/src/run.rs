@@ -8,10 +8,6 @@ use tokio_util::sync::CancellationToken;
 
 use crate::{Handler, Stop, WorkerArgs, orchestrator::Grpc, work_loop::WorkLoop};
 
-/// Partitions of a task topic when this worker is the first to ask for it: the most workers a pool
-/// can keep busy.
-const TASK_PARTITIONS: i32 = 8;
-
 /// Runs a worker of `role` ("teacher" or "student") until it is told to stop; returns within five
 /// seconds of the first SIGINT or SIGTERM.
 ///
@@ -36,13 +32,13 @@ async fn start(role: &'static str, args: &WorkerArgs, handler: impl Handler, shu
     let worker_id = WorkerId::generate(role);
     let store = Store::open(&args.store)?;
     let orchestrator = Grpc::connect(&args.orchestrator, shutdown).await?;
-    let wanted = [(topic.clone(), TASK_PARTITIONS), (topics::EVENTS.to_owned(), topics::EVENT_PARTITIONS)];
+    let wanted = [(topic.clone(), topics::TASK_PARTITIONS), (topics::EVENTS.to_owned(), topics::EVENT_PARTITIONS)];
     tokio::select! {
         () = shutdown.cancelled() => return Err(Stop::WorkerStopping.error()),
         ready = ensure_topics(&args.brokers, &wanted) => ready?,
     }
     let events = Producer::new(&args.brokers)?;
-    let tasks = TaskConsumer::new(&args.brokers, &topic, &format!("retort-{role}-{}", args.pool))?;
+    let tasks = TaskConsumer::new(&args.brokers, &topic, &topics::group(role, &args.pool))?;
     Ready { ready: role.to_owned(), listen: None }.announce();
     tracing::info!(worker = %worker_id, topic, "waiting for tasks");
     WorkLoop::new(worker_id, tasks, Arc::new(orchestrator), Arc::new(events), store, handler).run(shutdown).await?;

@@ -18,9 +18,11 @@ use crate::{
 };
 
 /// After being told to stop, the handler has this long; then its work is left where it is.
-const HANDLER_GRACE: Duration = Duration::from_secs(3);
-/// While stopping, the last event and the commit may take this long together.
-const GOODBYE: Duration = Duration::from_millis(1500);
+const HANDLER_GRACE: Duration = Duration::from_millis(2500);
+/// While stopping, the last event may take this long, and so may the commit.
+const GOODBYE: Duration = Duration::from_millis(1000);
+/// While stopping, leaving the consumer group may take this long.
+const LEAVING: Duration = Duration::from_millis(400);
 /// A task that another worker keeps alive for longer than this is left to it: should that worker die
 /// later, the orchestrator publishes the task again.
 const PATIENCE: Duration = Duration::from_secs(60);
@@ -99,6 +101,9 @@ impl<T: Tasks, H: Handler> WorkLoop<T, H> {
                 Outcome::SettledBadly => pause(cool_off.wait(), shutdown).await,
                 _ => cool_off.reset(),
             }
+        }
+        if tokio::time::timeout(LEAVING, self.tasks.close()).await.is_err() {
+            tracing::debug!("the broker did not answer; it will notice by itself that this worker is gone");
         }
         Ok(())
     }

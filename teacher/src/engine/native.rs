@@ -1,0 +1,156 @@
+//! The engine that computes here, on tch.
+
+mod generate;
+mod score;
+
+use std::path::{Path, PathBuf};
+
+use retort_artifact::soft_targets::Sequence;
+use retort_core::{Code, Error, Result, spec::MAX_DRAWS};
+use retort_llama::{Model, Tokenizer};
+use tch::{Device, Kind};
+use time::{OffsetDateTime, macros::datetime};
+
+use super::{Capabilities, Engine, Generation, Text, Watch};
+use crate::{capture::Capture, fingerprint::Fingerprint, torch::model};
+
+/// The day it is in every chat template: the one Llama 3.1's own template falls back on.
+const PINNED_DATE: OffsetDateTime = datetime!(2024-07-26 00:00 UTC);
+
+/// A model of [`retort_llama`], its tokenizer, and what is known of them.
+pub struct Native {
+    model: Model,
+    tokenizer: Tokenizer,
+    capabilities: Capabilities,
+}
+
+impl Native {
+    /// Loads a Hugging Face folder.
+    pub fn load(dir: &Path, device: Device, kind: Kind) -> Result<Self> {
+        let fingerprint = Fingerprint::of(dir)?;
+        let mut tokenizer = Tokenizer::from_dir(dir).map_err(model)?;
+        // Some templates write today's date into the prompt; a shard computed again tomorrow must
+        // be the same.
+        tokenizer.pin_date(PINNED_DATE).map_err(model)?;
+        let model_ = Model::load(dir, device, kind).map_err(model)?;
+        model_.set_trainable(false);
+        let config = model_.config();
+        let vocab_size = u32::try_from(config.vocab_size)
+            .map_err(|_| Error::new(Code::ModelUnsupported, format!("a vocabulary of {}", config.vocab_size)))?;
+        if tokenizer.vocab_size() > vocab_size {
+            return Err(Error::new(
+                Code::VocabularyMismatch,
+                format!(
+                    "{}: the tokenizer knows {} tokens and the model {vocab_size}; they do not belong together",
+                    dir.display(),
+                    tokenizer.vocab_size()
+                ),
+            ));
+        }
+        let capabilities = Capabilities {
+            engine: "native",
+            engine_version: env!("CARGO_PKG_VERSION"),
+            dtype: match kind {
+                Kind::BFloat16 => "bf16",
+                _ => "f32",
+            },
+            vocab_size,
+            context: u32::try_from(config.max_position_embeddings).unwrap_or(u32::MAX),
+            max_head: vocab_size,
+            max_draws: MAX_DRAWS,
+            generates: true,
+            scores: true,
+            teacher_sha256: fingerprint.weights_sha256()?,
+            tokenizer_sha256: tokenizer.tokenizer_sha256(),
+            chat_template_sha256: tokenizer.chat_template_sha256(),
+        };
+        Ok(Self { model: model_, tokenizer, capabilities })
+    }
+}
+
+impl Engine for Native {
+    fn capabilities(&self) -> &Capabilities {
+        &self.capabilities
+    }
+
+    fn tokenizer(&self) -> &Tokenizer {
+        &self.tokenizer
+    }
+
+    fn end_tokens(&self) -> &[u32] {
+        &self.model.config().eos_token_ids
+    }
+
+    fn generate(&mut self, texts: &[Text], order: &Generation, capture: &Capture, watch: Watch) -> Result<Vec<Sequence>> {
+        tch::no_grad(|| generate::run(&self.model, texts, order, capture, watch))
+    }
+
+    fn score(&mut self, texts: &[Text], capture: &Capture, watch: Watch) -> Result<Vec<Sequence>> {
+        tch::no_grad(|| score::run(&self.model, texts, capture, watch))
+    }
+}
+
+/// The native engine of the model that was asked for last; loaded again only when another is asked
+/// for or its files changed.
+pub struct Loaded {
+    device: Device,
+    kind: Kind,
+    engine: Option<(PathBuf, Fingerprint, Native)>,
+}
+
+impl Loaded {
+    pub fn new(device: Device, kind: Kind) -> Self {
+        Self { device, kind, engine: None }
+    }
+
+    pub fn get(&mut self, dir: &Path) -> Result<&mut Native> {
+        let fingerprint = Fingerprint::of(dir)?;
+        let current = matches!(&self.engine, Some((path, known, _)) if path == dir && *known == fingerprint);
+        if !current {
+            // The old weights go first: two teachers may not fit.
+            self.engine = None;
+            let started = std::time::Instant::now();
+            let engine = Native::load(dir, self.device, self.kind)?;
+            tracing::info!(
+                model = %dir.display(),
+                parameters = engine.model.config().parameters(),
+                dtype = engine.capabilities.dtype,
+                seconds = started.elapsed().as_secs_f64(),
+                "teacher loaded"
+            );
+            self.engine = Some((dir.to_owned(), fingerprint, engine));
+        }
+        match &mut self.engine {
+            Some((_, _, engine)) => Ok(engine),
+            None => Err(Error::internal("the teacher was loaded and is gone")),
+        }
+    }
+}
+
+/// Sizes of batches that fit beside the weights.
+pub(crate) mod limits {
+    use retort_llama::Config;
+
+    /// Bytes the keys and values of one batch may take.
+    pub(crate) const CACHE_BYTES: u64 = 2 << 30;
+    /// Bytes the logits of one chunk may take in f32.
+    pub(crate) const LOGITS_BYTES: u64 = 32 << 20;
+    /// Padded positions of one forward pass without a cache.
+    pub(crate) const FORWARD_TOKENS: usize = 4096;
+
+    /// Rows of `tokens` positions each whose keys and values fit; at least one.
+    pub(crate) fn cache_rows(config: &Config, bytes_a_number: u64, tokens: usize) -> usize {
+        let a_token = 2
+            * config.num_hidden_layers.unsigned_abs()
+            * config.num_key_value_heads.unsigned_abs()
+            * config.head_dim.unsigned_abs()
+            * bytes_a_number;
+        let a_row = a_token.saturating_mul(tokens.max(1) as u64).max(1);
+        usize::try_from(CACHE_BYTES / a_row).unwrap_or(usize::MAX).clamp(1, 256)
+    }
+
+    /// Positions whose logits make one chunk; at least one.
+    pub(crate) fn chunk_positions(vocab: i64) -> usize {
+        usize::try_from(LOGITS_BYTES / (4 * vocab.unsigned_abs().max(1))).unwrap_or(1).max(1)
+    }
+}

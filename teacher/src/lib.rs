@@ -1,0 +1,18 @@
+//! The teacher worker: turns shards of a prompt set into completions with soft targets.
+//!
+//! A shard is a pure function of its rows, the teacher, the parameters and the seed: see
+//! [`shard::compute`]. Around it, [`Teacher`] claims, publishes and reports through
+//! [`retort_worker`].
+
+pub mod capture;
+mod cdf;
+pub mod chat;
+pub mod engine;
+mod fingerprint;
+mod handler;
+pub mod sampling;
+pub mod shard;
+pub mod text;
+mod torch;
+
+pub use handler::Teacher;

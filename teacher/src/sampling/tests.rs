@@ -1,0 +1,93 @@
+use tch::{Device, Kind, Tensor};
+
+use super::*;
+
+fn places(n: u64) -> Vec<Place> {
+    (0..n).map(|position| Place { row: 2, position }).collect()
+}
+
+fn random_logits(rows: i64, vocab: i64, scale: f64) -> Tensor {
+    tch::manual_seed(6);
+    Tensor::randn([rows, vocab], (Kind::Float, Device::Cpu)) * scale
+}
+
+/// The obvious sampler: softmax, sort, cut, walk; all in f64.
+fn reference(logits: &[f32], temperature: f64, top_p: f64, uniform: f64) -> u32 {
+    let largest = logits.iter().copied().fold(f32::NEG_INFINITY, f32::max);
+    let weights: Vec<f64> = logits.iter().map(|&l| (f64::from(l - largest) / temperature).exp()).collect();
+    let sum: f64 = weights.iter().sum();
+    let mut sorted: Vec<(u32, f64)> = weights.iter().enumerate().map(|(id, w)| (id as u32, w / sum)).collect();
+    if top_p < 1.0 {
+        sorted.sort_by(|a, b| b.1.total_cmp(&a.1));
+    }
+    let mut nucleus = 0.0;
+    let mut size = 0;
+    while size < sorted.len() && (nucleus < top_p || top_p >= 1.0) {
+        nucleus += sorted[size].1;
+        size += 1;
+    }
+    let mut running = 0.0;
+    for (id, p) in &sorted[..size] {
+        running += p;
+        if running > uniform * nucleus {
+            return *id;
+        }
+    }
+    sorted[size - 1].0
+}
+
+#[test]
+fn tokens_are_the_obvious_ones() {
+    // Flat logits make nuclei far wider than the first candidates looked at.
+    for (scale, vocab) in [(4.0, 3000), (0.1, 3000), (1.0, 40)] {
+        for (temperature, top_p) in [(0.7, 0.95), (1.0, 1.0), (1.3, 0.5), (2.0, 1.0), (0.7, 1e-6)] {
+            let n = 200;
+            let logits_bv = random_logits(n, vocab, scale);
+            let sampler = Sampler { temperature, top_p, seed: 12 };
+            let tokens = sampler.next(&logits_bv, &places(n as u64)).unwrap();
+            let agree = (0..n as usize)
+                .filter(|&index| {
+                    let logits = Vec::<f32>::try_from(&logits_bv.get(index as i64)).unwrap();
+                    let uniform = Counter::new(12, Purpose::Sample, 2, index as u64).next_f64();
+                    tokens[index] == reference(&logits, temperature, top_p, uniform)
+                })
+                .count();
+            // A uniform within rounding of a boundary may fall on the neighbour.
+            assert!(agree + 1 >= n as usize, "{agree} of {n} at temperature {temperature}, top_p {top_p}");
+        }
+    }
+}
+
+#[test]
+fn temperature_zero_is_the_most_likely_token() {
+    let logits_bv = random_logits(5, 300, 1.0);
+    let expected: Vec<i64> = Vec::try_from(&logits_bv.argmax(1, false)).unwrap();
+    for temperature in [0.0, 1e-5] {
+        let tokens = Sampler { temperature, top_p: 0.9, seed: 0 }.next(&logits_bv, &places(5)).unwrap();
+        assert_eq!(tokens.iter().map(|&id| i64::from(id)).collect::<Vec<_>>(), expected);
+    }
+}
+
+#[test]
+fn a_draw_depends_on_its_place_alone() {
+    let logits_bv = random_logits(6, 500, 1.0);
+    let sampler = Sampler { temperature: 1.0, top_p: 0.9, seed: 4 };
+    let places = places(6);
+    let together = sampler.next(&logits_bv, &places).unwrap();
+    for index in 0..6usize {
+        let alone = sampler.next(&logits_bv.narrow(0, index as i64, 1), &places[index..=index]).unwrap();
+        assert_eq!(alone[0], together[index]);
+    }
+    let other_seed = Sampler { seed: 5, ..sampler }.next(&logits_bv, &places).unwrap();
+    assert_ne!(other_seed, together);
+}
+
+#[test]
+fn logits_that_are_no_numbers_end_in_some_token() {
+    let logits_bv = Tensor::full([2, 300], f64::NAN, (Kind::Float, Device::Cpu));
+    for top_p in [0.9, 1.0] {
+        let tokens = Sampler { temperature: 1.0, top_p, seed: 0 }.next(&logits_bv, &places(2)).unwrap();
+        assert_eq!(tokens.len(), 2);
+        assert!(tokens.iter().all(|&id| id < 300));
+    }
+}

@@ -1,0 +1,190 @@
+//! One shard, from rows to the bytes that are published.
+
+use std::{ops::Range, path::PathBuf, sync::Arc};
+
+use retort_artifact::{
+    prompts::Row,
+    soft_targets::{self, Encoded, Header, QUANTISER, SCHEMA_VERSION},
+};
+use retort_core::{
+    Code, Error, Result,
+    spec::{JobSpec, TeacherMode},
+    state::Split,
+    wire::split_from_proto,
+};
+use retort_proto::ShardTask;
+use retort_worker::Attempt;
+
+use crate::{
+    capture::Capture,
+    engine::{Capabilities, Engine, Generation, Text, Watch},
+    sampling::Sampler,
+    text,
+};
+
+/// Held-out shards are the measure the student is judged by, so they keep more than any job asks
+/// for training.
+pub const HELD_OUT_HEAD: u32 = 256;
+pub const HELD_OUT_DRAWS: u32 = 128;
+
+/// Everything a shard's content depends on, besides the teacher.
+#[derive(Clone, Debug)]
+pub struct Order {
+    pub job: String,
+    pub epoch: u64,
+    pub shard: u32,
+    pub split: Split,
+    pub spec: JobSpec,
+    pub prompt_set_sha256: String,
+    pub rows: Arc<Vec<Row>>,
+    /// Lines of `rows` that make the shard.
+    pub lines: Range<usize>,
+}
+
+impl Order {
+    /// Refuses a range outside the prompt set, and a held-out row in a training shard.
+    pub fn new(attempt: &Attempt, shard: &ShardTask, rows: Arc<Vec<Row>>) -> Result<Self> {
+        let split = split_from_proto(shard.split)
+            .ok_or_else(|| Error::new(Code::RequestInvalid, format!("shard {} has no split", shard.shard)))?;
+        let lines = usize::try_from(shard.first_row)
+            .ok()
+            .and_then(|first| Some(first..first.checked_add(shard.rows as usize)?))
+            .filter(|lines| !lines.is_empty() && lines.end <= rows.len())
+            .ok_or_else(|| {
+                Error::new(
+                    Code::RequestInvalid,
+                    format!(
+                        "shard {} asks for {} rows from {} on, and the prompt set has {}",
+                        shard.shard,
+                        shard.rows,
+                        shard.first_row,
+                        rows.len()
+                    ),
+                )
+            })?;
+        if let Some(row) = rows[lines.clone()].iter().find(|row| row.split.is_some_and(|of| of != split)) {
+            return Err(Error::new(
+                Code::RequestInvalid,
+                format!("shard {} is of the {split} rows, and row {:?} is not one of them", shard.shard, row.id),
+            ));
+        }
+        Ok(Self {
+            job: attempt.job.to_string(),
+            epoch: attempt.epoch,
+            shard: shard.shard,
+            split,
+            spec: attempt.spec.clone(),
+            prompt_set_sha256: attempt.claimed.prompt_set_sha256.clone(),
+            rows,
+            lines,
+        })
+    }
+
+    /// The teacher's folder: `spec.teacher.model` without its `file://`.
+    pub fn teacher_dir(&self) -> Result<PathBuf> {
+        let model = &self.spec.teacher.model;
+        match model.strip_prefix("file://") {
+            Some(path) if path.starts_with('/') => Ok(PathBuf::from(path)),
+            None if !model.contains("://") => Ok(PathBuf::from(model)),
+            _ => Err(Error::new(
+                Code::SpecInvalid,
+                format!("teacher.model is {model:?}; this worker reads an absolute path or file:///path"),
+            )),
+        }
+    }
+
+    /// What is kept of each distribution, within the vocabulary.
+    pub fn capture(&self, vocab_size: u32) -> Capture {
+        let asked = &self.spec.teacher.soft_targets;
+        let (head, draws) = match self.split {
+            Split::Train => (asked.head, asked.draws),
+            Split::HeldOut => (HELD_OUT_HEAD, HELD_OUT_DRAWS),
+        };
+        Capture { head: head.min(vocab_size), draws, seed: self.spec.seed }
+    }
+
+    fn header(&self, engine: &Capabilities, capture: &Capture) -> Result<Header> {
+        let sampling = &self.spec.teacher.sampling;
+        Ok(Header {
+            schema_version: SCHEMA_VERSION,
+            job: self.job.clone(),
+            shard: self.shard,
+            epoch: self.epoch,
+            split: self.split.as_str().to_owned(),
+            engine: engine.engine.to_owned(),
+            engine_version: engine.engine_version.to_owned(),
+            dtype: engine.dtype.to_owned(),
+            teacher_sha256: engine.teacher_sha256.clone(),
+            tokenizer_sha256: engine.tokenizer_sha256.clone(),
+            chat_template_sha256: engine.chat_template_sha256.clone(),
+            vocab_size: engine.vocab_size,
+            head: capture.head,
+            draws: capture.draws,
+            capture_temperature: 1.0,
+            seed: self.spec.seed,
+            prompt_set_sha256: self.prompt_set_sha256.clone(),
+            mode: match self.spec.teacher.mode {
+                TeacherMode::Generate => "generate",
+                TeacherMode::Score => "score",
+            }
+            .to_owned(),
+            sampling_json: serde_json::to_string(sampling)
+                .map_err(|error| Error::internal(format!("sampling parameters to JSON: {error}")))?,
+            quantiser: QUANTISER.to_owned(),
+        })
+    }
+}
+
+/// Computes and encodes a shard. The same order and teacher give the same bytes.
+///
+/// Every row is rendered and measured before the first is computed, so a row that does not fit is
+/// refused (prompt-too-long) before it costs anything. A shard whose stored numbers are not faithful
+/// to the teacher's is shard-unfaithful.
+pub fn compute(engine: &mut dyn Engine, order: &Order, watch: Watch) -> Result<Encoded> {
+    let able = engine.capabilities().clone();
+    let capture = order.capture(able.vocab_size);
+    let sampling = &order.spec.teacher.sampling;
+    let generate = order.spec.teacher.mode == TeacherMode::Generate;
+    able.check(generate, &capture)?;
+
+    let rows = order.lines.clone().zip(&order.rows[order.lines.clone()]);
+    let texts: Vec<Text> = rows
+        .map(|(line, row)| {
+            if generate {
+                text::prompt(engine.tokenizer(), able.context, sampling.max_new_tokens, line as u64, row)
+            } else {
+                text::completed(engine.tokenizer(), engine.end_tokens(), able.context, line as u64, row)
+            }
+        })
+        .collect::<Result<_>>()?;
+    let sequences = if generate {
+        let sampler = Sampler { temperature: sampling.temperature, top_p: sampling.top_p, seed: order.spec.seed };
+        let how = Generation { sampler, max_new_tokens: sampling.max_new_tokens };
+        engine.generate(&texts, &how, &capture, watch)?
+    } else {
+        engine.score(&texts, &capture, watch)?
+    };
+    let encoded = soft_targets::encode(&order.header(&able, &capture)?, &sequences)?;
+    faithful(order, &encoded)?;
+    Ok(encoded)
+}
+
+/// Mean error of a stored log-probability above which a shard is not what the teacher said, nats.
+const MAX_MEAN_ERROR: f64 = soft_targets::QUANTISER_MAX_ERROR as f64;
+/// Ties within the quantiser's step may swap the first place at some positions, never at many.
+const MIN_ARGMAX_AGREEMENT: f64 = 0.98;
+
+fn faithful(order: &Order, encoded: &Encoded) -> Result<()> {
+    let fidelity = &encoded.fidelity;
+    let sound = fidelity.mean_abs_error <= MAX_MEAN_ERROR && fidelity.argmax_agreement >= MIN_ARGMAX_AGREEMENT;
+    if sound || encoded.target_tokens == 0 {
+        return Ok(());
+    }
+    Err(Error::new(
+        Code::ShardUnfaithful,
+        format!(
+            "shard {} reads back with a mean error of {:.4} nats (at most {MAX_MEAN_ERROR:.4}) and {:.4} of the first places kept (at least {MIN_ARGMAX_AGREEMENT}); it is not published",
+            order.shard, fidelity.mean_abs_error, fidelity.argmax_agreement
+        ),
+    ))
+}
