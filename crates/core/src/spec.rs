@@ -5,6 +5,7 @@ mod yaml;
 
 use serde::{Deserialize, Serialize};
 
+pub use validate::{MAX_DRAWS, MAX_HEAD};
 pub use yaml::parse_yaml;
 
 /// What to distil, into what, and what counts as good enough.

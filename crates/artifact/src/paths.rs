@@ -1,0 +1,115 @@
+//! Every key of the object store, built in this one file.
+//!
+//! Keys are `/`-separated and relative to the store's root; a key that ends in `/` is a prefix.
+
+/// A validated prompt set in canonical JSONL, named by its content.
+pub fn prompt_set(sha256: &str) -> String {
+    format!("prompts/{sha256}.jsonl")
+}
+
+/// Everything of a job.
+pub fn job_prefix(job: &str) -> String {
+    format!("jobs/{job}/")
+}
+
+/// One attempt's soft targets of one shard. `epoch` is the fencing number of the attempt.
+pub fn shard(job: &str, shard: u32, epoch: u64) -> String {
+    format!("jobs/{job}/shards/{shard:05}/{epoch}.parquet")
+}
+
+/// All shards of a job, every attempt at each.
+pub fn shards_prefix(job: &str) -> String {
+    format!("jobs/{job}/shards/")
+}
+
+/// All attempts at one shard.
+pub fn shard_prefix(job: &str, shard: u32) -> String {
+    format!("jobs/{job}/shards/{shard:05}/")
+}
+
+/// Every checkpoint of a job.
+pub fn checkpoints_prefix(job: &str) -> String {
+    format!("jobs/{job}/checkpoints/")
+}
+
+/// One checkpoint: `manifest.json`, the Hugging Face folder `model/` and the trainer's `state/`.
+pub fn checkpoint(job: &str, step: u32, epoch: u64) -> String {
+    format!("jobs/{job}/checkpoints/{step:06}-{epoch}/")
+}
+
+/// The weights before training, laid out like a checkpoint.
+pub fn initial(job: &str, epoch: u64) -> String {
+    format!("jobs/{job}/initial-{epoch}/")
+}
+
+/// The manifest of the checkpoint at `prefix`; written last, so its presence means all is there.
+pub fn manifest(prefix: &str) -> String {
+    format!("{prefix}manifest.json")
+}
+
+/// The Hugging Face folder of the checkpoint at `prefix`.
+pub fn model_prefix(prefix: &str) -> String {
+    format!("{prefix}model/")
+}
+
+/// The trainer's state of the checkpoint at `prefix`.
+pub fn state_prefix(prefix: &str) -> String {
+    format!("{prefix}state/")
+}
+
+pub fn report(job: &str) -> String {
+    format!("jobs/{job}/report.json")
+}
+
+/// All versions of a promoted model.
+pub fn model_versions_prefix(name: &str) -> String {
+    format!("models/{name}/versions/")
+}
+
+/// The pointer that makes version `n` of a model exist.
+pub fn model_version(name: &str, n: u32) -> String {
+    format!("models/{name}/versions/{n:06}.json")
+}
+
+/// The Hugging Face folder of version `n`, copied at promotion.
+pub fn model_folder(name: &str, n: u32) -> String {
+    format!("models/{name}/{n:06}/")
+}
+
+/// Where a large upload waits until it is complete; nothing reads here.
+pub fn staging(id: &str) -> String {
+    format!("staging/{id}")
+}
+
+/// Step and epoch of a checkpoint's prefix or of a key under it, None for any other key.
+pub fn parse_checkpoint(job: &str, key: &str) -> Option<(u32, u64)> {
+    let rest = key.strip_prefix(&checkpoints_prefix(job))?;
+    let (folder, _) = rest.split_once('/')?;
+    let (step, epoch) = folder.split_once('-')?;
+    Some((step.parse().ok()?, epoch.parse().ok()?))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn keys_are_what_the_format_says() {
+        assert_eq!(prompt_set("ab12"), "prompts/ab12.jsonl");
+        assert_eq!(shard("j", 7, 3), "jobs/j/shards/00007/3.parquet");
+        assert_eq!(checkpoint("j", 40, 2), "jobs/j/checkpoints/000040-2/");
+        assert_eq!(manifest(&initial("j", 2)), "jobs/j/initial-2/manifest.json");
+        assert_eq!(model_version("m", 1), "models/m/versions/000001.json");
+        assert_eq!(model_folder("m", 1), "models/m/000001/");
+    }
+
+    #[test]
+    fn a_checkpoints_key_says_its_step_and_epoch() {
+        assert_eq!(parse_checkpoint("j", "jobs/j/checkpoints/000040-12/manifest.json"), Some((40, 12)));
+        assert_eq!(parse_checkpoint("j", &checkpoint("j", 1_234_567, 1)), Some((1_234_567, 1)));
+        for other in ["jobs/k/checkpoints/000040-12/", "jobs/j/checkpoints/x-1/", "jobs/j/checkpoints/000040", "report"]
+        {
+            assert_eq!(parse_checkpoint("j", other), None, "{other}");
+        }
+    }
+}

@@ -1,0 +1,109 @@
+//! Prompt sets: JSONL, one row a line, in the form of OpenAI's chat messages.
+//!
+//! ```json
+//! {"id": "refund-1", "messages": [{"role": "user", "content": "Where is my refund?"}],
+//!  "tags": ["billing"], "split": "train", "completion": "It is on its way."}
+//! ```
+//!
+//! Only `messages` is needed. `completion` is what a teacher in score mode judges.
+
+mod overlap;
+mod parse;
+mod split;
+
+use retort_core::{Code, Error, Result};
+use serde::Serialize;
+
+pub use overlap::{NGRAM_WORDS, Overlap, overlaps};
+pub use parse::{MAX_FILE_BYTES, MAX_LINE_BYTES, parse, parse_line, read};
+pub use retort_core::state::Split;
+pub use split::{assign_splits, check_splits};
+
+/// One prompt.
+#[derive(Clone, Debug, PartialEq)]
+pub struct Row {
+    pub id: String,
+    /// Never empty; the last is the user's.
+    pub messages: Vec<Message>,
+    pub tags: Vec<String>,
+    /// None until [`assign_splits`] has decided, unless the file says.
+    pub split: Option<Split>,
+    /// What the assistant is to answer; score mode needs it.
+    pub completion: Option<String>,
+}
+
+#[derive(Clone, Debug, PartialEq, Eq, Hash, Serialize)]
+pub struct Message {
+    pub role: Role,
+    pub content: String,
+}
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, Serialize)]
+#[serde(rename_all = "lowercase")]
+pub enum Role {
+    System,
+    User,
+    Assistant,
+}
+
+impl Role {
+    /// As chat templates write it.
+    pub fn as_str(self) -> &'static str {
+        match self {
+            Self::System => "system",
+            Self::User => "user",
+            Self::Assistant => "assistant",
+        }
+    }
+}
+
+/// The form that lies in the store: every field written, keys in one order, training rows first,
+/// then held-out ones, each in file order. A row without a split counts as training.
+///
+/// [`parse`] reads it back to the same rows.
+pub fn to_jsonl(rows: &[Row]) -> Vec<u8> {
+    #[derive(Serialize)]
+    struct Line<'a> {
+        id: &'a str,
+        messages: &'a [Message],
+        tags: &'a [String],
+        split: &'static str,
+        #[serde(skip_serializing_if = "Option::is_none")]
+        completion: Option<&'a str>,
+    }
+    let mut text = Vec::new();
+    for wanted in [Split::Train, Split::HeldOut] {
+        for row in rows.iter().filter(|row| row.split.unwrap_or(Split::Train) == wanted) {
+            let line = Line {
+                id: &row.id,
+                messages: &row.messages,
+                tags: &row.tags,
+                split: wanted.as_str(),
+                completion: row.completion.as_deref(),
+            };
+            // Strings and lists of strings always have a JSON form, and a Vec always takes it.
+            if serde_json::to_writer(&mut text, &line).is_ok() {
+                text.push(b'\n');
+            }
+        }
+    }
+    text
+}
+
+/// Refuses a prompt set for score mode in which a row has no completion.
+pub fn require_completions(name: &str, rows: &[Row]) -> Result<()> {
+    match rows.iter().find(|row| row.completion.is_none()) {
+        None => Ok(()),
+        Some(row) => Err(Error::new(
+            Code::PromptMalformed,
+            format!(
+                "{name}: row {:?} has no \"completion\", which the teacher is to score; add one to every row, or set \
+                 teacher.mode to generate",
+                row.id
+            ),
+        )),
+    }
+}
+
+#[cfg(test)]
+mod tests;

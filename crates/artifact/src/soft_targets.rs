@@ -1,0 +1,153 @@
+//! Soft-target shards: a teacher's distributions, stored sparsely in Parquet.
+//!
+//! A position keeps the `head` most likely tokens exactly and `draws` samples of the rest. The
+//! samples carry the rest's mass in equal parts, so a loss over them is unbiased where a bare
+//! top-k is not ("Sparse Logit Sampling: Accelerating Knowledge Distillation in LLMs", Anshumann
+//! et al., ACL 2025). Ids are sorted and delta-coded, log-probabilities take one byte each. The
+//! format is `docs/formats/soft-targets.md`.
+
+mod decode;
+mod describe;
+mod encode;
+mod fidelity;
+mod guard;
+mod header;
+mod quantise;
+mod schema;
+
+use bytes::Bytes;
+
+pub use decode::decode;
+pub use describe::{Column, Description, SequenceSummary, describe};
+pub use encode::encode;
+pub use fidelity::Fidelity;
+pub use header::{Header, SCHEMA_VERSION};
+pub use quantise::{MAX_ERROR as QUANTISER_MAX_ERROR, NAME as QUANTISER, RANGE as QUANTISER_RANGE};
+
+/// One row of a shard as the teacher hands it over: raw, before quantisation.
+#[derive(Clone, Debug, PartialEq)]
+pub struct Sequence {
+    pub row_id: String,
+    /// Line in the prompt set, from 0.
+    pub row: u64,
+    pub tags: Vec<String>,
+    /// Prompt and completion, as the model reads them.
+    pub token_ids: Vec<u32>,
+    /// Same length; true where the token is part of the completion, that is a target. The first
+    /// token has nothing before it to be predicted from and is never a target.
+    pub target_mask: Vec<bool>,
+    /// `stop`, `length` or `given` (scored, not generated).
+    pub finish_reason: String,
+    /// One for each true of the mask, in order: the distribution that predicts that token, which
+    /// is the model's output at the token before it.
+    pub positions: Vec<Position>,
+}
+
+/// A teacher's distribution at one position. Natural logarithms, temperature 1.
+#[derive(Clone, Debug, Default, PartialEq)]
+pub struct Position {
+    /// The most likely tokens `(id, log-probability)`, in any order, no id twice.
+    pub head: Vec<(u32, f32)>,
+    /// Draws with replacement from the renormalised rest: `(id, times drawn, log-probability in
+    /// the whole distribution)`, in any order, no id twice and none of the head's. The times sum
+    /// to the header's `draws`; empty only where the rest has no mass or `draws` is 0.
+    pub tail: Vec<(u32, u8, f32)>,
+    /// Log-probability of the token that follows.
+    pub label_logprob: f32,
+}
+
+/// A written shard.
+#[derive(Clone, Debug)]
+pub struct Encoded {
+    pub bytes: Bytes,
+    /// Of `bytes`.
+    pub sha256: String,
+    pub rows: u64,
+    /// Positions that carry a distribution.
+    pub target_tokens: u64,
+    pub fidelity: Fidelity,
+}
+
+/// A shard as read back.
+#[derive(Clone, Debug, PartialEq)]
+pub struct Shard {
+    pub header: Header,
+    pub sequences: Vec<DecodedSequence>,
+}
+
+impl Shard {
+    /// Positions that carry a distribution.
+    pub fn target_tokens(&self) -> u64 {
+        self.sequences.iter().map(|sequence| sequence.targets.len() as u64).sum()
+    }
+}
+
+#[derive(Clone, Debug, PartialEq)]
+pub struct DecodedSequence {
+    pub row_id: String,
+    /// Line in the prompt set, from 0.
+    pub row: u64,
+    pub tags: Vec<String>,
+    pub token_ids: Vec<u32>,
+    pub target_mask: Vec<bool>,
+    pub finish_reason: String,
+    pub targets: SparseTargets,
+}
+
+/// What the losses consume: the positions of one sequence, their supports laid end to end.
+///
+/// Position `p` has entries `offsets[p]..offsets[p + 1]` of `ids`, `masses` and `logprobs`.
+#[derive(Clone, Debug, Default, PartialEq)]
+pub struct SparseTargets {
+    /// One more than there are positions; starts at 0.
+    pub offsets: Vec<u32>,
+    /// Strictly increasing within a position, each below the vocabulary's size.
+    pub ids: Vec<u32>,
+    /// Target mass t_v of each entry. They sum to 1 within 1e-3 at each position; in a shard
+    /// without tail draws they sum to the head's own mass, because the rest was not kept.
+    pub masses: Vec<f32>,
+    /// Teacher's log p_v of each entry. For a head entry this is the logarithm of its mass; a
+    /// tail entry's mass is its share of the draws, which is another number.
+    pub logprobs: Vec<f32>,
+    /// The teacher's most likely token at each position.
+    pub top_ids: Vec<u32>,
+    /// Teacher's log-probability of the actual token at each position.
+    pub label_logprobs: Vec<f32>,
+}
+
+impl SparseTargets {
+    /// Number of positions.
+    pub fn len(&self) -> usize {
+        self.label_logprobs.len()
+    }
+
+    pub fn is_empty(&self) -> bool {
+        self.label_logprobs.is_empty()
+    }
+
+    /// Entries of position `p` in `ids`, `masses` and `logprobs`.
+    pub fn range(&self, p: usize) -> std::ops::Range<usize> {
+        self.offsets[p] as usize..self.offsets[p + 1] as usize
+    }
+}
+
+/// What decoding may take. Everything is checked before memory is taken for it.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Limits {
+    /// Of the file.
+    pub max_bytes: u64,
+    pub max_rows: u64,
+    pub max_tokens_per_row: u64,
+    /// Support entries of the whole shard; each takes about 20 bytes while decoding.
+    pub max_entries: u64,
+}
+
+impl Default for Limits {
+    /// 1 GiB, 4096 rows of at most 262,144 tokens, 64 Mi entries (about 1.3 GiB decoded).
+    fn default() -> Self {
+        Self { max_bytes: 1 << 30, max_rows: 4096, max_tokens_per_row: 1 << 18, max_entries: 1 << 26 }
+    }
+}
+
+#[cfg(test)]
+mod tests;

@@ -1,0 +1,257 @@
+//! Looks at a file's structure before the Parquet library does, so that no number in the file
+//! decides how much memory is taken.
+//!
+//! The library trusts page headers: a length in one becomes an allocation. So every page header
+//! is read here first, each size is held against the file's own length, the limits and the number
+//! of values, and any kind of page that version 1 does not write is refused.
+
+mod thrift;
+
+use std::{
+    collections::BTreeMap,
+    panic::{AssertUnwindSafe, catch_unwind},
+    sync::Arc,
+};
+
+use bytes::Bytes;
+use parquet::{
+    arrow::ArrowSchemaConverter,
+    basic::{Compression, Encoding, Type},
+    file::metadata::{ColumnChunkMetaData, ParquetMetaData, ParquetMetaDataReader},
+};
+use retort_core::{Code, Error, Result};
+use sha2::{Digest, Sha256};
+
+use self::thrift::PageHeader;
+use super::{
+    Header, Limits,
+    schema::{self, CONTENT_KEY, COUNT, LOGPROB_Q, SUPPORT_DELTA},
+};
+use crate::hash::hex;
+
+const MAGIC: &[u8] = b"PAR1";
+/// Magic at both ends and the footer's length.
+const MIN_BYTES: usize = 12;
+/// Ours takes about 5 KiB; each byte of a hostile one can become hundreds in memory.
+const MAX_FOOTER: usize = 256 << 10;
+/// Row ids, tags and finish reasons of one shard, each.
+const MAX_TEXT: u64 = 64 << 20;
+
+/// A file whose structure holds; its values are not looked at yet.
+pub(super) struct Opened {
+    pub(super) header: Header,
+    pub(super) metadata: Arc<ParquetMetaData>,
+    pub(super) rows: u64,
+}
+
+/// Checks everything that can be checked without reading a value.
+pub(super) fn open(bytes: &Bytes, limits: &Limits) -> Result<Opened> {
+    if bytes.len() as u64 > limits.max_bytes {
+        return Err(too_large(format!("{} bytes", bytes.len()), format!("{} bytes", limits.max_bytes)));
+    }
+    let footer_start = footer_start(bytes)?;
+    let metadata = guarded(|| ParquetMetaDataReader::decode_metadata(&bytes[footer_start..bytes.len() - 8]))?
+        .map_err(|error| corrupt(format!("its footer cannot be read: {error}")))?;
+    let pairs = pairs(&metadata)?;
+    let header = Header::from_pairs(&pairs)?;
+    if let Some(&expected) = pairs.get(CONTENT_KEY) {
+        let found = content_sha256(&bytes[..footer_start], &header);
+        if found != expected {
+            return Err(corrupt(format!(
+                "its content has sha256 {found}, its metadata says {expected:.64}; the file was damaged, or \
+                 rewritten by a program that kept {CONTENT_KEY}"
+            )));
+        }
+    }
+    check_schema(&metadata)?;
+    let rows = check_sizes(bytes, footer_start, &metadata, &header, limits)?;
+    Ok(Opened { header, metadata: Arc::new(metadata), rows })
+}
+
+/// SHA-256 of all bytes before the footer, then of the header without its epoch. Two attempts at
+/// one shard that computed the same have the same.
+pub(super) fn content_sha256(pages: &[u8], header: &Header) -> String {
+    let mut hasher = Sha256::new();
+    hasher.update(pages);
+    for (key, value) in header.pairs().iter().filter(|(key, _)| *key != "retort.epoch") {
+        for part in [*key, value.as_str()] {
+            hasher.update((part.len() as u64).to_le_bytes());
+            hasher.update(part.as_bytes());
+        }
+    }
+    hex(&hasher.finalize())
+}
+
+/// Runs library code on a file's bytes; a panic there means the file is corrupt, not that we are.
+pub(super) fn guarded<T>(run: impl FnOnce() -> T) -> Result<T> {
+    catch_unwind(AssertUnwindSafe(run)).map_err(|_| corrupt("the parquet library gave up on it".to_owned()))
+}
+
+pub(super) fn corrupt(why: String) -> Error {
+    Error::new(Code::ShardCorrupt, format!("the shard is corrupt: {why}"))
+}
+
+fn too_large(has: String, limit: String) -> Error {
+    Error::new(
+        Code::ObjectTooLarge,
+        format!("the shard has {has}, at most {limit} are read; use fewer or shorter rows a shard"),
+    )
+}
+
+fn footer_start(bytes: &[u8]) -> Result<usize> {
+    if bytes.len() < MIN_BYTES {
+        return Err(corrupt(format!("{} bytes are too few for a parquet file", bytes.len())));
+    }
+    let (body, magic) = bytes.split_at(bytes.len() - 4);
+    if &bytes[..4] != MAGIC || magic != MAGIC {
+        return Err(corrupt("it does not begin and end with PAR1, so it is cut short or no parquet file".to_owned()));
+    }
+    let (body, length) = body.split_at(body.len() - 4);
+    let length = length.iter().rev().fold(0usize, |sum, &byte| sum << 8 | usize::from(byte));
+    if length > MAX_FOOTER || length > body.len() - 4 {
+        return Err(corrupt(format!("its footer claims {length} bytes")));
+    }
+    Ok(body.len() - length)
+}
+
+fn pairs(metadata: &ParquetMetaData) -> Result<BTreeMap<&str, &str>> {
+    let all = metadata.file_metadata().key_value_metadata().map(Vec::as_slice).unwrap_or_default();
+    let mut pairs = BTreeMap::new();
+    for pair in all.iter().filter(|pair| pair.key.starts_with("retort.")) {
+        if pairs.insert(pair.key.as_str(), pair.value.as_deref().unwrap_or_default()).is_some() {
+            return Err(corrupt(format!("its metadata has {:.80} twice", pair.key)));
+        }
+    }
+    if pairs.is_empty() {
+        return Err(corrupt("its metadata has no retort keys; it is a parquet file of another kind".to_owned()));
+    }
+    Ok(pairs)
+}
+
+fn check_schema(metadata: &ParquetMetaData) -> Result<()> {
+    let expected = ArrowSchemaConverter::new()
+        .convert(&schema::schema())
+        .map_err(|error| Error::internal(format!("the soft-target schema does not convert: {error}")))?;
+    let found = metadata.file_metadata().schema_descr();
+    if found.num_columns() != expected.num_columns() {
+        return Err(corrupt(format!("it has {} columns, not {}", found.num_columns(), expected.num_columns())));
+    }
+    for (found, expected) in found.columns().iter().zip(expected.columns()) {
+        let same = found.path() == expected.path()
+            && found.physical_type() == expected.physical_type()
+            && found.logical_type_ref() == expected.logical_type_ref()
+            && found.max_def_level() == expected.max_def_level()
+            && found.max_rep_level() == expected.max_rep_level();
+        if !same {
+            return Err(corrupt(format!(
+                "its column {:.80} is not {expected_name}",
+                found.path().string(),
+                expected_name = expected.path().string()
+            )));
+        }
+    }
+    Ok(())
+}
+
+/// Holds rows, values and pages against the limits and the file's length; the number of rows.
+fn check_sizes(
+    bytes: &[u8],
+    footer_start: usize,
+    metadata: &ParquetMetaData,
+    header: &Header,
+    limits: &Limits,
+) -> Result<u64> {
+    let rows = u64::try_from(metadata.file_metadata().num_rows())
+        .map_err(|_| corrupt("its number of rows is negative".to_owned()))?;
+    if rows > limits.max_rows {
+        return Err(too_large(format!("{rows} rows"), format!("{} rows", limits.max_rows)));
+    }
+    let mut group_rows = 0u64;
+    let mut values = vec![0u64; schema::COLUMNS.len()];
+    for group in metadata.row_groups() {
+        let rows = u64::try_from(group.num_rows()).map_err(|_| corrupt("a row group has negative rows".to_owned()))?;
+        group_rows = group_rows.saturating_add(rows);
+        if group.columns().len() != values.len() {
+            return Err(corrupt(format!("a row group has {} columns", group.columns().len())));
+        }
+        for (column, total) in group.columns().iter().zip(&mut values) {
+            *total = total.saturating_add(check_pages(bytes, footer_start, column, limits)?);
+        }
+    }
+    if group_rows != rows {
+        return Err(corrupt(format!("its row groups have {group_rows} rows, the file says {rows}")));
+    }
+    let max_tokens = rows.saturating_mul(limits.max_tokens_per_row);
+    let max_entries = limits.max_entries.min(max_tokens.saturating_mul(header.max_support()));
+    for (index, (spec, &values)) in schema::COLUMNS.iter().zip(&values).enumerate() {
+        let entries = matches!(index, SUPPORT_DELTA | COUNT | LOGPROB_Q);
+        // An empty list counts as one value.
+        let max = if entries { max_entries } else { max_tokens }.saturating_add(rows);
+        if values > max {
+            return Err(too_large(format!("{values} values of {}", spec.name), format!("{max} values")));
+        }
+    }
+    Ok(rows)
+}
+
+/// Walks the pages of one column chunk; the number of its values.
+fn check_pages(bytes: &[u8], footer_start: usize, column: &ColumnChunkMetaData, limits: &Limits) -> Result<u64> {
+    let name = column.column_path().string();
+    let bad = |why: String| corrupt(format!("column {name}: {why}"));
+    if !matches!(column.compression(), Compression::ZSTD(_) | Compression::UNCOMPRESSED) {
+        return Err(bad(format!("it is compressed with {}, version 1 uses zstd", column.compression())));
+    }
+    if column.dictionary_page_offset().is_some() {
+        return Err(bad("it has a dictionary, version 1 uses none".to_owned()));
+    }
+    let claimed = u64::try_from(column.num_values()).map_err(|_| bad("it has negative values".to_owned()))?;
+    let offset = usize::try_from(column.data_page_offset()).map_err(|_| bad("its offset is negative".to_owned()))?;
+    let length = usize::try_from(column.compressed_size()).map_err(|_| bad("its size is negative".to_owned()))?;
+    let end = offset.checked_add(length).filter(|&end| end <= footer_start);
+    let end = end.ok_or_else(|| bad(format!("it claims {length} bytes at {offset}, outside the file")))?;
+    let (mut at, mut values, mut unpacked) = (offset, 0u64, 0u64);
+    while at < end {
+        let page = PageHeader::read(&bytes[at..end]).map_err(|why| bad(format!("the page at {at}: {why}")))?;
+        check_page(column, &page, claimed - values, limits).map_err(|why| bad(format!("the page at {at}: {why}")))?;
+        values += u64::from(page.num_values);
+        unpacked += u64::from(page.uncompressed);
+        at = at.saturating_add(page.header_bytes).saturating_add(page.compressed as usize);
+    }
+    if at != end || values != claimed {
+        return Err(bad(format!("its pages have {values} values and end at {at}, not {claimed} and {end}")));
+    }
+    if column.column_type() == Type::BYTE_ARRAY && unpacked > MAX_TEXT {
+        return Err(too_large(format!("{unpacked} bytes of {name}"), format!("{MAX_TEXT} bytes")));
+    }
+    Ok(values)
+}
+
+fn check_page(column: &ColumnChunkMetaData, page: &PageHeader, left: u64, limits: &Limits) -> Result<(), String> {
+    let integer = matches!(column.column_type(), Type::INT32 | Type::INT64);
+    let known = match page.encoding {
+        code if code == Encoding::PLAIN as i32 => true,
+        code if code == Encoding::RLE as i32 => column.column_type() == Type::BOOLEAN,
+        code if code == Encoding::DELTA_BINARY_PACKED as i32 => integer,
+        code if code == Encoding::BYTE_STREAM_SPLIT as i32 => integer || column.column_type() == Type::FLOAT,
+        _ => false,
+    };
+    let levels = Encoding::RLE as i32;
+    if !known || page.definition_encoding != levels || page.repetition_encoding != levels {
+        return Err(format!("encoding {} is not one of version 1", page.encoding));
+    }
+    if u64::from(page.num_values) > left {
+        return Err(format!("{} values are more than the {left} left", page.num_values));
+    }
+    let most = match column.column_type() {
+        Type::BYTE_ARRAY => MAX_TEXT,
+        // Eight bytes the value and two levels of up to a byte, with room for run headers.
+        _ => u64::from(page.num_values) * 12 + 4096,
+    };
+    if u64::from(page.uncompressed) > most.min(limits.max_bytes.saturating_mul(64)) {
+        return Err(format!("{} bytes for {} values", page.uncompressed, page.num_values));
+    }
+    if column.compression() == Compression::UNCOMPRESSED && page.uncompressed != page.compressed {
+        return Err("two sizes of an uncompressed page differ".to_owned());
+    }
+    Ok(())
+}

@@ -1,0 +1,148 @@
+//! Objects too large for memory: between files and the store, and inside it.
+
+use std::path::{Path, PathBuf};
+
+use futures::TryStreamExt;
+use object_store::{CopyMode, CopyOptions, ObjectStore, ObjectStoreExt, WriteMultipart};
+use retort_core::{Code, Error, Result};
+use sha2::{Digest, Sha256};
+use tokio::io::{AsyncReadExt, AsyncWriteExt};
+
+use super::{Store, hex};
+use crate::paths;
+
+/// Bytes read and sent at a time.
+const PIECE: usize = 8 << 20;
+/// Pieces on their way at once.
+const IN_FLIGHT: usize = 2;
+
+impl Store {
+    /// Writes a file's content as an object that must not exist yet, without holding it in
+    /// memory. Errors as [`Self::put_new`]; a file that cannot be read is named.
+    pub async fn put_new_file(&self, key: &str, file: &Path) -> Result<()> {
+        let to = self.key(key)?;
+        // Spares a long upload that is sure to be refused; the copy below is what decides.
+        if self.exists(key).await? {
+            return Err(self.fault(key, object_store::Error::AlreadyExists { path: key.to_owned(), source: "".into() }));
+        }
+        let staged = self.key(&paths::staging(&unique()))?;
+        let uploaded = self.upload(key, &staged, file).await;
+        let published = match uploaded {
+            Ok(()) => {
+                let create = CopyOptions { mode: CopyMode::Create, ..CopyOptions::default() };
+                self.inner.copy_opts(&staged, &to, create).await.map_err(|error| self.fault(key, error))
+            }
+            Err(error) => Err(error),
+        };
+        if let Err(error) = self.delete(staged.as_ref()).await {
+            tracing::warn!(key = %staged, "a staged upload was left behind: {}", error.chain());
+        }
+        published
+    }
+
+    /// Writes an object's content to a file, which appears whole or not at all; its size.
+    pub async fn get_to_file(&self, key: &str, file: &Path) -> Result<u64> {
+        Ok(self.download(key, file).await?.0)
+    }
+
+    /// [`Self::get_to_file`] that hashes what it writes: size and SHA-256.
+    pub(crate) async fn download(&self, key: &str, file: &Path) -> Result<(u64, String)> {
+        let found = self.inner.get(&self.key(key)?).await.map_err(|error| self.fault(key, error))?;
+        if let Some(folder) = file.parent() {
+            tokio::fs::create_dir_all(folder).await.map_err(|error| Error::io(folder, error))?;
+        }
+        let part = beside(file);
+        let written = async {
+            let mut out = tokio::fs::File::create(&part).await.map_err(|error| Error::io(&part, error))?;
+            let mut pieces = found.into_stream();
+            let (mut size, mut hasher) = (0u64, Sha256::new());
+            while let Some(piece) = pieces.try_next().await.map_err(|error| self.fault(key, error))? {
+                hasher.update(&piece);
+                size += piece.len() as u64;
+                out.write_all(&piece).await.map_err(|error| Error::io(file, error))?;
+            }
+            out.sync_all().await.map_err(|error| Error::io(file, error))?;
+            tokio::fs::rename(&part, file).await.map_err(|error| Error::io(file, error))?;
+            Ok((size, hex(&hasher.finalize())))
+        }
+        .await;
+        if written.is_err() {
+            // The first error is the one worth telling; the part file may not even exist.
+            let _ = tokio::fs::remove_file(&part).await;
+        }
+        written
+    }
+
+    /// Copies every object below `from` to the same place below `to`; how many. Objects that are
+    /// at their place already, with the same size, are left, so a broken copy can be finished.
+    pub async fn copy_prefix(&self, from: &str, to: &str) -> Result<u64> {
+        let (from, to) = (from.trim_end_matches('/'), to.trim_end_matches('/'));
+        let entries = self.list(from).await?;
+        if entries.is_empty() {
+            return Err(Error::new(Code::ObjectNotFound, format!("{}: there is nothing to copy", self.shown(from))));
+        }
+        for entry in &entries {
+            let key = format!("{to}{}", &entry.key[from.len()..]);
+            let create = CopyOptions { mode: CopyMode::Create, ..CopyOptions::default() };
+            match self.inner.copy_opts(&self.key(&entry.key)?, &self.key(&key)?, create).await {
+                Ok(()) => {}
+                Err(object_store::Error::AlreadyExists { .. }) if self.size(&key).await? == entry.size => {}
+                Err(error) => return Err(self.fault(&key, error)),
+            }
+        }
+        Ok(entries.len() as u64)
+    }
+
+    /// Removes uploads that killed processes left behind; how many. For an orchestrator's start,
+    /// before any worker writes.
+    pub async fn sweep_staging(&self) -> Result<u64> {
+        self.delete_prefix(&paths::staging("")).await
+    }
+
+    pub(crate) async fn size(&self, key: &str) -> Result<u64> {
+        Ok(self.inner.head(&self.key(key)?).await.map_err(|error| self.fault(key, error))?.size)
+    }
+
+    async fn upload(&self, key: &str, staged: &object_store::path::Path, file: &Path) -> Result<()> {
+        let mut input = tokio::fs::File::open(file).await.map_err(|error| Error::io(file, error))?;
+        let upload = self.inner.put_multipart(staged).await.map_err(|error| self.fault(key, error))?;
+        let mut upload = WriteMultipart::new_with_chunk_size(upload, PIECE);
+        let mut piece = vec![0u8; PIECE];
+        loop {
+            let read = match input.read(&mut piece).await {
+                Ok(0) => break,
+                Ok(read) => read,
+                Err(error) => return Err(aborted(upload, Error::io(file, error)).await),
+            };
+            upload.write(&piece[..read]);
+            if let Err(error) = upload.wait_for_capacity(IN_FLIGHT).await {
+                let error = self.fault(key, error);
+                return Err(aborted(upload, error).await);
+            }
+        }
+        upload.finish().await.map_err(|error| self.fault(key, error))?;
+        Ok(())
+    }
+}
+
+/// Takes back what an upload has stored so far; the error that ended it.
+async fn aborted(upload: WriteMultipart, error: Error) -> Error {
+    if let Err(abort) = upload.abort().await {
+        tracing::warn!("an upload could not be taken back: {abort}");
+    }
+    error
+}
+
+/// A name that no other process, nor an earlier one of the same id, uses.
+fn unique() -> String {
+    use std::sync::atomic::{AtomicU64, Ordering};
+    static NEXT: AtomicU64 = AtomicU64::new(0);
+    let since = std::time::SystemTime::now().duration_since(std::time::UNIX_EPOCH).unwrap_or_default();
+    format!("{}-{}-{}", since.as_nanos(), std::process::id(), NEXT.fetch_add(1, Ordering::Relaxed))
+}
+
+fn beside(file: &Path) -> PathBuf {
+    let mut name = file.file_name().unwrap_or_default().to_owned();
+    name.push(format!(".{}.part", unique()));
+    file.with_file_name(name)
+}
