@@ -1,0 +1,207 @@
+//! One training row in memory, and its form in the local spill file.
+
+use std::mem::size_of;
+
+use retort_artifact::soft_targets::{DecodedSequence, SparseTargets};
+use retort_core::{Code, Error, Result};
+
+/// A sequence and the teacher's soft targets, checked: every id lies in the vocabulary, every
+/// target has a token before it, every offset lies in its array.
+#[derive(Clone, Debug, Default, PartialEq)]
+pub struct Example {
+    pub token_ids: Vec<u32>,
+    /// Index in `token_ids` of each target token, rising, none 0; the token before it predicts it.
+    pub targets: Vec<u32>,
+    /// One position for each of `targets`.
+    pub support: SparseTargets,
+}
+
+impl Example {
+    /// Checks what a decoder cannot: that the ids are the student's.
+    pub fn from_sequence(sequence: DecodedSequence, vocab_size: u32) -> Result<Self> {
+        let targets = (0u32..).zip(&sequence.target_mask).filter(|(_, target)| **target).map(|(at, _)| at).collect();
+        let example = Self { token_ids: sequence.token_ids, targets, support: sequence.targets };
+        example.check(vocab_size).map_err(|why| {
+            Error::new(Code::ShardCorrupt, format!("row {:?} of a soft-target shard: {why}", sequence.row_id))
+        })?;
+        Ok(example)
+    }
+
+    /// Tokens the student has to read: those up to the last target, which itself is only predicted.
+    pub fn input_len(&self) -> usize {
+        self.targets.last().map_or(0, |&last| last as usize)
+    }
+
+    /// Token that stands at target `p`.
+    pub fn label(&self, p: usize) -> u32 {
+        self.token_ids[self.targets[p] as usize]
+    }
+
+    fn check(&self, vocab_size: u32) -> Result<(), String> {
+        let support = &self.support;
+        let positions = self.targets.len();
+        if support.label_logprobs.len() != positions || support.top_ids.len() != positions {
+            return Err(format!("{positions} target tokens, but soft targets for {}", support.label_logprobs.len()));
+        }
+        if support.offsets.len() != positions + 1 || support.offsets[0] != 0 || !support.offsets.is_sorted() {
+            return Err("the offsets of its soft targets do not rise from 0".to_owned());
+        }
+        let entries = support.ids.len();
+        if support.offsets[positions] as usize != entries
+            || support.masses.len() != entries
+            || support.logprobs.len() != entries
+        {
+            return Err(format!("{entries} support ids do not fit the offsets, masses and log-probabilities"));
+        }
+        if self.targets.first() == Some(&0) || self.targets.last().is_some_and(|&at| at as usize >= self.token_ids.len()) {
+            return Err("a target token has no token before it".to_owned());
+        }
+        let mut ids = self.token_ids.iter().chain(&support.ids).chain(&support.top_ids);
+        match ids.find(|&&id| id >= vocab_size) {
+            Some(id) => Err(format!("token id {id} lies outside the vocabulary of {vocab_size}")),
+            None => Ok(()),
+        }
+    }
+
+    /// Little-endian lengths, then the arrays end to end.
+    pub(crate) fn to_bytes(&self) -> Vec<u8> {
+        let support = &self.support;
+        let mut bytes = Vec::with_capacity(self.spilled_bytes());
+        for len in [self.token_ids.len(), self.targets.len(), support.ids.len()] {
+            bytes.extend_from_slice(&(len as u64).to_le_bytes());
+        }
+        for words in [&self.token_ids, &self.targets, &support.offsets, &support.ids, &support.top_ids] {
+            bytes.extend(words.iter().flat_map(|word| word.to_le_bytes()));
+        }
+        for numbers in [&support.masses, &support.logprobs, &support.label_logprobs] {
+            bytes.extend(numbers.iter().flat_map(|number| number.to_le_bytes()));
+        }
+        bytes
+    }
+
+    /// Reads what [`Example::to_bytes`] wrote; `None` for anything else.
+    pub(crate) fn from_bytes(bytes: &[u8]) -> Option<Self> {
+        let mut reader = Reader { bytes };
+        let (tokens, positions, entries) = (reader.length()?, reader.length()?, reader.length()?);
+        Some(Self {
+            token_ids: reader.words(tokens)?,
+            targets: reader.words(positions)?,
+            support: SparseTargets {
+                offsets: reader.words(positions.checked_add(1)?)?,
+                ids: reader.words(entries)?,
+                top_ids: reader.words(positions)?,
+                masses: reader.numbers(entries)?,
+                logprobs: reader.numbers(entries)?,
+                label_logprobs: reader.numbers(positions)?,
+            },
+        })
+        .filter(|_| reader.bytes.is_empty())
+    }
+
+    fn spilled_bytes(&self) -> usize {
+        let words = self.token_ids.len() + 4 * self.targets.len() + 1 + 3 * self.support.ids.len();
+        3 * size_of::<u64>() + words * size_of::<u32>()
+    }
+}
+
+struct Reader<'a> {
+    bytes: &'a [u8],
+}
+
+impl Reader<'_> {
+    fn length(&mut self) -> Option<usize> {
+        let (head, rest) = self.bytes.split_first_chunk::<8>()?;
+        self.bytes = rest;
+        usize::try_from(u64::from_le_bytes(*head)).ok()
+    }
+
+    fn words(&mut self, count: usize) -> Option<Vec<u32>> {
+        self.array(count, u32::from_le_bytes)
+    }
+
+    fn numbers(&mut self, count: usize) -> Option<Vec<f32>> {
+        self.array(count, f32::from_le_bytes)
+    }
+
+    fn array<T>(&mut self, count: usize, read: impl Fn([u8; 4]) -> T) -> Option<Vec<T>> {
+        let (head, rest) = self.bytes.split_at_checked(count.checked_mul(4)?)?;
+        self.bytes = rest;
+        Some(head.as_chunks::<4>().0.iter().map(|chunk| read(*chunk)).collect())
+    }
+}
+
+#[cfg(test)]
+pub(crate) mod tests {
+    use retort_core::random::{Counter, Purpose};
+
+    use super::*;
+
+    /// A row of `prompt` + `completion` random tokens with `support` random entries a position.
+    pub(crate) fn example(seed: u64, prompt: usize, completion: usize, support: usize, vocab_size: u32) -> Example {
+        let mut random = Counter::new(seed, Purpose::Sample, 0, 0);
+        let mut id = || random.below(u64::from(vocab_size)) as u32;
+        let token_ids: Vec<u32> = (0..prompt + completion).map(|_| id()).collect();
+        let mut example = Example {
+            token_ids,
+            targets: (prompt as u32..(prompt + completion) as u32).collect(),
+            support: SparseTargets { offsets: vec![0], ..SparseTargets::default() },
+        };
+        let mut random = Counter::new(seed, Purpose::Tail, 0, 0);
+        for p in 0..completion {
+            let mut ids: Vec<u32> = (0..support).map(|_| random.below(u64::from(vocab_size)) as u32).collect();
+            ids.sort_unstable();
+            ids.dedup();
+            let weights: Vec<f64> = ids.iter().map(|_| random.next_f64() + 0.01).collect();
+            let total: f64 = weights.iter().sum::<f64>() * 1.01;
+            let top = weights.iter().enumerate().max_by(|a, b| a.1.total_cmp(b.1)).map_or(0, |(at, _)| ids[at]);
+            example.support.masses.extend(weights.iter().map(|weight| (weight / total) as f32));
+            example.support.logprobs.extend(weights.iter().map(|weight| (weight / total).ln() as f32));
+            example.support.ids.extend(ids);
+            example.support.offsets.push(example.support.ids.len() as u32);
+            example.support.top_ids.push(top);
+            example.support.label_logprobs.push(-1.0 - p as f32 / 100.0);
+        }
+        example
+    }
+
+    #[test]
+    fn spilled_and_read_back_is_the_same() {
+        for example in [example(1, 5, 7, 4, 100), example(2, 3, 0, 4, 100)] {
+            let bytes = example.to_bytes();
+            assert_eq!(bytes.len(), example.spilled_bytes());
+            assert_eq!(Example::from_bytes(&bytes).unwrap(), example);
+        }
+    }
+
+    #[test]
+    fn damaged_bytes_are_refused_without_panic() {
+        let bytes = example(1, 5, 7, 4, 100).to_bytes();
+        for len in 0..bytes.len() {
+            assert!(Example::from_bytes(&bytes[..len]).is_none(), "{len}");
+        }
+        let mut longer = bytes.clone();
+        longer.push(0);
+        assert!(Example::from_bytes(&longer).is_none());
+        let mut huge = bytes;
+        huge[..8].copy_from_slice(&u64::MAX.to_le_bytes());
+        assert!(Example::from_bytes(&huge).is_none());
+    }
+
+    #[test]
+    fn ids_outside_the_vocabulary_are_refused() {
+        let sound = example(3, 2, 3, 4, 100);
+        sound.check(100).unwrap();
+        let mut bad = sound.clone();
+        bad.token_ids[0] = 100;
+        assert!(bad.check(100).unwrap_err().contains("token id 100"));
+        let mut bad = sound.clone();
+        bad.support.ids[1] = u32::MAX;
+        assert!(bad.check(100).is_err());
+        let mut bad = sound.clone();
+        bad.targets[0] = 0;
+        assert!(bad.check(100).unwrap_err().contains("no token before it"));
+        let mut bad = sound;
+        bad.support.offsets[1] = 999;
+        assert!(bad.check(100).is_err());
+    }
+}

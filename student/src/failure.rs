@@ -1,0 +1,36 @@
+//! Errors of the libraries below, in retort's words.
+
+use std::io::ErrorKind::{QuotaExceeded, StorageFull};
+
+use retort_core::{Code, Error};
+use tch::TchError;
+
+/// What libtorch refused, and while doing what. Its C++ stack is left out.
+pub(crate) fn torch(what: &'static str) -> impl Fn(TchError) -> Error {
+    move |error| {
+        if let TchError::Io(io) = &error
+            && matches!(io.kind(), StorageFull | QuotaExceeded)
+        {
+            return Error::new(Code::DiskFull, format!("{what}: the disk is full; free some space"));
+        }
+        let text = error.to_string();
+        Error::internal(format!("{what}: {}", text.lines().next().unwrap_or("libtorch gave no reason")))
+    }
+}
+
+/// What became of a model or tokenizer folder.
+pub(crate) fn llama(error: retort_llama::Error) -> Error {
+    use retort_llama::Error as Llama;
+    let code = match &error {
+        Llama::NotFound { .. } => Code::FileNotFound,
+        Llama::Io { .. } if error.is_disk_full() => Code::DiskFull,
+        Llama::Io { .. } => Code::FileUnreadable,
+        Llama::Truncated { .. } => Code::WeightsTruncated,
+        Llama::Malformed { .. } | Llama::Template(_) => Code::ModelMalformed,
+        Llama::Unsupported { .. } => Code::ModelUnsupported,
+        Llama::TooLong(_) => Code::PromptTooLong,
+        Llama::Device(_) => Code::DeviceUnavailable,
+        _ => Code::Internal,
+    };
+    Error::new(code, error.to_string())
+}

@@ -1,0 +1,322 @@
+//! AdamW with f32 master weights, whose whole state can be saved and read back bit for bit.
+//!
+//! "Decoupled Weight Decay Regularization", Loshchilov and Hutter, ICLR 2019, as PyTorch computes it.
+
+use retort_core::{Error, Result};
+use tch::{Kind, TchError, Tensor, no_grad};
+
+use crate::failure::torch;
+
+/// Numbers updated at a time: what the update reads and writes of them fits a core's cache, so each
+/// array crosses the memory bus once an update.
+const STRIDE: i64 = 1 << 16;
+
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub struct Hyper {
+    pub beta1: f64,
+    pub beta2: f64,
+    pub epsilon: f64,
+    /// Applied to matrices only: norms and biases keep their scale.
+    pub weight_decay: f64,
+}
+
+impl Hyper {
+    /// Second moments follow over about 20 steps: runs here are short.
+    pub fn new(weight_decay: f64) -> Self {
+        Self { beta1: 0.9, beta2: 0.95, epsilon: 1e-8, weight_decay }
+    }
+}
+
+#[derive(Debug)]
+pub struct AdamW {
+    hyper: Hyper,
+    slots: Vec<Slot>,
+    /// Updates done.
+    step: u32,
+}
+
+#[derive(Debug)]
+struct Slot {
+    name: String,
+    /// The model's own tensor, trained.
+    parameter: Tensor,
+    /// f32. The parameter itself where that is f32.
+    master: Tensor,
+    /// f32, summed over micro-batches. The parameter's own gradient where that is f32.
+    gradient: Tensor,
+    first: Tensor,
+    second: Tensor,
+    decays: bool,
+}
+
+impl AdamW {
+    /// For `parameters` (name and tensor sharing the model's memory) that require gradients.
+    pub fn new(parameters: Vec<(String, Tensor)>, hyper: Hyper) -> Result<Self> {
+        let slots = parameters.into_iter().map(|(name, parameter)| Slot::new(name, parameter));
+        Ok(Self { hyper, slots: slots.collect::<Result<_>>()?, step: 0 })
+    }
+
+    /// Gradient of the parameter of this name, f32, to be added to in place.
+    pub fn gradient(&self, name: &str) -> Result<Tensor> {
+        let slot = self.slots.iter().find(|slot| slot.name == name);
+        slot.map(|slot| slot.gradient.shallow_clone())
+            .ok_or_else(|| Error::internal(format!("the model has no parameter {name:?}")))
+    }
+
+    /// To be called after each backward pass: moves what a model in another kind than f32 computed.
+    pub fn collect(&mut self) -> Result<()> {
+        let collect = |slot: &mut Slot| -> Result<(), TchError> {
+            if !slot.is_f32() {
+                let mut fresh = slot.parameter.f_grad()?;
+                let _ = slot.gradient.f_add_(&fresh)?;
+                let _ = fresh.f_zero_()?;
+            }
+            Ok(())
+        };
+        no_grad(|| self.slots.iter_mut().try_for_each(collect)).map_err(torch("cannot collect gradients"))
+    }
+
+    /// Euclidean norm over all gradients.
+    pub fn gradient_norm(&self) -> Result<f64> {
+        let square = |slot: &Slot| -> Result<f64, TchError> { Ok(slot.gradient.f_norm()?.f_double_value(&[])?.powi(2)) };
+        let squares: Result<Vec<f64>, _> = no_grad(|| self.slots.iter().map(square).collect());
+        Ok(squares.map_err(torch("cannot compute the gradient's norm"))?.iter().sum::<f64>().sqrt())
+    }
+
+    /// One update with gradients times `gradient_scale`, which are then set to zero.
+    pub fn update(&mut self, learning_rate: f64, gradient_scale: f64) -> Result<()> {
+        self.step += 1;
+        let step = f64::from(self.step);
+        let rates = Rates {
+            hyper: self.hyper,
+            learning_rate,
+            gradient_scale,
+            step_size: learning_rate / (1.0 - self.hyper.beta1.powf(step)),
+            second_scale: 1.0 / (1.0 - self.hyper.beta2.powf(step)).sqrt(),
+        };
+        no_grad(|| self.slots.iter_mut().try_for_each(|slot| slot.update(&rates)))
+            .map_err(torch("cannot update the weights"))
+    }
+
+    /// Sets the gradients to zero without an update.
+    pub fn discard(&mut self) -> Result<()> {
+        no_grad(|| self.slots.iter_mut().try_for_each(|slot| slot.gradient.f_zero_().map(drop)))
+            .map_err(torch("cannot clear gradients"))
+    }
+
+    /// Updates done.
+    pub fn step(&self) -> u32 {
+        self.step
+    }
+
+    /// All that an equal optimiser needs besides the weights in f32: moments, and masters where the
+    /// model is not f32 itself. Tensors share memory with this optimiser.
+    pub fn state(&self) -> Vec<(String, Tensor)> {
+        let mut state = Vec::with_capacity(3 * self.slots.len());
+        for slot in &self.slots {
+            state.push((format!("first.{}", slot.name), slot.first.shallow_clone()));
+            state.push((format!("second.{}", slot.name), slot.second.shallow_clone()));
+            if !slot.is_f32() {
+                state.push((format!("master.{}", slot.name), slot.master.shallow_clone()));
+            }
+        }
+        state
+    }
+
+    /// Takes over what [`AdamW::state`] gave, after `step` updates. Names and shapes must be those of
+    /// this optimiser; the text of an error says which is not.
+    pub fn restore(&mut self, step: u32, state: &[(String, Tensor)]) -> Result<(), String> {
+        let saved: std::collections::HashMap<&str, &Tensor> =
+            state.iter().map(|(name, tensor)| (name.as_str(), tensor)).collect();
+        let own = self.state();
+        if saved.len() != own.len() {
+            return Err(format!("it holds {} tensors, the optimiser has {}", saved.len(), own.len()));
+        }
+        for (name, mut tensor) in own {
+            let from = saved.get(name.as_str()).ok_or_else(|| format!("it lacks {name:?}"))?;
+            if from.size() != tensor.size() || from.kind() != Kind::Float {
+                return Err(format!("{name:?} is {:?} {:?}, not f32 {:?}", from.kind(), from.size(), tensor.size()));
+            }
+            no_grad(|| tensor.f_copy_(from)).map_err(|error| format!("{name:?}: {error}"))?;
+        }
+        for slot in self.slots.iter_mut().filter(|slot| !slot.is_f32()) {
+            no_grad(|| slot.parameter.f_copy_(&slot.master)).map_err(|error| format!("{:?}: {error}", slot.name))?;
+        }
+        self.step = step;
+        Ok(())
+    }
+}
+
+/// What one update has in common for all parameters.
+struct Rates {
+    hyper: Hyper,
+    learning_rate: f64,
+    gradient_scale: f64,
+    step_size: f64,
+    second_scale: f64,
+}
+
+impl Slot {
+    fn new(name: String, parameter: Tensor) -> Result<Self> {
+        let failed = torch("cannot set the optimiser up");
+        let parts = || -> Result<_, TchError> {
+            // Autograd adds in place to a gradient that is there, so that it stays where it is and
+            // head, body and this optimiser can share it.
+            (parameter.f_sum(Kind::Float)? * 0.0).f_backward()?;
+            let own = parameter.f_grad()?;
+            let flat = parameter.f_detach()?;
+            no_grad(|| {
+                let zeros = || flat.f_to_kind(Kind::Float)?.f_zeros_like();
+                let (master, gradient) = match parameter.kind() {
+                    Kind::Float => (flat.shallow_clone(), own.f_detach()?),
+                    _ => (flat.f_to_kind(Kind::Float)?, zeros()?),
+                };
+                Ok((master, gradient, zeros()?, zeros()?))
+            })
+        };
+        let (master, gradient, first, second) = parts().map_err(failed)?;
+        if ![&master, &gradient, &first, &second].iter().all(|tensor| tensor.is_contiguous()) {
+            return Err(Error::internal(format!("the parameter {name:?} is not contiguous")));
+        }
+        let decays = parameter.dim() > 1;
+        Ok(Self { name, parameter, master, gradient, first, second, decays })
+    }
+
+    fn is_f32(&self) -> bool {
+        self.parameter.kind() == Kind::Float
+    }
+
+    fn update(&mut self, rates: &Rates) -> Result<(), TchError> {
+        let flat = |tensor: &Tensor| tensor.f_view([-1]);
+        let arrays = [flat(&self.master)?, flat(&self.gradient)?, flat(&self.first)?, flat(&self.second)?];
+        let count = self.master.numel() as i64;
+        let stride = if self.master.device() == tch::Device::Cpu { STRIDE } else { count.max(1) };
+        let decay = if self.decays { 1.0 - rates.learning_rate * rates.hyper.weight_decay } else { 1.0 };
+        for start in (0..count).step_by(stride as usize) {
+            let length = stride.min(count - start);
+            let part = |array: &Tensor| array.f_narrow(0, start, length);
+            let [mut weight, mut gradient, mut first, mut second] =
+                [part(&arrays[0])?, part(&arrays[1])?, part(&arrays[2])?, part(&arrays[3])?];
+            if rates.gradient_scale != 1.0 {
+                let _ = gradient.f_mul_scalar_(rates.gradient_scale)?;
+            }
+            let _ = first.f_lerp_(&gradient, 1.0 - rates.hyper.beta1)?;
+            let _ = second.f_lerp_(&gradient.f_square()?, 1.0 - rates.hyper.beta2)?;
+            let mut divisor = second.f_sqrt()?;
+            let mut divisor = divisor.f_mul_scalar_(rates.second_scale)?;
+            let mut divisor = divisor.f_add_scalar_(rates.hyper.epsilon)?;
+            // -step_size * first / divisor, in the divisor's memory.
+            let mut step = divisor.f_reciprocal_()?;
+            let mut step = step.f_mul_(&first)?;
+            let step = step.f_mul_scalar_(-rates.step_size)?;
+            if decay != 1.0 {
+                let _ = weight.f_mul_scalar_(decay)?;
+            }
+            let _ = weight.f_add_(&step)?;
+            let _ = gradient.f_zero_()?;
+        }
+        if !self.is_f32() {
+            self.parameter.f_copy_(&self.master)?;
+        }
+        Ok(())
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use tch::Device;
+
+    use super::*;
+
+    const LR: f64 = 3e-3;
+
+    fn parameters(kind: Kind) -> Vec<(String, Tensor)> {
+        tch::manual_seed(1);
+        let leaf = |shape: &[i64]| Tensor::randn(shape, (Kind::Float, Device::Cpu)).to_kind(kind).set_requires_grad(true);
+        vec![("matrix".to_owned(), leaf(&[300, 250])), ("norm".to_owned(), leaf(&[17]))]
+    }
+
+    fn hyper() -> Hyper {
+        Hyper { weight_decay: 0.1, ..Hyper::new(0.0) }
+    }
+
+    /// A loss whose gradient changes with the step.
+    fn backward(parameters: &[(String, Tensor)], step: i64) {
+        for (_, parameter) in parameters {
+            ((parameter - 0.1 * step as f64).pow_tensor_scalar(3).sum(Kind::Float)).backward();
+        }
+    }
+
+    #[test]
+    fn updates_are_those_of_the_papers_formula() {
+        let parameters = parameters(Kind::Float);
+        let own = |parameters: &[(String, Tensor)]| -> Vec<(String, Tensor)> {
+            parameters.iter().map(|(name, tensor)| (name.clone(), tensor.shallow_clone())).collect()
+        };
+        let mut optimizer = AdamW::new(own(&parameters), hyper()).unwrap();
+        let zeros = || parameters.iter().map(|(_, p)| p.detach().to_kind(Kind::Double).zeros_like()).collect::<Vec<_>>();
+        let mut expected: Vec<Tensor> = parameters.iter().map(|(_, p)| p.detach().to_kind(Kind::Double).copy()).collect();
+        let (mut first, mut second) = (zeros(), zeros());
+        for step in 1..=5 {
+            backward(&parameters, step);
+            let norm = optimizer.gradient_norm().unwrap();
+            let mut squares = 0.0;
+            for (i, (_, parameter)) in parameters.iter().enumerate() {
+                let g = parameter.grad().to_kind(Kind::Double) * 0.5;
+                squares += 4.0 * g.square().sum(Kind::Double).double_value(&[]);
+                first[i] = &first[i] * 0.9 + &g * 0.1;
+                second[i] = &second[i] * 0.95 + g.square() * 0.05;
+                let corrected = &first[i] / (1.0 - 0.9f64.powi(step as i32));
+                let divisor = (&second[i] / (1.0 - 0.95f64.powi(step as i32))).sqrt() + 1e-8;
+                let decay = if i == 0 { 1.0 - LR * 0.1 } else { 1.0 };
+                expected[i] = &expected[i] * decay - corrected / divisor * LR;
+            }
+            assert!((norm / squares.sqrt() - 1.0).abs() < 1e-5);
+            optimizer.update(LR, 0.5).unwrap();
+            for ((_, parameter), expected) in parameters.iter().zip(&expected) {
+                assert!((parameter.detach() - expected).abs().max().double_value(&[]) < 1e-6);
+                assert_eq!(parameter.grad().abs().max().double_value(&[]), 0.0);
+            }
+        }
+    }
+
+    #[test]
+    fn restored_in_mid_run_it_ends_with_the_same_bytes() {
+        for kind in [Kind::Float, Kind::BFloat16] {
+            let run = |stop: Option<i64>| {
+                let mut parameters = parameters(kind);
+                let mut optimizer = AdamW::new(parameters.iter().map(|(n, t)| (n.clone(), t.shallow_clone())).collect(), hyper()).unwrap();
+                for step in 0..6 {
+                    if Some(step) == stop {
+                        let saved: Vec<_> = optimizer.state().iter().map(|(n, t)| (n.clone(), t.copy())).collect();
+                        let fresh: Vec<(String, Tensor)> = parameters
+                            .iter()
+                            .map(|(n, t)| (n.clone(), t.detach().copy().set_requires_grad(true)))
+                            .collect();
+                        let at = optimizer.step();
+                        optimizer = AdamW::new(fresh.iter().map(|(n, t)| (n.clone(), t.shallow_clone())).collect(), hyper()).unwrap();
+                        optimizer.restore(at, &saved).unwrap();
+                        parameters = fresh;
+                    }
+                    backward(&parameters, step);
+                    optimizer.collect().unwrap();
+                    optimizer.update(LR, 1.0).unwrap();
+                }
+                parameters
+            };
+            for ((_, straight), (_, resumed)) in run(None).iter().zip(run(Some(3))) {
+                assert!(straight.detach().equal(&resumed.detach()));
+            }
+        }
+    }
+
+    #[test]
+    fn a_state_of_another_model_is_refused() {
+        let mut optimizer = AdamW::new(parameters(Kind::Float), hyper()).unwrap();
+        let mut state: Vec<_> = optimizer.state().iter().map(|(n, t)| (n.clone(), t.copy())).collect();
+        state[0].1 = Tensor::zeros([2, 2], (Kind::Float, Device::Cpu));
+        assert!(optimizer.restore(1, &state).unwrap_err().contains("first.matrix"));
+        state.pop();
+        assert!(optimizer.restore(1, &state).unwrap_err().contains("3 tensors"));
+    }
+}

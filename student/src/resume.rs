@@ -1,0 +1,114 @@
+//! A trainer on disk: written at a checkpoint, read by the attempt that goes on.
+//!
+//! ```text
+//! model/                       a Hugging Face folder, the weights in the student's kind
+//! state/trainer.json           how far the run has come
+//! state/optimizer.safetensors  moments, and f32 masters where the student is not f32 itself
+//! ```
+
+use std::{fs, path::Path};
+
+use retort_core::{Code, Error, Result};
+use retort_llama::{Model, copy_text_files};
+use serde::{Deserialize, Serialize};
+use serde_json::json;
+use tch::{Device, Kind, Tensor};
+
+use crate::{
+    failure::{llama, torch},
+    trainer::{Options, Progress, Trainer},
+};
+
+const SCHEMA_VERSION: u32 = 1;
+/// Largest `trainer.json` that is read, bytes.
+const MAX_STATE_BYTES: u64 = 1 << 20;
+
+#[derive(Serialize, Deserialize)]
+struct State {
+    schema_version: u32,
+    #[serde(flatten)]
+    progress: Progress,
+    /// Updates of the optimiser: fewer than steps where a step had no target.
+    updates: u32,
+    dtype: String,
+}
+
+/// A Hugging Face folder of the student's weights, complete with the teacher's tokenizer and chat
+/// template.
+pub fn export(model: &Model, teacher: &Path, into: &Path) -> Result<()> {
+    fs::create_dir_all(into).map_err(|error| Error::io(into, error))?;
+    copy_text_files(teacher, into).map_err(llama)?;
+    let path = into.join("generation_config.json");
+    if !path.exists() {
+        let config = model.config();
+        let ends = json!({
+            "bos_token_id": config.bos_token_id,
+            "eos_token_id": config.eos_token_ids,
+            "pad_token_id": config.pad_token_id,
+        });
+        fs::write(&path, format!("{ends:#}\n")).map_err(|error| Error::io(&path, error))?;
+    }
+    model.save(into, model.kind()).map_err(llama)
+}
+
+/// Writes everything that [`load`] needs. `teacher` lends tokenizer and chat template.
+pub fn save(trainer: &Trainer, teacher: &Path, dir: &Path) -> Result<()> {
+    export(&trainer.model, teacher, &dir.join("model"))?;
+    let folder = dir.join("state");
+    fs::create_dir_all(&folder).map_err(|error| Error::io(&folder, error))?;
+    let state = State {
+        schema_version: SCHEMA_VERSION,
+        progress: trainer.progress,
+        updates: trainer.optimizer.step(),
+        dtype: dtype(trainer.model.kind()).to_owned(),
+    };
+    let json = serde_json::to_vec_pretty(&state).map_err(|error| Error::internal(error.to_string()))?;
+    let path = folder.join("trainer.json");
+    fs::write(&path, json).map_err(|error| Error::io(&path, error))?;
+    Tensor::write_safetensors(&trainer.optimizer.state(), folder.join("optimizer.safetensors"))
+        .map_err(torch("cannot write the optimiser's state"))
+}
+
+/// The trainer that [`save`] wrote, on `device`. The checkpoint must have been computed in `kind`.
+pub fn load(dir: &Path, options: Options, device: Device, kind: Kind) -> Result<Trainer> {
+    let corrupt = |what: &str, why: String| {
+        Error::new(Code::CheckpointCorrupt, format!("{what} of the checkpoint in {}: {why}", dir.display()))
+    };
+    let path = dir.join("state/trainer.json");
+    let size = fs::metadata(&path).map_err(|error| Error::io(&path, error))?.len();
+    if size > MAX_STATE_BYTES {
+        return Err(corrupt("state/trainer.json", format!("{size} bytes are more than it may have")));
+    }
+    let json = fs::read(&path).map_err(|error| Error::io(&path, error))?;
+    let state: State =
+        serde_json::from_slice(&json).map_err(|error| corrupt("state/trainer.json", error.to_string()))?;
+    if state.schema_version != SCHEMA_VERSION {
+        let why = format!("schema version {}, this build reads {SCHEMA_VERSION}", state.schema_version);
+        return Err(corrupt("state/trainer.json", why));
+    }
+    if state.dtype != dtype(kind) {
+        return Err(Error::new(
+            Code::DeviceUnavailable,
+            format!(
+                "the run was begun in {} and this worker computes in {}; start a student with --dtype {} to go on with it",
+                state.dtype,
+                dtype(kind),
+                state.dtype
+            ),
+        ));
+    }
+    let model = Model::load(&dir.join("model"), device, kind).map_err(llama)?;
+    let mut trainer = Trainer::new(model, options)?;
+    let moments = Tensor::read_safetensors(dir.join("state/optimizer.safetensors"))
+        .map_err(|error| corrupt("state/optimizer.safetensors", error.to_string()))?;
+    trainer.optimizer.restore(state.updates, &moments).map_err(|why| corrupt("state/optimizer.safetensors", why))?;
+    trainer.progress = state.progress;
+    Ok(trainer)
+}
+
+pub(crate) fn dtype(kind: Kind) -> &'static str {
+    match kind {
+        Kind::BFloat16 => "bf16",
+        _ => "f32",
+    }
+}

@@ -1,0 +1,184 @@
+//! The student in training: model, loss, optimiser and schedule, one optimiser step at a time.
+//!
+//! Synchronous and alone: no store, no bus, no clock but the one that measures its own speed. What
+//! a step does is a function of the weights, the moments, the step's index and its rows, so a trainer
+//! that was saved and read back goes on bit for bit.
+
+use std::time::Instant;
+
+use retort_core::{Code, Error, Result, spec::Train};
+use retort_llama::Model;
+use serde::{Deserialize, Serialize};
+use tch::{Kind, TchError, Tensor};
+
+use crate::{
+    batch::{self, MicroBatch},
+    example::Example,
+    failure::{llama, torch},
+    loss::{ChunkedLoss, Sums},
+    optimizer::{AdamW, Hyper},
+    schedule::Schedule,
+};
+
+/// What of a job's spec decides the training, besides its data.
+#[derive(Clone, Debug, PartialEq)]
+pub struct Options {
+    pub train: Train,
+    /// Optimiser steps of the whole run.
+    pub steps: u32,
+    pub limits: batch::Limits,
+}
+
+/// How far a run has come; travels with its checkpoints.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Serialize, Deserialize)]
+pub struct Progress {
+    /// Optimiser steps done. It alone says which rows come next.
+    pub step: u32,
+    /// Tokens that went through the student, padding not counted.
+    pub trained_tokens: u64,
+    /// Of these, tokens that the loss was computed at.
+    pub target_tokens: u64,
+    /// Spent computing, over all attempts; waiting for shards not counted.
+    pub seconds: f64,
+    /// Loss of the last step that had targets, nats a target token.
+    pub loss: f64,
+}
+
+/// What one step did.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub struct StepReport {
+    /// Steps done, this one included.
+    pub step: u32,
+    /// Mean over the step's target tokens, nats; `None` when no row had any.
+    pub loss: Option<f64>,
+    /// Before clipping.
+    pub gradient_norm: f64,
+    pub learning_rate: f64,
+    pub tokens: u64,
+    pub seconds: f64,
+}
+
+#[derive(Debug)]
+pub struct Trainer {
+    pub(crate) model: Model,
+    pub(crate) loss: ChunkedLoss,
+    pub(crate) optimizer: AdamW,
+    pub(crate) options: Options,
+    pub(crate) progress: Progress,
+    schedule: Schedule,
+    /// The head's gradient, shared with the optimiser.
+    head_grad_vh: Tensor,
+}
+
+impl Trainer {
+    /// At step 0, with `model`'s weights.
+    pub fn new(model: Model, options: Options) -> Result<Self> {
+        model.set_trainable(true);
+        let optimizer = AdamW::new(model.parameters(), Hyper::new(options.train.weight_decay))?;
+        let head = if model.config().tie_word_embeddings { "model.embed_tokens.weight" } else { "lm_head.weight" };
+        let head_grad_vh = optimizer.gradient(head)?;
+        let loss =
+            ChunkedLoss::new(options.train.ce_weight, model.config().vocab_size, model.kind(), model.device())?;
+        let schedule = Schedule::new(options.train.learning_rate, options.train.warmup_ratio, options.steps);
+        Ok(Self { model, loss, optimizer, options, progress: Progress::default(), schedule, head_grad_vh })
+    }
+
+    pub fn model(&self) -> &Model {
+        &self.model
+    }
+
+    pub fn progress(&self) -> Progress {
+        self.progress
+    }
+
+    /// One optimiser step on `examples`: the loss is the mean over all their target tokens. `check`
+    /// is asked between micro-batches and may end the attempt.
+    ///
+    /// A loss or gradient that is not finite is [`Code::LossNotFinite`], and the weights stay as they
+    /// were. Without a single target token the step counts and changes nothing.
+    pub fn step(&mut self, examples: &[Example], check: &dyn Fn() -> Result<()>) -> Result<StepReport> {
+        let started = Instant::now();
+        let micro_batches = batch::cut(examples, self.options.limits);
+        let positions: usize = micro_batches.iter().map(|micro| micro.targets.len()).sum();
+        let learning_rate = self.schedule.learning_rate(self.progress.step);
+        let mut sums = Sums::default();
+        for micro in &micro_batches {
+            check()?;
+            sums.add(self.accumulate(micro, 1.0 / positions as f64)?);
+        }
+        let mut gradient_norm = 0.0;
+        let mut loss = None;
+        if positions > 0 {
+            let ce_weight = self.options.train.ce_weight;
+            let mean = ((1.0 - ce_weight) * sums.kl + ce_weight * sums.ce) / positions as f64;
+            gradient_norm = self.optimizer.gradient_norm()?;
+            if !mean.is_finite() || !gradient_norm.is_finite() {
+                self.optimizer.discard()?;
+                return Err(self.not_finite(mean, gradient_norm, learning_rate));
+            }
+            let clip_norm = self.options.train.clip_norm;
+            let scale = if gradient_norm > clip_norm { clip_norm / gradient_norm } else { 1.0 };
+            self.optimizer.update(learning_rate, scale)?;
+            loss = Some(mean);
+            self.progress.loss = mean;
+        }
+        let tokens: usize = micro_batches.iter().map(|micro| micro.tokens).sum();
+        let seconds = started.elapsed().as_secs_f64();
+        self.progress.step += 1;
+        self.progress.trained_tokens += tokens as u64;
+        self.progress.target_tokens += positions as u64;
+        self.progress.seconds += seconds;
+        Ok(StepReport {
+            step: self.progress.step,
+            loss,
+            gradient_norm,
+            learning_rate,
+            tokens: tokens as u64,
+            seconds,
+        })
+    }
+
+    /// Adds one micro-batch's gradients: the head's by its closed form, then one backward pass
+    /// through the body from the hidden states' gradient.
+    fn accumulate(&mut self, micro: &MicroBatch, scale: f64) -> Result<Sums> {
+        let failed = torch("cannot run the student");
+        let hidden_nh = target_hidden(&self.model, micro)?;
+        let weight_vh = self.model.head_weight();
+        let (sums, grad_nh) =
+            self.loss.backward(&hidden_nh, &weight_vh, &mut self.head_grad_vh, &micro.targets, scale)?;
+        let through_body = || -> Result<(), TchError> {
+            // The gradient of this sum with respect to hidden_nh is grad_nh; its value means nothing.
+            hidden_nh.f_mul(&grad_nh)?.f_sum(Kind::Float)?.f_backward()
+        };
+        through_body().map_err(failed)?;
+        self.optimizer.collect()?;
+        Ok(sums)
+    }
+
+    fn not_finite(&self, loss: f64, gradient_norm: f64, learning_rate: f64) -> Error {
+        Error::new(
+            Code::LossNotFinite,
+            format!(
+                "step {}: the loss is {loss} and the gradient's norm {gradient_norm} at learning rate {learning_rate:.2e}; \
+                 the weights were left as they were; lower train.learning_rate or train.clip_norm, or raise train.warmup_ratio",
+                self.progress.step + 1
+            ),
+        )
+    }
+}
+
+/// Hidden states `[n, h]` that predict the micro-batch's targets. Records a graph unless inside
+/// [`tch::no_grad`].
+pub(crate) fn target_hidden(model: &Model, micro: &MicroBatch) -> Result<Tensor> {
+    let failed = torch("cannot run the student");
+    let inputs = || -> Result<_, TchError> {
+        let ids_bt = Tensor::f_from_slice(&micro.ids_bt)?.f_view([micro.rows as i64, micro.width as i64])?;
+        Ok((ids_bt, Tensor::f_from_slice(&micro.positions_n)?.f_to(model.device())?))
+    };
+    let (ids_bt, positions_n) = inputs().map_err(&failed)?;
+    let hidden_bth = model.hidden(&ids_bt).map_err(llama)?;
+    hidden_bth.f_flatten(0, 1).and_then(|flat_nh| flat_nh.f_index_select(0, &positions_n)).map_err(&failed)
+}
+
+#[cfg(test)]
+mod tests;

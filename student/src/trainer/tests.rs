@@ -1,0 +1,163 @@
+use tch::Device;
+
+use super::*;
+use crate::{
+    example::tests::example,
+    init::tests::{tiny_config, tiny_teacher},
+    measure::{Tally, measure},
+    resume,
+};
+
+const VOCAB: u32 = 40;
+const STEPS: u32 = 6;
+
+fn options() -> Options {
+    let train = Train { learning_rate: 5e-3, ce_weight: 0.1, batch_rows: 4, ..Train::default() };
+    Options { train, steps: STEPS, limits: batch::Limits { max_tokens: 60, overhead_tokens: 8 } }
+}
+
+fn model(tied: bool) -> Model {
+    let config = retort_llama::Config { tie_word_embeddings: tied, ..tiny_config(2, VOCAB.into()) };
+    Model::init(config, Device::Cpu, Kind::Float, 5).unwrap()
+}
+
+fn rows(step: u32) -> Vec<Example> {
+    let seed = |i: u64| u64::from(step % 2) * 10 + i;
+    (0..4).map(|i| example(seed(i), 3 + i as usize, 6 + 3 * i as usize, 5, VOCAB)).collect()
+}
+
+fn weights(trainer: &Trainer) -> Vec<(String, Vec<u8>)> {
+    let bytes = |tensor: &Tensor| {
+        let mut bytes = vec![0; tensor.numel() * 4];
+        tensor.detach().f_copy_data_u8(&mut bytes, tensor.numel()).unwrap();
+        bytes
+    };
+    trainer.model().parameters().iter().map(|(name, tensor)| (name.clone(), bytes(tensor))).collect()
+}
+
+#[test]
+fn training_brings_the_student_closer_to_the_teacher() {
+    let mut trainer = Trainer::new(model(true), Options { steps: 40, ..options() }).unwrap();
+    let kl = |trainer: &mut Trainer| {
+        let mut sum = Tally::default();
+        let tallies = measure(&trainer.model, &mut trainer.loss, &rows(0), trainer.options.limits, &|| Ok(())).unwrap();
+        tallies.iter().for_each(|tally| sum.add(tally));
+        assert_eq!(sum.tokens, 42);
+        sum.mean_kl()
+    };
+    let before = kl(&mut trainer);
+    let first = trainer.step(&rows(0), &|| Ok(())).unwrap();
+    for _ in 1..40 {
+        trainer.step(&rows(0), &|| Ok(())).unwrap();
+    }
+    let after = kl(&mut trainer);
+    assert!(after < 0.5 * before, "{before} -> {after}");
+    assert_eq!(first.tokens, (8 + 12 + 16 + 20));
+    assert_eq!(trainer.progress().target_tokens, 40 * 42);
+    assert!(trainer.progress().loss < first.loss.unwrap());
+}
+
+/// Stopped anywhere and read back from disk, it ends with the bytes it would have ended with.
+#[test]
+fn resumed_it_ends_with_the_same_bytes() {
+    let folder = tempfile::tempdir().unwrap();
+    let teacher = tiny_teacher(&folder.path().join("teacher"), 1, VOCAB.into());
+    let mut straight = Trainer::new(model(true), options()).unwrap();
+    for step in 0..STEPS {
+        straight.step(&rows(step), &|| Ok(())).unwrap();
+    }
+    for stop in [1, 3, STEPS] {
+        let dir = folder.path().join(format!("checkpoint-{stop}"));
+        let mut first = Trainer::new(model(true), options()).unwrap();
+        for step in 0..stop {
+            first.step(&rows(step), &|| Ok(())).unwrap();
+        }
+        resume::save(&first, &teacher.folder, &dir).unwrap();
+        let mut second = resume::load(&dir, options(), Device::Cpu, Kind::Float).unwrap();
+        assert_eq!(second.progress(), first.progress());
+        drop(first);
+        for step in stop..STEPS {
+            second.step(&rows(step), &|| Ok(())).unwrap();
+        }
+        assert!(weights(&second) == weights(&straight), "stopped after {stop}");
+        assert_eq!(second.progress().loss.to_bits(), straight.progress().loss.to_bits());
+        assert_eq!(second.progress().target_tokens, straight.progress().target_tokens);
+    }
+}
+
+#[test]
+fn an_exported_folder_is_whole_and_a_damaged_state_is_refused() {
+    let folder = tempfile::tempdir().unwrap();
+    let teacher = tiny_teacher(&folder.path().join("teacher"), 1, VOCAB.into());
+    let trainer = Trainer::new(model(true), options()).unwrap();
+    let dir = folder.path().join("checkpoint");
+    resume::save(&trainer, &teacher.folder, &dir).unwrap();
+    for name in ["config.json", "model.safetensors", "tokenizer.json", "generation_config.json"] {
+        assert!(dir.join("model").join(name).exists(), "{name}");
+    }
+    let config = retort_llama::Config::from_dir(&dir.join("model")).unwrap();
+    assert_eq!(config.num_hidden_layers, 2);
+
+    let load = || resume::load(&dir, options(), Device::Cpu, Kind::Float).map(drop).unwrap_err();
+    std::fs::write(dir.join("state/optimizer.safetensors"), b"short").unwrap();
+    assert_eq!(load().code, Code::CheckpointCorrupt);
+    std::fs::write(dir.join("state/trainer.json"), b"{}").unwrap();
+    assert_eq!(load().code, Code::CheckpointCorrupt);
+    std::fs::remove_file(dir.join("state/trainer.json")).unwrap();
+    assert_eq!(load().code, Code::FileNotFound);
+}
+
+#[test]
+fn the_cut_changes_nothing_tied_or_not() {
+    for tied in [true, false] {
+        let run = |max_tokens: usize| {
+            let limits = batch::Limits { max_tokens, overhead_tokens: 4 };
+            let mut trainer = Trainer::new(model(tied), Options { limits, ..options() }).unwrap();
+            let losses: Vec<f64> = (0..3).map(|step| trainer.step(&rows(step), &|| Ok(())).unwrap().loss.unwrap()).collect();
+            (losses, trainer)
+        };
+        let (losses, whole) = run(10_000);
+        for max_tokens in [1, 45] {
+            let (other_losses, other) = run(max_tokens);
+            assert!((losses[0] - other_losses[0]).abs() < 1e-6);
+            for ((name, a), (_, b)) in whole.model().parameters().iter().zip(other.model().parameters()) {
+                // Adam divides by the gradient's own size, so rounding of tiny gradients grows to parts of a step.
+                let difference = (a.detach() - b.detach()).abs().max().double_value(&[]);
+                assert!(difference < 1e-4, "{name}: {difference}");
+            }
+        }
+    }
+}
+
+#[test]
+fn a_loss_that_is_not_finite_stops_before_the_weights_change() {
+    let mut trainer = Trainer::new(model(true), options()).unwrap();
+    trainer.step(&rows(0), &|| Ok(())).unwrap();
+    let before = weights(&trainer);
+    let mut poisoned = rows(1);
+    poisoned[2].support.masses[0] = f32::NAN;
+    let error = trainer.step(&poisoned, &|| Ok(())).unwrap_err();
+    assert_eq!(error.code, Code::LossNotFinite);
+    assert!(error.message.contains("step 2"), "{}", error.message);
+    assert!(weights(&trainer) == before);
+    // And what it had summed up is gone.
+    assert!(trainer.step(&rows(1), &|| Ok(())).unwrap().loss.unwrap().is_finite());
+}
+
+#[test]
+fn rows_without_targets_count_a_step_and_change_nothing() {
+    let mut trainer = Trainer::new(model(true), options()).unwrap();
+    let before = weights(&trainer);
+    let report = trainer.step(&[example(1, 5, 0, 3, VOCAB)], &|| Ok(())).unwrap();
+    assert_eq!((report.step, report.loss, report.tokens), (1, None, 0));
+    assert!(weights(&trainer) == before);
+    trainer.step(&[], &|| Ok(())).unwrap();
+    assert_eq!(trainer.progress().step, 2);
+}
+
+#[test]
+fn a_cancelled_step_ends_between_micro_batches() {
+    let mut trainer = Trainer::new(model(true), options()).unwrap();
+    let cancelled = || Err(Error::new(Code::JobCancelled, "the job was cancelled"));
+    assert_eq!(trainer.step(&rows(0), &cancelled).unwrap_err().code, Code::JobCancelled);
+}
