@@ -66,6 +66,7 @@ codes! {
     PromptEmpty = "prompt-empty", Invalid;
     PromptTooLong = "prompt-too-long", Invalid;
     PromptSetTooSmall = "prompt-set-too-small", Invalid;
+    PromptSetLeaks = "prompt-set-leaks", Invalid;
     ModelUnsupported = "model-unsupported", Invalid;
     ModelMalformed = "model-malformed", Invalid;
     WeightsTruncated = "weights-truncated", Invalid;
@@ -79,13 +80,18 @@ codes! {
     CheckpointCorrupt = "checkpoint-corrupt", Corrupt;
     ObjectExists = "object-exists", Exists;
     ObjectNotFound = "object-not-found", NotFound;
+    ObjectTooLarge = "object-too-large", Invalid;
+    StoreUnsupported = "store-unsupported", Invalid;
     StoreUnavailable = "store-unavailable", Unavailable;
     DiskFull = "disk-full", Exhausted;
     PortInUse = "port-in-use", Precondition;
     AlreadyRunning = "already-running", Precondition;
+    ProgramMissing = "program-missing", Precondition;
+    ComponentFailed = "component-failed", Precondition;
     BusUnavailable = "bus-unavailable", Unavailable;
     BusMalformed = "bus-malformed", Invalid;
     DatabaseUnavailable = "database-unavailable", Unavailable;
+    DatabaseTooNew = "database-too-new", Precondition;
     OrchestratorUnavailable = "orchestrator-unavailable", Unavailable;
     RequestInvalid = "request-invalid", Invalid;
     RequestReused = "request-reused", Exists;
