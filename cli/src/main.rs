@@ -1,1 +1,27 @@
-fn main() {}
+//! The `retort` command. Each subcommand is one file under `command/`; what several of them share
+//! lies beside it: the supervisor of child processes, the gRPC client, live progress, the report.
+
+mod client;
+mod cluster;
+mod command;
+mod export;
+mod follow;
+mod home;
+mod json;
+mod outcome;
+mod output;
+mod progress;
+mod report;
+mod request;
+mod signals;
+mod spec_file;
+mod supervise;
+mod text;
+
+use std::process::ExitCode;
+
+use clap::Parser as _;
+
+fn main() -> ExitCode {
+    command::Cli::parse().execute()
+}

@@ -1,0 +1,136 @@
+use std::{
+    io::Read as _,
+    path::{Path, PathBuf},
+};
+
+use clap::Args;
+use retort_artifact::soft_targets::{Description, Limits, describe};
+use retort_core::{Code, Error, Result};
+
+use crate::{
+    command::Context,
+    outcome::Outcome,
+    text::{bytes, count, shorten, table},
+};
+
+/// Says what a soft-target file holds and what it costs
+#[derive(Debug, Args)]
+#[command(after_help = "Examples:
+  retort shard show ~/.retort/store/jobs/JOB/shards/00000/1.parquet
+  retort shard show 1.parquet --rows 3
+  retort shard show 1.parquet --json | jq .header")]
+pub struct Show {
+    /// A shard, Parquet
+    file: PathBuf,
+    /// How many of its sequences to list
+    #[arg(long, value_name = "N", default_value_t = 10)]
+    rows: usize,
+}
+
+impl Show {
+    pub async fn run(self, context: &Context) -> Result<Outcome> {
+        let limits = Limits::default();
+        let shard = describe(read(&self.file, limits.max_bytes)?.into(), limits, self.rows)
+            .map_err(|error| Error::new(error.code, format!("{}: {}", self.file.display(), error.chain())))?;
+        let value =
+            serde_json::to_value(&shard).map_err(|error| Error::internal(format!("cannot write JSON: {error}")))?;
+        context.output.json(&value);
+        context.output.text(&render(&shard));
+        Ok(Outcome::Done)
+    }
+}
+
+fn read(path: &Path, max_bytes: u64) -> Result<Vec<u8>> {
+    let io = |error| Error::io(path, error);
+    let file = std::fs::File::open(path).map_err(io)?;
+    let size = file.metadata().map_err(io)?.len();
+    if size > max_bytes {
+        let message =
+            format!("{}: {} are more than a shard may have ({})", path.display(), bytes(size), bytes(max_bytes));
+        return Err(Error::new(Code::FileUnreadable, message));
+    }
+    let mut content = Vec::new();
+    file.take(max_bytes).read_to_end(&mut content).map_err(io)?;
+    Ok(content)
+}
+
+fn render(shard: &Description) -> String {
+    let header = &shard.header;
+    let pair = |(name, value): (&str, String)| vec![name.to_owned(), value];
+    let mut text = table(
+        &[
+            (
+                "shard",
+                format!(
+                    "{} of job {}, attempt {}, {}",
+                    header.shard,
+                    shorten(&header.job, 40),
+                    header.epoch,
+                    shorten(&header.split, 20)
+                ),
+            ),
+            ("size", format!("{}, {:.1} bytes per token", bytes(shard.bytes), shard.bytes_per_token)),
+            (
+                "sequences",
+                format!(
+                    "{}, {} tokens, {} of them targets",
+                    count(shard.rows),
+                    count(shard.tokens),
+                    count(shard.target_tokens)
+                ),
+            ),
+            (
+                "support",
+                format!("head {}, {} draws, {:.1} tokens a position", header.head, header.draws, shard.mean_support),
+            ),
+            ("tail mass", format!("{:.4} outside the head on average", shard.mean_tail_mass)),
+            ("perplexity", format!("{:.3} of the teacher on these targets", shard.teacher_perplexity)),
+            (
+                "engine",
+                format!(
+                    "{} {}, {}",
+                    shorten(&header.engine, 40),
+                    shorten(&header.engine_version, 40),
+                    shorten(&header.dtype, 10)
+                ),
+            ),
+            (
+                "mode",
+                format!("{}, seed {}, {}", shorten(&header.mode, 20), header.seed, shorten(&header.sampling_json, 100)),
+            ),
+            ("vocabulary", count(u64::from(header.vocab_size))),
+            ("teacher", shorten(&header.teacher_sha256, 64)),
+            ("tokenizer", shorten(&header.tokenizer_sha256, 64)),
+            ("sha256", shard.sha256.clone()),
+        ]
+        .map(pair),
+        &[],
+    );
+    let mut rows = vec![["column", "encoding", "stored", "plain"].map(str::to_owned).to_vec()];
+    rows.extend(shard.columns.iter().map(|column| {
+        vec![
+            shorten(&column.name, 40),
+            shorten(&column.encoding, 40),
+            bytes(column.bytes),
+            bytes(column.uncompressed_bytes),
+        ]
+    }));
+    text.push_str(&format!("\n{}", table(&rows, &[2, 3])));
+    if !shard.sequences.is_empty() {
+        let mut rows =
+            vec![["line", "row", "tokens", "targets", "perplexity", "finish", "tags"].map(str::to_owned).to_vec()];
+        rows.extend(shard.sequences.iter().map(|sequence| {
+            vec![
+                sequence.row.to_string(),
+                shorten(&sequence.row_id, 32),
+                count(sequence.token_ids.len() as u64),
+                count(sequence.target_tokens),
+                format!("{:.2}", sequence.teacher_perplexity),
+                shorten(&sequence.finish_reason, 16),
+                shorten(&sequence.tags.join(" "), 40),
+            ]
+        }));
+        text.push_str(&format!("\n{}", table(&rows, &[0, 2, 3, 4])));
+    }
+    text
+}

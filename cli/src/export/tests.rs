@@ -1,0 +1,80 @@
+use std::collections::HashMap;
+
+use super::*;
+
+async fn store_with(folder: &Path, files: &[(&str, &str)]) -> Store {
+    let store = Store::open(&folder.display().to_string()).unwrap();
+    for (key, text) in files {
+        store.put_new(key, text.as_bytes().to_vec().into()).await.unwrap();
+    }
+    store
+}
+
+#[tokio::test]
+async fn the_newest_version_or_the_one_named() {
+    let folder = tempfile::tempdir().unwrap();
+    let files = [("models/support/versions/000001.json", "{}"), ("models/support/versions/000012.json", "{}")];
+    let store = store_with(folder.path(), &files).await;
+    let newest = Source::resolve(&store, "support").await.unwrap();
+    assert_eq!((newest.version, newest.key.as_str()), (Some(12), "models/support/000012/"));
+    assert_eq!(Source::resolve(&store, "support@1").await.unwrap().key, "models/support/000001/");
+    assert_eq!(Source::resolve(&store, "models/support/versions/1").await.unwrap().version, Some(1));
+    let missing = Source::resolve(&store, "support@7").await.unwrap_err();
+    assert_eq!(missing.code, Code::ModelNotFound);
+    assert!(missing.message.contains("the newest is 12"), "{}", missing.message);
+    assert_eq!(Source::resolve(&store, "other").await.unwrap_err().code, Code::ModelNotFound);
+    for bad in ["", "../x", "a@b", "a@", "A", "a/b"] {
+        assert_eq!(Source::resolve(&store, bad).await.unwrap_err().code, Code::RequestInvalid, "{bad:?}");
+    }
+}
+
+#[tokio::test]
+async fn exports_replace_their_own_kind_only() {
+    let folder = tempfile::tempdir().unwrap();
+    let files = [("models/a/000001/config.json", "{}"), ("models/a/000001/model.safetensors", "weights")];
+    let store = store_with(&folder.path().join("store"), &files).await;
+    let source = Source { name: "a".to_owned(), version: Some(1), key: "models/a/000001/".to_owned() };
+    let out = folder.path().join("out/a");
+    let exported = export(&store, &source, &out, false).await.unwrap();
+    assert_eq!((exported.files, exported.bytes), (2, 9));
+    assert_eq!(std::fs::read_to_string(out.join("model.safetensors")).unwrap(), "weights");
+    export(&store, &source, &out, false).await.unwrap();
+
+    let other = folder.path().join("other");
+    std::fs::create_dir(&other).unwrap();
+    std::fs::write(other.join("mine.txt"), "mine").unwrap();
+    assert_eq!(export(&store, &source, &other, false).await.unwrap_err().code, Code::ObjectExists);
+    assert!(other.join("mine.txt").exists());
+    assert_eq!(export(&store, &source, &other.join("mine.txt"), false).await.unwrap_err().code, Code::ObjectExists);
+
+    let empty = Source { key: "models/a/000009/".to_owned(), ..source };
+    assert_eq!(export(&store, &empty, &folder.path().join("no"), false).await.unwrap_err().code, Code::ModelNotFound);
+    assert!(!folder.path().join("no").exists());
+    let left: Vec<_> = std::fs::read_dir(folder.path()).unwrap().flatten().map(|entry| entry.file_name()).collect();
+    assert!(!left.iter().any(|name| name.to_string_lossy().contains("retort-export")), "{left:?}");
+}
+
+#[test]
+fn a_job_leaves_its_promoted_model_or_its_candidate() {
+    let spec = proto::JobSpec { name: "support".to_owned(), ..Default::default() };
+    let mut report = proto::Report { promoted: "models/support/versions/3".to_owned(), ..Default::default() };
+    let job = |report: &proto::Report| proto::Job {
+        spec: Some(spec.clone()),
+        report: Some(report.clone()),
+        ..Default::default()
+    };
+    assert_eq!(Source::of_job(&job(&report)).unwrap().key, "models/support/000003/");
+    report.promoted.clear();
+    assert_eq!(Source::of_job(&job(&report)), None);
+    report.artifacts = HashMap::from([("checkpoint".to_owned(), "jobs/j/checkpoints/000040-1/".to_owned())]);
+    let candidate = Source::of_job(&job(&report)).unwrap();
+    assert_eq!((candidate.version, candidate.key.as_str()), (None, "jobs/j/checkpoints/000040-1/model/"));
+}
+
+#[test]
+fn keys_stay_inside_the_folder() {
+    assert_eq!(relative("m/1/", "m/1/a/b").unwrap(), PathBuf::from("a/b"));
+    for bad in ["m/1/../x", "/etc/passwd", "m/1/"] {
+        assert!(relative("m/1/", bad).is_err(), "{bad}");
+    }
+}

@@ -1,0 +1,183 @@
+//! Messages of the API as JSON, for `--json`. Field names are those of the `.proto` files, states
+//! are lower case words, times are RFC 3339, durations are seconds.
+
+use std::collections::BTreeMap;
+
+use retort_core::wire::job_state_from_proto;
+use retort_proto as proto;
+use serde_json::{Map, Value, json};
+
+/// `{"type": "error", "code": ..., "message": ...}`
+pub fn error(code: &str, message: &str) -> Value {
+    json!({ "type": "error", "code": code, "message": message })
+}
+
+/// `{"type": "notice", "message": ...}`: something beside the job's own events.
+pub fn notice(message: &str) -> Value {
+    json!({ "type": "notice", "message": message })
+}
+
+/// `{"type": "event", "sequence", "time", "state", "progress", "event": {"kind": ...}}`
+pub fn event(event: &proto::JobEvent) -> Value {
+    use proto::job_event::What;
+    let what = match &event.what {
+        Some(What::StateChanged(changed)) => json!({
+            "kind": "state_changed",
+            "from": state(changed.from),
+            "to": state(changed.to),
+            "error": changed.error.as_ref().map(error_detail),
+        }),
+        Some(What::ShardPublished(shard)) => json!({
+            "kind": "shard_published",
+            "shard": shard.shard,
+            "epoch": shard.epoch,
+            "target_tokens": shard.target_tokens,
+            "bytes": shard.bytes,
+        }),
+        Some(What::AttemptLost(lost)) => json!({
+            "kind": "attempt_lost",
+            "redone": lost.redone.as_ref().map(redone),
+        }),
+        Some(What::TrainStepped(stepped)) => {
+            json!({ "kind": "train_stepped", "step": stepped.step, "loss": stepped.loss })
+        }
+        Some(What::CheckpointSaved(saved)) => {
+            json!({ "kind": "checkpoint_saved", "step": saved.step, "key": saved.key })
+        }
+        Some(What::Evaluated(evaluated)) => json!({
+            "kind": "evaluated",
+            "step": evaluated.step,
+            "quality": evaluated.quality.as_ref().map(quality),
+        }),
+        None => Value::Null,
+    };
+    json!({
+        "type": "event",
+        "sequence": event.sequence,
+        "time": time(event.time.as_ref()),
+        "state": state(event.state),
+        "progress": event.progress.as_ref().map(progress),
+        "event": what,
+    })
+}
+
+pub fn job(job: &proto::Job) -> Value {
+    json!({
+        "name": job.name,
+        "uid": job.uid,
+        "spec": job.spec.as_ref().map(spec),
+        "state": state(job.state),
+        "create_time": time(job.create_time.as_ref()),
+        "start_time": time(job.start_time.as_ref()),
+        "end_time": time(job.end_time.as_ref()),
+        "error": job.error.as_ref().map(error_detail),
+        "plan": job.plan.as_ref().map(plan),
+        "progress": job.progress.as_ref().map(progress),
+        "report": job.report.as_ref().map(report),
+    })
+}
+
+pub fn plan(plan: &proto::Plan) -> Value {
+    json!({
+        "train_rows": plan.train_rows,
+        "held_out_rows": plan.held_out_rows,
+        "train_shards": plan.train_shards,
+        "held_out_shards": plan.held_out_shards,
+        "max_target_tokens": plan.max_target_tokens,
+        "optimizer_steps": plan.optimizer_steps,
+        "teacher_parameters": plan.teacher_parameters,
+        "student_parameters": plan.student_parameters,
+        "max_store_bytes": plan.max_store_bytes,
+    })
+}
+
+pub fn model(model: &proto::Model) -> Value {
+    json!({
+        "name": model.name,
+        "job": model.job,
+        "create_time": time(model.create_time.as_ref()),
+        "key": model.key,
+        "quality": model.quality.as_ref().map(quality),
+    })
+}
+
+pub fn report(report: &proto::Report) -> Value {
+    let by_tag: BTreeMap<_, _> = report.after_by_tag.iter().map(|(tag, value)| (tag, quality(value))).collect();
+    let artifacts: BTreeMap<_, _> = report.artifacts.iter().collect();
+    json!({
+        "before": report.before.as_ref().map(quality),
+        "after": report.after.as_ref().map(quality),
+        "after_by_tag": by_tag,
+        "gates": report.gates.iter().map(|gate| json!({
+            "gate": gate.gate, "limit": gate.limit, "value": gate.value, "passed": gate.passed,
+        })).collect::<Vec<_>>(),
+        "samples": report.samples.iter().map(|sample| json!({
+            "row_id": sample.row_id,
+            "prompt": sample.prompt,
+            "teacher": sample.teacher,
+            "student_before": sample.student_before,
+            "student_after": sample.student_after,
+        })).collect::<Vec<_>>(),
+        "target_tokens": report.target_tokens,
+        "store_bytes": report.store_bytes,
+        "bytes_per_token": report.bytes_per_token,
+        "teacher_tokens_per_second": report.teacher_tokens_per_second,
+        "student_tokens_per_second": report.student_tokens_per_second,
+        "trained_tokens": report.trained_tokens,
+        "redone": report.redone.iter().map(redone).collect::<Vec<_>>(),
+        "promoted": report.promoted,
+        "artifacts": artifacts,
+    })
+}
+
+/// `queued`, `running`, `succeeded`, `rejected`, `failed` or `cancelled`.
+pub fn state(state: i32) -> &'static str {
+    job_state_from_proto(state).map_or("unknown", retort_core::state::JobState::as_str)
+}
+
+fn progress(progress: &proto::Progress) -> Value {
+    let eta_seconds = progress.eta.as_ref().map(|eta| eta.seconds as f64 + f64::from(eta.nanos) / 1e9);
+    json!({
+        "shards_published": progress.shards_published,
+        "shards_total": progress.shards_total,
+        "teacher_target_tokens": progress.teacher_target_tokens,
+        "teacher_tokens_per_second": progress.teacher_tokens_per_second,
+        "step": progress.step,
+        "steps_total": progress.steps_total,
+        "train_loss": progress.train_loss,
+        "student_tokens_per_second": progress.student_tokens_per_second,
+        "held_out_kl": progress.held_out_kl,
+        "attempts_redone": progress.attempts_redone,
+        "eta_seconds": eta_seconds,
+    })
+}
+
+fn quality(quality: &proto::Quality) -> Value {
+    json!({
+        "kl": quality.kl,
+        "top1_agreement": quality.top1_agreement,
+        "student_perplexity": quality.student_perplexity,
+        "teacher_perplexity": quality.teacher_perplexity,
+        "tokens": quality.tokens,
+    })
+}
+
+fn redone(redone: &proto::Redone) -> Value {
+    json!({ "task": redone.task, "epoch": redone.epoch, "worker": redone.worker, "reason": redone.reason })
+}
+
+fn error_detail(detail: &proto::ErrorDetail) -> Value {
+    json!({ "code": detail.code, "message": detail.message })
+}
+
+/// The spec as YAML would write it; `null` when it is not one this version knows.
+fn spec(spec: &proto::JobSpec) -> Value {
+    retort_core::wire::job_spec_from_proto(spec.clone())
+        .ok()
+        .and_then(|spec| serde_json::to_value(spec).ok())
+        .unwrap_or_else(|| Value::Object(Map::from_iter([("name".to_owned(), json!(spec.name))])))
+}
+
+fn time(time: Option<&prost_types::Timestamp>) -> Value {
+    time.map_or(Value::Null, |time| json!(time.to_string()))
+}

@@ -1,0 +1,56 @@
+//! Events as lines of text.
+
+use retort_proto::{self as proto, job_event::What};
+
+use super::state::State;
+use crate::{json, text};
+
+/// What a reader of a log wants to know of an event.
+pub fn line(event: &proto::JobEvent, state: &State) -> Option<String> {
+    let eta = state.eta.map_or_else(String::new, |eta| format!(", {} left", text::duration(eta.as_secs_f64())));
+    Some(match event.what.as_ref()? {
+        What::ShardPublished(_) => format!(
+            "teach     shard {} of {}, {} tokens, {} tokens/s{eta}",
+            state.shards_done,
+            state.shards_total,
+            text::count(state.teacher_tokens),
+            text::rate(state.teacher_rate)
+        ),
+        What::TrainStepped(stepped) => format!(
+            "train     step {} of {}, loss {:.4}, {} tokens/s{eta}",
+            stepped.step,
+            state.steps_total,
+            stepped.loss,
+            text::rate(state.student_rate)
+        ),
+        What::CheckpointSaved(saved) => {
+            format!("train     checkpoint at step {}: {}", saved.step, text::clean(&saved.key))
+        }
+        What::Evaluated(evaluated) => {
+            let quality = evaluated.quality.as_ref()?;
+            format!(
+                "evaluate  step {}: held-out KL {:.4}, top-1 agreement {:.1} %",
+                evaluated.step,
+                quality.kl,
+                100.0 * quality.top1_agreement
+            )
+        }
+        _ => return remarkable(event),
+    })
+}
+
+/// What is worth a line that stays, even where bars show the rest.
+pub fn remarkable(event: &proto::JobEvent) -> Option<String> {
+    match event.what.as_ref()? {
+        What::AttemptLost(lost) => {
+            let redone = lost.redone.as_ref()?;
+            let task = redone.task.rsplit('/').next().unwrap_or_default();
+            Some(text::clean(&format!("redone    {task}, attempt {}: {}", redone.epoch, redone.reason)))
+        }
+        What::StateChanged(changed) => {
+            let why = changed.error.as_ref().map_or_else(String::new, |error| format!(": {}", error.message));
+            Some(text::clean(&format!("job       {}{why}", json::state(changed.to))))
+        }
+        _ => None,
+    }
+}

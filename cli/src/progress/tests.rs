@@ -1,0 +1,116 @@
+use retort_core::state::JobState;
+use retort_proto::{self as proto, job_event::What};
+
+use super::{
+    Mode, bars, lines,
+    state::{Phase, State},
+};
+
+fn event(sequence: u64, state: proto::JobState, progress: proto::Progress, what: Option<What>) -> proto::JobEvent {
+    proto::JobEvent { sequence, time: None, state: state as i32, progress: Some(progress), what }
+}
+
+fn progress(shards: u32, step: u32) -> proto::Progress {
+    proto::Progress {
+        shards_published: shards,
+        shards_total: 4,
+        step,
+        steps_total: 10,
+        teacher_target_tokens: u64::from(shards) * 1000,
+        teacher_tokens_per_second: 212.4,
+        student_tokens_per_second: 640.0,
+        train_loss: 2.5,
+        ..Default::default()
+    }
+}
+
+fn evaluated(step: u32, kl: f64) -> Option<What> {
+    let quality = proto::Quality { kl, top1_agreement: 0.5, ..Default::default() };
+    Some(What::Evaluated(proto::Evaluated { quality: Some(quality), step }))
+}
+
+#[test]
+fn phases_follow_the_events() {
+    use proto::JobState::{Queued, Running, Succeeded};
+    let mut state = State::default();
+    assert_eq!(state.phase(), Phase::Queued);
+    for (sequence, (job, shards, step, expected)) in [
+        (Queued, 0, 0, Phase::Queued),
+        (Running, 0, 0, Phase::Teach),
+        (Running, 2, 3, Phase::Teach),
+        (Running, 4, 5, Phase::Train),
+        (Running, 4, 10, Phase::Evaluate),
+        (Succeeded, 4, 10, Phase::Done),
+    ]
+    .into_iter()
+    .enumerate()
+    {
+        assert!(state.apply(&event(sequence as u64 + 1, job, progress(shards, step), None)));
+        assert_eq!(state.phase(), expected, "{job:?} {shards} {step}");
+    }
+    assert_eq!(state.job, Some(JobState::Succeeded));
+}
+
+#[test]
+fn a_repeated_event_changes_nothing() {
+    let mut state = State::default();
+    assert!(state.apply(&event(5, proto::JobState::Running, progress(3, 2), None)));
+    let before = state.clone();
+    assert!(!state.apply(&event(5, proto::JobState::Failed, progress(0, 0), None)));
+    assert!(!state.apply(&event(4, proto::JobState::Queued, progress(0, 0), evaluated(0, 9.0))));
+    assert_eq!(state, before);
+}
+
+#[test]
+fn the_first_held_out_kl_is_that_before_training() {
+    let mut state = State::default();
+    let mut measured = progress(4, 5);
+    measured.held_out_kl = Some(1.5);
+    state.apply(&event(1, proto::JobState::Running, measured, None));
+    assert_eq!((state.first_kl, state.latest_kl), (Some(1.5), Some(1.5)));
+    state.apply(&event(2, proto::JobState::Running, progress(4, 10), evaluated(0, 3.25)));
+    state.apply(&event(3, proto::JobState::Running, progress(4, 10), evaluated(10, 0.75)));
+    assert_eq!((state.first_kl, state.latest_kl, state.evaluated), (Some(3.25), Some(0.75), true));
+    assert_eq!(bars::kl(&state), "held-out KL 0.7500, was 3.2500");
+}
+
+#[test]
+fn one_line_says_where_the_job_is() {
+    let mut state = State::default();
+    let mut at = progress(2, 3);
+    at.attempts_redone = 1;
+    at.eta = Some(prost_types::Duration { seconds: 200, nanos: 0 });
+    state.apply(&event(1, proto::JobState::Running, at, None));
+    assert_eq!(bars::summary(&state), "teaching and training · 3 min 20 s left · 1 attempt redone");
+    let mut broken = progress(2, 3);
+    broken.eta = Some(prost_types::Duration { seconds: -7, nanos: -1 });
+    state.apply(&event(2, proto::JobState::Running, broken, None));
+    assert_eq!(bars::summary(&state), "teaching and training");
+}
+
+#[test]
+fn text_lines_are_clean_and_complete() {
+    let mut state = State::default();
+    let published = What::ShardPublished(proto::ShardPublished { shard: 1, epoch: 1, target_tokens: 1000, bytes: 9 });
+    let published = event(1, proto::JobState::Running, progress(2, 0), Some(published));
+    state.apply(&published);
+    assert_eq!(lines::line(&published, &state).unwrap(), "teach     shard 2 of 4, 2,000 tokens, 212 tokens/s");
+    let redone = proto::Redone {
+        task: "0123/shard-00001".to_owned(),
+        epoch: 2,
+        worker: "teacher-1".to_owned(),
+        reason: "lease expired\u{1b}[31m".to_owned(),
+    };
+    let lost = What::AttemptLost(proto::AttemptLost { redone: Some(redone) });
+    let lost = event(2, proto::JobState::Running, progress(2, 0), Some(lost));
+    assert_eq!(lines::line(&lost, &state).unwrap(), "redone    shard-00001, attempt 2: lease expired[31m");
+    assert_eq!(lines::line(&event(3, proto::JobState::Running, progress(2, 0), None), &state), None);
+}
+
+#[test]
+fn the_flags_and_the_terminal_choose_the_mode() {
+    assert_eq!(Mode::choose(false, false, true), Mode::Bars);
+    assert_eq!(Mode::choose(false, false, false), Mode::Json);
+    assert_eq!(Mode::choose(false, true, false), Mode::Plain);
+    assert_eq!(Mode::choose(true, true, true), Mode::Json);
+}

@@ -1,0 +1,221 @@
+//! A finished job's report as text: how much of the teacher survived, what it cost, and where
+//! everything lies.
+
+use std::path::{Path, PathBuf};
+
+use retort_proto as proto;
+
+use crate::{
+    json,
+    text::{bytes, clean, count, rate, shorten, table, wrap},
+};
+
+/// Columns of a sample's labels.
+const LABEL: usize = 16;
+/// Longest answer shown, characters.
+const MAX_ANSWER: usize = 1200;
+const SAMPLES: usize = 3;
+const REDONE: usize = 10;
+const TAGS: usize = 20;
+
+/// What the report is printed for.
+#[derive(Clone, Debug, Default)]
+pub struct Surroundings {
+    /// Columns of the terminal.
+    pub width: usize,
+    /// The store's folder, when it is on this machine: artefacts become paths.
+    pub store: Option<PathBuf>,
+    /// Where the model was exported to, and whether it is only a candidate.
+    pub export: Option<(PathBuf, bool)>,
+}
+
+/// Renders a job with its report; without one, what is known of the job.
+pub fn render(job: &proto::Job, around: &Surroundings) -> String {
+    let name = job.spec.as_ref().map_or("", |spec| spec.name.as_str());
+    let mut text = format!("{}  {}  {}\n", clean(name), clean(&job.name), json::state(job.state).to_uppercase());
+    if let Some(error) = &job.error {
+        text.push_str(&format!("{}: {}\n", clean(&error.code), clean(&error.message)));
+    }
+    if let Some(report) = &job.report {
+        for section in [cost(job, report), quality(report), tags(report), gates(report), samples(report, around.width)]
+        {
+            if !section.is_empty() {
+                text.push('\n');
+                text.push_str(&section);
+            }
+        }
+        text.push('\n');
+        text.push_str(&artifacts(report, around));
+    }
+    text
+}
+
+fn cost(job: &proto::Job, report: &proto::Report) -> String {
+    let mut rows = Vec::new();
+    let mut row = |name: &str, value: String| rows.push(vec![name.to_owned(), value]);
+    if let Some(plan) = &job.plan {
+        row("prompts", format!("{} for training, {} held out", count(plan.train_rows), count(plan.held_out_rows)));
+    }
+    row("soft targets", format!("{} tokens", count(report.target_tokens)));
+    row("store", format!("{}, {} bytes per token", bytes(report.store_bytes), rate(report.bytes_per_token)));
+    row("teacher", format!("{} tokens/s", rate(report.teacher_tokens_per_second)));
+    row(
+        "student",
+        format!("{} tokens/s, {} tokens trained", rate(report.student_tokens_per_second), count(report.trained_tokens)),
+    );
+    let redone = report.redone.len();
+    row(
+        "redone",
+        if redone == 0 {
+            "nothing".to_owned()
+        } else {
+            format!("{redone} attempt{}", if redone == 1 { "" } else { "s" })
+        },
+    );
+    let mut text = table(&rows, &[]);
+    for redone in report.redone.iter().take(REDONE) {
+        let task = redone.task.rsplit('/').next().unwrap_or_default();
+        text.push_str(&format!(
+            "  {}\n",
+            shorten(&format!("{task} attempt {} on {}: {}", redone.epoch, redone.worker, redone.reason), 120)
+        ));
+    }
+    if redone > REDONE {
+        text.push_str(&format!("  and {} more\n", redone - REDONE));
+    }
+    text
+}
+
+fn quality(report: &proto::Report) -> String {
+    let (Some(before), Some(after)) = (&report.before, &report.after) else { return String::new() };
+    let row = |cells: [String; 4]| cells.to_vec();
+    let rows = [
+        row(["held out".to_owned(), "before".to_owned(), "after".to_owned(), "teacher".to_owned()]),
+        row(["KL to the teacher, nats/token".to_owned(), fixed(before.kl), fixed(after.kl), String::new()]),
+        row([
+            "top-1 agreement".to_owned(),
+            percent(before.top1_agreement),
+            percent(after.top1_agreement),
+            String::new(),
+        ]),
+        row([
+            "perplexity".to_owned(),
+            perplexity(before.student_perplexity),
+            perplexity(after.student_perplexity),
+            perplexity(after.teacher_perplexity),
+        ]),
+    ];
+    let mut text = table(&rows, &[1, 2, 3]);
+    let kept = if before.kl > 0.0 && after.kl.is_finite() {
+        format!("KL is {} of what it was, ", percent(after.kl / before.kl))
+    } else {
+        String::new()
+    };
+    text.push_str(&format!("{kept}judged on {} tokens\n", count(after.tokens)));
+    text
+}
+
+fn tags(report: &proto::Report) -> String {
+    let mut tags: Vec<_> = report.after_by_tag.iter().collect();
+    tags.sort_by(|a, b| b.1.kl.total_cmp(&a.1.kl).then_with(|| a.0.cmp(b.0)));
+    if tags.is_empty() {
+        return String::new();
+    }
+    let mut rows = vec![["after, by tag", "KL", "top-1", "tokens"].map(str::to_owned).to_vec()];
+    rows.extend(tags.iter().take(TAGS).map(|(tag, quality)| {
+        vec![shorten(tag, 40), fixed(quality.kl), percent(quality.top1_agreement), count(quality.tokens)]
+    }));
+    table(&rows, &[1, 2, 3])
+}
+
+fn gates(report: &proto::Report) -> String {
+    if report.gates.is_empty() {
+        return "no gates are set\n".to_owned();
+    }
+    let mut rows = vec![["gate", "limit", "value", ""].map(str::to_owned).to_vec()];
+    rows.extend(report.gates.iter().map(|gate| {
+        let verdict = if gate.passed { "passed" } else { "FAILED" };
+        vec![clean(&gate.gate), fixed(gate.limit), fixed(gate.value), verdict.to_owned()]
+    }));
+    table(&rows, &[1, 2])
+}
+
+fn samples(report: &proto::Report, width: usize) -> String {
+    let shown = report.samples.iter().take(SAMPLES);
+    let of = report.samples.len().min(SAMPLES);
+    let mut text = String::new();
+    for (i, sample) in shown.enumerate() {
+        if i > 0 {
+            text.push('\n');
+        }
+        text.push_str(&format!("sample {} of {of}: {}\n", i + 1, shorten(&sample.row_id, 60)));
+        for (label, words) in [
+            ("prompt", &sample.prompt),
+            ("teacher", &sample.teacher),
+            ("student before", &sample.student_before),
+            ("student after", &sample.student_after),
+        ] {
+            text.push_str(&answer(label, words, width));
+        }
+    }
+    text
+}
+
+/// `label`, and the words wrapped beside it.
+fn answer(label: &str, words: &str, width: usize) -> String {
+    let cleaned = clean(words);
+    let mut cut: String = cleaned.chars().take(MAX_ANSWER).collect();
+    if cut.len() < cleaned.len() {
+        cut.push('…');
+    }
+    let mut lines = wrap(&cut, width.saturating_sub(LABEL + 2).max(20));
+    if lines.is_empty() {
+        lines.push("(nothing)".to_owned());
+    }
+    let mut text = String::new();
+    for (i, line) in lines.iter().enumerate() {
+        let label = if i == 0 { label } else { "" };
+        text.push_str(&format!("  {label:<LABEL$}{line}\n"));
+    }
+    text
+}
+
+fn artifacts(report: &proto::Report, around: &Surroundings) -> String {
+    let mut rows = Vec::new();
+    let mut row = |name: &str, value: String| rows.push(vec![name.to_owned(), value]);
+    row("promoted", if report.promoted.is_empty() { "no".to_owned() } else { clean(&report.promoted) });
+    if let Some((path, candidate)) = &around.export {
+        row(if *candidate { "exported (a candidate)" } else { "exported" }, path.display().to_string());
+    }
+    let mut keys: Vec<_> = report.artifacts.iter().collect();
+    keys.sort();
+    for (name, key) in keys {
+        row(&clean(name), place(key, around.store.as_deref()));
+    }
+    if around.store.is_none() && !report.artifacts.is_empty() {
+        row("", "(keys of the object store)".to_owned());
+    }
+    table(&rows, &[])
+}
+
+fn place(key: &str, store: Option<&Path>) -> String {
+    match store {
+        Some(store) if !key.contains("://") => store.join(clean(key)).display().to_string(),
+        _ => clean(key),
+    }
+}
+
+fn fixed(value: f64) -> String {
+    if value.is_finite() { format!("{value:.4}") } else { "-".to_owned() }
+}
+
+fn percent(share: f64) -> String {
+    if share.is_finite() { format!("{:.1} %", 100.0 * share) } else { "-".to_owned() }
+}
+
+fn perplexity(value: f64) -> String {
+    if value.is_finite() { format!("{value:.2}") } else { "-".to_owned() }
+}
+
+#[cfg(test)]
+mod tests;

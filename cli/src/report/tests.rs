@@ -1,0 +1,135 @@
+use std::collections::HashMap;
+
+use super::*;
+
+fn quality(kl: f64, top1_agreement: f64, student_perplexity: f64) -> proto::Quality {
+    proto::Quality { kl, top1_agreement, student_perplexity, teacher_perplexity: 2.5, tokens: 4321 }
+}
+
+fn job() -> proto::Job {
+    let report = proto::Report {
+        before: Some(quality(4.25, 0.125, 812.5)),
+        after: Some(quality(1.0625, 0.5, 7.25)),
+        gates: vec![
+            proto::GateResult { gate: "max_kl".to_owned(), limit: 1.5, value: 1.0625, passed: true },
+            proto::GateResult { gate: "min_top1_agreement".to_owned(), limit: 0.6, value: 0.5, passed: false },
+        ],
+        samples: vec![proto::Sample {
+            row_id: "refund-3".to_owned(),
+            prompt: "Where is my refund?".to_owned(),
+            teacher: "Refunds take five days to reach your bank, and you will hear from us by mail.".to_owned(),
+            student_before: String::new(),
+            student_after: "Your refund \u{1b}]0;owned\u{7}is on\nits way.".to_owned(),
+        }],
+        target_tokens: 34_567,
+        store_bytes: 2_300_000,
+        bytes_per_token: 66.54,
+        teacher_tokens_per_second: 212.4,
+        student_tokens_per_second: 640.2,
+        trained_tokens: 103_701,
+        redone: vec![proto::Redone {
+            task: "0123/shard-00002".to_owned(),
+            epoch: 1,
+            worker: "teacher-9".to_owned(),
+            reason: "lease expired".to_owned(),
+        }],
+        promoted: String::new(),
+        artifacts: HashMap::from([
+            ("shards".to_owned(), "jobs/j/shards/".to_owned()),
+            ("checkpoint".to_owned(), "jobs/j/checkpoints/000040-1/".to_owned()),
+        ]),
+        after_by_tag: HashMap::from([
+            ("billing".to_owned(), quality(1.5, 0.4, 9.0)),
+            ("greeting".to_owned(), quality(0.5, 0.75, 3.0)),
+        ]),
+    };
+    proto::Job {
+        name: "jobs/j".to_owned(),
+        spec: Some(proto::JobSpec { name: "support".to_owned(), ..Default::default() }),
+        state: proto::JobState::Rejected as i32,
+        plan: Some(proto::Plan { train_rows: 200, held_out_rows: 40, ..Default::default() }),
+        report: Some(report),
+        ..Default::default()
+    }
+}
+
+const EXPECTED: &str = "\
+support  jobs/j  REJECTED
+
+prompts       200 for training, 40 held out
+soft targets  34,567 tokens
+store         2.3 MB, 66.5 bytes per token
+teacher       212 tokens/s
+student       640 tokens/s, 103,701 tokens trained
+redone        1 attempt
+  shard-00002 attempt 1 on teacher-9: lease expired
+
+held out                       before   after  teacher
+KL to the teacher, nats/token  4.2500  1.0625
+top-1 agreement                12.5 %  50.0 %
+perplexity                     812.50    7.25     2.50
+KL is 25.0 % of what it was, judged on 4,321 tokens
+
+after, by tag      KL   top-1  tokens
+billing        1.5000  40.0 %   4,321
+greeting       0.5000  75.0 %   4,321
+
+gate                 limit   value
+max_kl              1.5000  1.0625  passed
+min_top1_agreement  0.6000  0.5000  FAILED
+
+sample 1 of 1: refund-3
+  prompt          Where is my refund?
+  teacher         Refunds take five days to reach your
+                  bank, and you will hear from us by
+                  mail.
+  student before  (nothing)
+  student after   Your refund ]0;ownedis on
+                  its way.
+
+promoted                no
+exported (a candidate)  /home/me/exports/support
+checkpoint              /data/store/jobs/j/checkpoints/000040-1/
+shards                  /data/store/jobs/j/shards/
+";
+
+#[test]
+fn the_report_reads_like_this() {
+    let around = Surroundings {
+        width: 56,
+        store: Some(PathBuf::from("/data/store")),
+        export: Some((PathBuf::from("/home/me/exports/support"), true)),
+    };
+    assert_eq!(render(&job(), &around), EXPECTED);
+}
+
+#[test]
+fn without_a_local_store_keys_are_shown_as_keys() {
+    let text = render(&job(), &Surroundings { width: 80, ..Default::default() });
+    assert!(text.contains("shards      jobs/j/shards/\n"), "{text}");
+    assert!(text.contains("(keys of the object store)"), "{text}");
+}
+
+#[test]
+fn a_job_without_a_report_says_why() {
+    let job = proto::Job {
+        report: None,
+        state: proto::JobState::Failed as i32,
+        error: Some(proto::ErrorDetail {
+            code: "loss-not-finite".to_owned(),
+            message: "loss is NaN at step 3".to_owned(),
+        }),
+        ..job()
+    };
+    let text = render(&job, &Surroundings::default());
+    assert_eq!(text, "support  jobs/j  FAILED\nloss-not-finite: loss is NaN at step 3\n");
+}
+
+#[test]
+fn figures_that_are_no_numbers_do_not_break_the_table() {
+    let mut job = job();
+    let report = job.report.as_mut().unwrap();
+    report.after = Some(quality(f64::NAN, f64::INFINITY, f64::NAN));
+    report.bytes_per_token = f64::NAN;
+    assert!(render(&job, &Surroundings::default()).contains("top-1 agreement                12.5 %        -\n"));
+}
