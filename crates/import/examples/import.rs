@@ -1,5 +1,6 @@
 //! Imports a model: `cargo run -p retort-import --example import -- FILE|DIR OUT`.
 
+use std::io::Write;
 use std::path::PathBuf;
 use std::process::ExitCode;
 
@@ -11,7 +12,7 @@ fn main() -> ExitCode {
     };
     match retort_import::import(&source, &out, &mut |_| {}) {
         Ok(imported) => {
-            println!("{imported:#?}");
+            let _ = writeln!(std::io::stdout(), "{imported:#?}");
             ExitCode::SUCCESS
         }
         Err(error) => {

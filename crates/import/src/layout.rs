@@ -93,13 +93,13 @@ impl Layout {
             qkv_bias: family == Family::Qwen2 || (family == Family::Llama && flag("attention_bias")),
             output_bias: family == Family::Llama && flag("attention_bias"),
         };
-        layout.check(place)?;
+        layout.check(Code::ModelMalformed, place)?;
         Ok(layout)
     }
 
-    /// Every number in range, and fitting the others.
-    pub(crate) fn check(&self, place: &str) -> Result<()> {
-        let refuse = |what: String| Err(Error::new(Code::ModelMalformed, format!("{place}: {what}")));
+    /// Every number in range, and fitting the others; else an error of `code`.
+    pub(crate) fn check(&self, code: Code, place: &str) -> Result<()> {
+        let refuse = |what: String| Err(Error::new(code, format!("{place}: {what}")));
         for (name, value, limit) in [
             ("hidden size", self.hidden, MAX_DIM),
             ("intermediate size", self.intermediate, MAX_DIM),

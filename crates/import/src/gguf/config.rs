@@ -48,16 +48,6 @@ pub(crate) fn layout(gguf: &Gguf, tokens: u64) -> Result<Layout> {
         Some(head_dim) => head_dim,
         None => hidden.checked_div(heads).unwrap_or(0),
     };
-    for name in ["attention.value_length", "rope.dimension_count"] {
-        if let Some(other) = metadata.unsigned(&key(name))?
-            && other != head_dim
-        {
-            return Err(metadata.unsupported(format!(
-                "{} is {other}, but a head has {head_dim} values; retort needs them equal",
-                key(name)
-            )));
-        }
-    }
     let Some(embedding) = gguf.tensors.get("token_embd.weight") else {
         return Err(metadata.malformed("tensor \"token_embd.weight\" is missing"));
     };
@@ -81,7 +71,17 @@ pub(crate) fn layout(gguf: &Gguf, tokens: u64) -> Result<Layout> {
     if layout.qkv_bias != layout.output_bias && family != Family::Qwen2 {
         return Err(metadata.unsupported("only some attention projections have a bias, which no llama model has"));
     }
-    layout.check(metadata.place())?;
+    layout.check(Code::GgufMalformed, metadata.place())?;
+    for name in ["attention.value_length", "rope.dimension_count"] {
+        if let Some(other) = metadata.unsigned(&key(name))?
+            && other != head_dim
+        {
+            return Err(metadata.unsupported(format!(
+                "{} is {other}, but a head has {head_dim} values; retort needs them equal",
+                key(name)
+            )));
+        }
+    }
     Ok(layout)
 }
 
