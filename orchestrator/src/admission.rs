@@ -1,0 +1,130 @@
+//! Admission: everything that can be checked before a GPU second is spent.
+//!
+//! Reads the prompt set, splits it, refuses leaks from held-out to training prompts, reads both
+//! models' shapes, weights' headers and the tokenizer, and plans. Nothing is stored here.
+
+mod model;
+mod paths;
+mod prompts;
+mod weights;
+
+use bytes::Bytes;
+use retort_artifact::{prompts as prompt_sets, sha256_hex};
+use retort_core::{
+    Code, Error, Result,
+    spec::{Init, JobSpec, TeacherMode},
+};
+
+use self::model::{Folder, Shape};
+use crate::{
+    context::Context,
+    planner::{self, Plan, PlannedTask},
+};
+
+/// A job that may be stored.
+pub struct Admitted {
+    /// Canonical JSONL, training rows first.
+    pub prompt_set: Bytes,
+    pub prompt_set_sha256: String,
+    pub plan: Plan,
+    pub tasks: Vec<PlannedTask>,
+}
+
+/// Checks a spec against the files it names.
+pub async fn admit(context: &Context, spec: &JobSpec) -> Result<Admitted> {
+    // One at a time: a prompt set and a tokenizer may take a gigabyte.
+    let _turn = context
+        .admissions
+        .acquire()
+        .await
+        .map_err(|_| Error::new(Code::OrchestratorUnavailable, "the orchestrator is shutting down"))?;
+    let file = paths::read_prompts(&context.store, &spec.prompts.path).await?;
+    let spec = spec.clone();
+    let checked = tokio::task::spawn_blocking(move || check(&spec, &file)).await;
+    checked.map_err(|error| Error::internal(format!("checking the spec's files failed: {error}")))?
+}
+
+/// A prompt file as it was read.
+pub struct PromptFile {
+    /// As errors call it.
+    pub name: String,
+    pub text: Bytes,
+}
+
+/// Blocks: reads files and tokenizes.
+fn check(spec: &JobSpec, file: &PromptFile) -> Result<Admitted> {
+    let mut rows = prompt_sets::parse(&file.name, &file.text)?;
+    if spec.teacher.mode == TeacherMode::Score {
+        prompt_sets::require_completions(&file.name, &rows)?;
+    }
+    prompt_sets::assign_splits(&mut rows, spec.prompts.held_out_fraction, spec.seed);
+    prompt_sets::check_splits(&file.name, &rows)?;
+
+    let teacher = Folder::open("teacher.model", &spec.teacher.model)?;
+    weights::check(teacher.path())?;
+    let (student, positions) = student(spec, &teacher)?;
+    let counts = prompts::measure(spec, file, &rows, teacher.tokenizer(), positions)?;
+    let (plan, tasks) = planner::plan(spec, &counts, teacher.shape.parameters(), student.parameters())?;
+    let prompt_set = Bytes::from(prompt_sets::to_jsonl(&rows));
+    Ok(Admitted { prompt_set_sha256: sha256_hex(&prompt_set), prompt_set, plan, tasks })
+}
+
+/// The student's shape, and the positions that teacher and student both have.
+fn student(spec: &JobSpec, teacher: &Folder) -> Result<(Shape, u64)> {
+    let positions = teacher.shape.max_position_embeddings;
+    match &spec.student.init {
+        Init::Prune { layers } => {
+            let has = teacher.shape.num_hidden_layers;
+            if u64::from(*layers) > has {
+                return Err(Error::new(
+                    Code::SpecInvalid,
+                    format!(
+                        "student.init.prune.layers is {layers}; the teacher {} has {has} layers to keep",
+                        teacher.path().display()
+                    ),
+                ));
+            }
+            Ok((Shape { num_hidden_layers: (*layers).into(), ..teacher.shape.clone() }, positions))
+        }
+        Init::Checkpoint { model } => {
+            let student = Folder::open("student.init.checkpoint.model", model)?;
+            if student.shape.vocab_size != teacher.shape.vocab_size {
+                return Err(Error::new(
+                    Code::VocabularyMismatch,
+                    format!(
+                        "the student {} has a vocabulary of {} tokens, the teacher {} one of {}; a student learns the teacher's distribution token by token, so both must be the same",
+                        student.path().display(),
+                        student.shape.vocab_size,
+                        teacher.path().display(),
+                        teacher.shape.vocab_size
+                    ),
+                ));
+            }
+            student.require_same_tokens(teacher)?;
+            weights::check(student.path())?;
+            let positions = positions.min(student.shape.max_position_embeddings);
+            Ok((student.shape, positions))
+        }
+        Init::Config {
+            hidden_size,
+            intermediate_size,
+            num_hidden_layers,
+            num_attention_heads,
+            num_key_value_heads,
+        } => {
+            let shape = Shape {
+                hidden_size: (*hidden_size).into(),
+                intermediate_size: (*intermediate_size).into(),
+                num_hidden_layers: (*num_hidden_layers).into(),
+                num_attention_heads: (*num_attention_heads).into(),
+                num_key_value_heads: (*num_key_value_heads).into(),
+                head_dim: u64::from(hidden_size / num_attention_heads),
+                ..teacher.shape.clone()
+            };
+            Ok((shape, positions))
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests;

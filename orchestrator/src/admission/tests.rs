@@ -1,0 +1,242 @@
+use std::path::Path;
+
+use retort_core::spec::{Init, TeacherMode};
+use serde_json::json;
+
+use super::*;
+use crate::testing::{World, config, prompts, spec, write_inputs, write_model};
+
+/// A world with good inputs, and its spec.
+async fn inputs() -> (World, JobSpec) {
+    let world = World::new().await;
+    write_inputs(world.folder.path());
+    let spec = spec(world.folder.path());
+    (world, spec)
+}
+
+async fn check_refused(world: &World, spec: &JobSpec, code: Code, message: &str) {
+    let error = admit(&world.context, spec).await.err().unwrap_or_else(|| panic!("admitted; expected {code}"));
+    assert_eq!(error.code, code, "{}", error.message);
+    assert!(error.message.contains(message), "{}", error.message);
+}
+
+/// Admission of the good inputs after `change`.
+async fn check(code: Code, message: &str, change: impl FnOnce(&Path, &mut JobSpec)) {
+    let (world, mut spec) = inputs().await;
+    change(world.folder.path(), &mut spec);
+    check_refused(&world, &spec, code, message).await;
+}
+
+#[tokio::test]
+async fn good_inputs_are_planned() {
+    let (world, spec) = inputs().await;
+    let admitted = admit(&world.context, &spec).await.unwrap();
+    assert_eq!((admitted.plan.train_rows, admitted.plan.held_out_rows), (9, 3));
+    assert_eq!((admitted.plan.train_shards, admitted.plan.held_out_shards), (3, 1));
+    assert_eq!(admitted.plan.optimizer_steps, 6);
+    // embedding 16x8; a layer: q 64, k and v 64, o 64, mlp 384, norms 16; last norm 8.
+    assert_eq!(
+        (admitted.plan.teacher_parameters, admitted.plan.student_parameters),
+        (128 + 2 * 592 + 8, 128 + 592 + 8)
+    );
+    let rows = prompt_sets::parse("stored", &admitted.prompt_set).unwrap();
+    assert_eq!(rows.len(), 12);
+    assert!(rows[..9].iter().all(|row| row.split == Some(prompt_sets::Split::Train)));
+    assert_eq!(admitted.prompt_set_sha256, sha256_hex(&admitted.prompt_set));
+
+    // Twice the same, byte for byte.
+    let again = admit(&world.context, &spec).await.unwrap();
+    assert_eq!(again.prompt_set_sha256, admitted.prompt_set_sha256);
+}
+
+#[tokio::test]
+async fn a_prompt_set_in_the_store_and_a_file_url_are_read() {
+    let (world, mut spec) = inputs().await;
+    let text = Bytes::from(prompts(8));
+    world.context.store.put_new("uploads/prompts.jsonl", text).await.unwrap();
+    spec.prompts.path = "store://uploads/prompts.jsonl".to_owned();
+    spec.teacher.model = format!("file://{}", spec.teacher.model);
+    assert_eq!(admit(&world.context, &spec).await.unwrap().plan.train_rows, 6);
+    spec.prompts.path = "store://uploads/none.jsonl".to_owned();
+    check_refused(&world, &spec, Code::ObjectNotFound, "uploads/none.jsonl").await;
+}
+
+#[tokio::test]
+async fn paths_that_lead_nowhere_are_named() {
+    check(Code::FileNotFound, "missing.jsonl: no such file", |folder, spec| {
+        spec.prompts.path = folder.join("missing.jsonl").display().to_string();
+    })
+    .await;
+    check(Code::SpecInvalid, "prompts.path is \"prompts.jsonl\"; write an absolute path", |_, spec| {
+        spec.prompts.path = "prompts.jsonl".to_owned();
+    })
+    .await;
+    check(Code::FileUnreadable, "no file of prompts", |folder, spec| spec.prompts.path = folder.display().to_string())
+        .await;
+    check(Code::FileNotFound, "teacher.model", |folder, spec| {
+        spec.teacher.model = folder.join("no-teacher").display().to_string();
+    })
+    .await;
+    check(Code::FileNotFound, "config.json", |folder, _| {
+        std::fs::remove_file(folder.join("teacher/config.json")).unwrap()
+    })
+    .await;
+    check(Code::FileNotFound, "tokenizer.json", |folder, _| {
+        std::fs::remove_file(folder.join("teacher/tokenizer.json")).unwrap();
+    })
+    .await;
+    check(Code::FileNotFound, "model.safetensors", |folder, _| {
+        std::fs::remove_file(folder.join("teacher/model.safetensors")).unwrap();
+    })
+    .await;
+}
+
+#[tokio::test]
+async fn prompt_files_are_refused_by_line() {
+    let write = |folder: &Path, text: &str| std::fs::write(folder.join("prompts.jsonl"), text).unwrap();
+    check(Code::PromptMalformed, "prompts.jsonl line 3", |folder, _| {
+        write(folder, &format!("{}{{\"messages\": [\n", prompts(2)));
+    })
+    .await;
+    check(Code::PromptEmpty, "prompts.jsonl line 3", |folder, _| {
+        write(folder, &format!("{}{{\"messages\": [{{\"role\": \"user\", \"content\": \" \"}}]}}\n", prompts(2)));
+    })
+    .await;
+    check(Code::PromptSetTooSmall, "prompts.jsonl", |folder, _| write(folder, &prompts(1))).await;
+    check(Code::PromptMalformed, "completion", |_, spec| spec.teacher.mode = TeacherMode::Score).await;
+}
+
+#[tokio::test]
+async fn a_prompt_longer_than_the_context_is_named_by_its_line() {
+    let long = |words: usize| {
+        let text = "word1 ".repeat(words);
+        format!("\n{}\n{{\"messages\": [{{\"role\": \"user\", \"content\": \"{text}\"}}]}}\n", prompts(6))
+    };
+    // 32 positions, 8 of them for the answer; line 1 is blank, rows are lines 2 to 7, line 8 is blank.
+    check(Code::PromptTooLong, "prompts.jsonl line 9: the prompt has 25 tokens", |folder, _| {
+        std::fs::write(folder.join("prompts.jsonl"), long(25)).unwrap();
+    })
+    .await;
+    let (world, spec) = inputs().await;
+    std::fs::write(world.folder.path().join("prompts.jsonl"), long(24)).unwrap();
+    assert_eq!(admit(&world.context, &spec).await.unwrap().plan.max_target_tokens, 7 * 8);
+}
+
+#[tokio::test]
+async fn held_out_prompts_must_not_leak_into_training() {
+    let words = "one two three four five six seven eight nine ten eleven twelve thirteen";
+    check(Code::PromptSetLeaks, "prompts.jsonl", |folder, spec| {
+        let row = |split: &str, end: &str| {
+            format!(
+                "{{\"messages\": [{{\"role\": \"user\", \"content\": \"{words} {end}\"}}], \"split\": \"{split}\"}}\n"
+            )
+        };
+        std::fs::write(folder.join("prompts.jsonl"), row("train", "a") + &row("held_out", "b")).unwrap();
+        spec.teacher.sampling.max_new_tokens = 1;
+    })
+    .await;
+}
+
+#[tokio::test]
+async fn teachers_that_cannot_be_run_are_refused() {
+    let change = |name: &'static str, value: serde_json::Value| {
+        move |folder: &Path, _: &mut JobSpec| {
+            let mut config = config(16);
+            config[name] = value;
+            write_model(&folder.join("teacher"), &config, 2);
+        }
+    };
+    check(
+        Code::ModelUnsupported,
+        "GPT2LMHeadModel; supported are LlamaForCausalLM",
+        change("architectures", json!(["GPT2LMHeadModel"])),
+    )
+    .await;
+    check(Code::ModelUnsupported, "quantised (gptq)", change("quantization_config", json!({"quant_method": "gptq"})))
+        .await;
+    check(Code::ModelMalformed, "num_hidden_layers is missing", change("num_hidden_layers", json!(null))).await;
+    check(Code::ModelMalformed, "hidden_size is -8", change("hidden_size", json!(-8))).await;
+    check(Code::ModelMalformed, "num_key_value_heads (3)", change("num_key_value_heads", json!(3))).await;
+    check(Code::ModelMalformed, "config.json", |folder, _| {
+        std::fs::write(folder.join("teacher/config.json"), "{").unwrap();
+    })
+    .await;
+    check(Code::ModelMalformed, "it is no tokenizer", |folder, _| {
+        std::fs::write(folder.join("teacher/tokenizer.json"), "{}").unwrap();
+    })
+    .await;
+    check(Code::VocabularyMismatch, "its highest token is 20", |folder, _| {
+        write_model(&folder.join("teacher"), &config(16), 20);
+    })
+    .await;
+}
+
+#[tokio::test]
+async fn weights_that_end_early_are_refused() {
+    let truncate = |bytes: u64| {
+        move |folder: &Path, _: &mut JobSpec| {
+            let file = std::fs::File::options().write(true).open(folder.join("teacher/model.safetensors")).unwrap();
+            file.set_len(bytes).unwrap();
+        }
+    };
+    let (world, _) = inputs().await;
+    let whole = std::fs::metadata(world.folder.path().join("teacher/model.safetensors")).unwrap().len();
+    for bytes in [0, 7, 20, whole - 1] {
+        let message = format!("model.safetensors: the file ends at byte {bytes} of ");
+        check(Code::WeightsTruncated, &message, truncate(bytes)).await;
+    }
+    check(Code::ModelMalformed, "no safetensors file", |folder, _| {
+        std::fs::write(folder.join("teacher/model.safetensors"), "these are no weights at all").unwrap();
+    })
+    .await;
+    // The same behind an index.
+    check(Code::WeightsTruncated, "model-00002-of-00002.safetensors: the file ends at byte 30", |folder, _| {
+        let teacher = folder.join("teacher");
+        std::fs::rename(teacher.join("model.safetensors"), teacher.join("model-00001-of-00002.safetensors")).unwrap();
+        let whole = std::fs::read(teacher.join("model-00001-of-00002.safetensors")).unwrap();
+        std::fs::write(teacher.join("model-00002-of-00002.safetensors"), &whole[..30]).unwrap();
+        let index =
+            json!({"weight_map": {"a": "model-00001-of-00002.safetensors", "b": "model-00002-of-00002.safetensors"}});
+        std::fs::write(teacher.join("model.safetensors.index.json"), index.to_string()).unwrap();
+    })
+    .await;
+    check(Code::ModelMalformed, "\"../secret\" is no file of this folder", |folder, _| {
+        let teacher = folder.join("teacher");
+        std::fs::remove_file(teacher.join("model.safetensors")).unwrap();
+        let index = json!({"weight_map": {"a": "../secret"}});
+        std::fs::write(teacher.join("model.safetensors.index.json"), index.to_string()).unwrap();
+    })
+    .await;
+}
+
+#[tokio::test]
+async fn a_student_must_fit_its_teacher() {
+    check(Code::SpecInvalid, "student.init.prune.layers is 3; the teacher", |_, spec| {
+        spec.student.init = Init::Prune { layers: 3 };
+    })
+    .await;
+    let student = |config: serde_json::Value, words: usize| {
+        move |folder: &Path, spec: &mut JobSpec| {
+            let model = write_model(&folder.join("student"), &config, words);
+            spec.student.init = Init::Checkpoint { model: model.display().to_string() };
+        }
+    };
+    check(Code::VocabularyMismatch, "has a vocabulary of 17 tokens, the teacher", student(config(17), 2)).await;
+    check(Code::TokenizerMismatch, "calls token 3 \"word3\"", student(config(16), 3)).await;
+    let mut short = config(16);
+    short["max_position_embeddings"] = json!(10);
+    check(Code::PromptTooLong, "line 1", student(short, 2)).await;
+
+    let (world, mut spec) = inputs().await;
+    student(config(16), 2)(world.folder.path(), &mut spec);
+    assert_eq!(admit(&world.context, &spec).await.unwrap().plan.student_parameters, 128 + 2 * 592 + 8);
+    spec.student.init = Init::Config {
+        hidden_size: 16,
+        intermediate_size: 16,
+        num_hidden_layers: 1,
+        num_attention_heads: 2,
+        num_key_value_heads: 2,
+    };
+    let plan = admit(&world.context, &spec).await.unwrap().plan;
+    assert_eq!(plan.student_parameters, 16 * 16 + (4 * 16 * 16 + 3 * 16 * 16 + 32) + 16);
+}

@@ -1,0 +1,306 @@
+//! Rows of `tasks`, and `redone`, the attempts they lost.
+
+use retort_core::{
+    Result,
+    id::{JobId, TaskId},
+    state::{Split, TaskKind, TaskState},
+};
+use sqlx::{Row as _, sqlite::SqliteRow};
+
+use super::{Connection, DatabaseResult as _, damaged, jobs::parse_id, signed, unsigned, unsigned32};
+use crate::{
+    planner::{PlannedTask, Slice},
+    report::Redone,
+};
+
+#[derive(Clone, Debug)]
+pub struct Task {
+    pub id: TaskId,
+    pub job_id: JobId,
+    pub kind: TaskKind,
+    pub topic: String,
+    pub slice: Option<Slice>,
+    pub state: TaskState,
+    /// Fencing number of the newest attempt; 0 before the first.
+    pub epoch: u64,
+    /// Attempts up to this one are void.
+    pub void_epoch: u64,
+    pub attempts: u32,
+    pub worker_id: Option<String>,
+    pub lease_until_ms: Option<i64>,
+    pub not_before_ms: i64,
+}
+
+impl Task {
+    /// Whether an attempt of this epoch may still change the task.
+    pub fn is_current(&self, epoch: u64) -> bool {
+        epoch == self.epoch && epoch > self.void_epoch
+    }
+
+    pub fn worker(&self) -> &str {
+        self.worker_id.as_deref().unwrap_or("")
+    }
+}
+
+pub async fn insert(conn: &mut Connection, job: &JobId, task: &PlannedTask, topic: &str) -> Result<()> {
+    sqlx::query(
+        "INSERT INTO tasks (id, job_id, kind, topic, shard, split, first_row, row_count, state, priority)
+         VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?)",
+    )
+    .bind(task.id(job).as_str())
+    .bind(job.as_str())
+    .bind(task.kind.as_str())
+    .bind(topic)
+    .bind(task.slice.map(|slice| slice.shard))
+    .bind(task.slice.map(|slice| slice.split.as_str()))
+    .bind(task.slice.map(|slice| signed(slice.first_row)))
+    .bind(task.slice.map(|slice| slice.rows))
+    .bind(task.state.as_str())
+    .bind(task.priority)
+    .execute(conn)
+    .await
+    .db()?;
+    Ok(())
+}
+
+pub async fn find(conn: &mut Connection, id: &TaskId) -> Result<Option<Task>> {
+    let row = sqlx::query("SELECT * FROM tasks WHERE id = ?").bind(id.as_str()).fetch_optional(conn).await.db()?;
+    row.as_ref().map(read).transpose()
+}
+
+/// Leased tasks whose lease ended at or before `now_ms`.
+pub async fn expired(conn: &mut Connection, now_ms: i64) -> Result<Vec<Task>> {
+    let rows = sqlx::query("SELECT * FROM tasks WHERE state = 'leased' AND lease_until_ms <= ? ORDER BY id LIMIT 1000")
+        .bind(now_ms)
+        .fetch_all(conn)
+        .await
+        .db()?;
+    rows.iter().map(read).collect()
+}
+
+/// Tasks of a job of one kind and split (`None`: any) that are not done.
+pub async fn count_unfinished(conn: &mut Connection, job: &JobId, kind: TaskKind, split: Option<Split>) -> Result<u64> {
+    let count: i64 = sqlx::query_scalar(
+        "SELECT count(*) FROM tasks WHERE job_id = ? AND kind = ? AND (?3 IS NULL OR split = ?3) AND state <> 'done'",
+    )
+    .bind(job.as_str())
+    .bind(kind.as_str())
+    .bind(split.map(Split::as_str))
+    .fetch_one(conn)
+    .await
+    .db()?;
+    unsigned("count", count)
+}
+
+/// A new attempt: the epoch rises by one and everything before it is void.
+pub async fn lease(conn: &mut Connection, id: &TaskId, worker_id: &str, until_ms: i64) -> Result<()> {
+    sqlx::query(
+        "UPDATE tasks SET state = 'leased', void_epoch = epoch, epoch = epoch + 1, attempts = attempts + 1,
+             worker_id = ?, lease_until_ms = ?, publishes = 0, progress_tokens = 0, progress_seconds = 0
+         WHERE id = ?",
+    )
+    .bind(worker_id)
+    .bind(until_ms)
+    .bind(id.as_str())
+    .execute(conn)
+    .await
+    .db()?;
+    Ok(())
+}
+
+/// The running attempt stays, or is taken back, until then.
+pub async fn extend(conn: &mut Connection, id: &TaskId, until_ms: i64) -> Result<()> {
+    sqlx::query("UPDATE tasks SET state = 'leased', lease_until_ms = ? WHERE id = ?")
+        .bind(until_ms)
+        .bind(id.as_str())
+        .execute(conn)
+        .await
+        .db()?;
+    Ok(())
+}
+
+/// Every lease lasts at least until then; how many were lengthened.
+pub async fn extend_all(conn: &mut Connection, until_ms: i64) -> Result<u64> {
+    let done = sqlx::query("UPDATE tasks SET lease_until_ms = ?1 WHERE state = 'leased' AND lease_until_ms < ?1")
+        .bind(until_ms)
+        .execute(conn)
+        .await
+        .db()?;
+    Ok(done.rows_affected())
+}
+
+pub async fn set_state(conn: &mut Connection, id: &TaskId, state: TaskState) -> Result<()> {
+    sqlx::query("UPDATE tasks SET state = ?, lease_until_ms = NULL WHERE id = ?")
+        .bind(state.as_str())
+        .bind(id.as_str())
+        .execute(conn)
+        .await
+        .db()?;
+    Ok(())
+}
+
+/// Back to `Ready`, not to be published before `not_before_ms`.
+pub async fn make_ready(conn: &mut Connection, id: &TaskId, not_before_ms: i64) -> Result<()> {
+    sqlx::query(
+        "UPDATE tasks SET state = 'ready', lease_until_ms = NULL, not_before_ms = ?, publishes = 0,
+             progress_tokens = 0, progress_seconds = 0 WHERE id = ?",
+    )
+    .bind(not_before_ms)
+    .bind(id.as_str())
+    .execute(conn)
+    .await
+    .db()?;
+    Ok(())
+}
+
+/// No attempt up to and including the newest may change the task any more.
+pub async fn void_attempts(conn: &mut Connection, id: &TaskId) -> Result<()> {
+    sqlx::query("UPDATE tasks SET void_epoch = epoch WHERE id = ?").bind(id.as_str()).execute(conn).await.db()?;
+    Ok(())
+}
+
+/// The attempt ended for no fault of the task: it does not count against the limit.
+pub async fn forgive_attempt(conn: &mut Connection, id: &TaskId) -> Result<()> {
+    sqlx::query("UPDATE tasks SET attempts = max(attempts - 1, 0) WHERE id = ?")
+        .bind(id.as_str())
+        .execute(conn)
+        .await
+        .db()?;
+    Ok(())
+}
+
+pub async fn record_progress(conn: &mut Connection, id: &TaskId, tokens: u64, seconds: f64) -> Result<()> {
+    sqlx::query("UPDATE tasks SET progress_tokens = ?1, progress_seconds = ?2 WHERE id = ?3 AND progress_tokens <= ?1")
+        .bind(signed(tokens))
+        .bind(seconds)
+        .bind(id.as_str())
+        .execute(conn)
+        .await
+        .db()?;
+    Ok(())
+}
+
+/// Everything of a job that is not final is cancelled.
+pub async fn cancel_all(conn: &mut Connection, job: &JobId) -> Result<()> {
+    sqlx::query(
+        "UPDATE tasks SET state = 'cancelled', lease_until_ms = NULL
+         WHERE job_id = ? AND state IN ('waiting', 'ready', 'queued', 'leased')",
+    )
+    .bind(job.as_str())
+    .execute(&mut *conn)
+    .await
+    .db()?;
+    sqlx::query("DELETE FROM outbox WHERE task_id IN (SELECT id FROM tasks WHERE job_id = ?)")
+        .bind(job.as_str())
+        .execute(conn)
+        .await
+        .db()?;
+    Ok(())
+}
+
+/// Target tokens and seconds of the shards being computed now.
+pub async fn running_progress(conn: &mut Connection, job: &JobId) -> Result<Vec<(u64, f64)>> {
+    let rows: Vec<(i64, f64)> = sqlx::query_as(
+        "SELECT progress_tokens, progress_seconds FROM tasks WHERE job_id = ? AND kind = 'shard' AND state = 'leased' LIMIT 1000",
+    )
+    .bind(job.as_str())
+    .fetch_all(conn)
+    .await
+    .db()?;
+    rows.into_iter().map(|(tokens, seconds)| Ok((unsigned("progress_tokens", tokens)?, seconds))).collect()
+}
+
+/// Notes an attempt as lost; false when it was noted before.
+pub async fn insert_redone(conn: &mut Connection, task: &Task, reason: &str, now_ms: i64) -> Result<bool> {
+    let done = sqlx::query(
+        "INSERT INTO redone (task_id, epoch, job_id, worker, reason, time_ms) VALUES (?, ?, ?, ?, ?, ?)
+         ON CONFLICT (task_id, epoch) DO NOTHING",
+    )
+    .bind(task.id.as_str())
+    .bind(signed(task.epoch))
+    .bind(task.job_id.as_str())
+    .bind(task.worker())
+    .bind(reason)
+    .bind(now_ms)
+    .execute(conn)
+    .await
+    .db()?;
+    Ok(done.rows_affected() == 1)
+}
+
+/// The attempt came to its result after all.
+pub async fn delete_redone(conn: &mut Connection, id: &TaskId, epoch: u64) -> Result<()> {
+    sqlx::query("DELETE FROM redone WHERE task_id = ? AND epoch = ?")
+        .bind(id.as_str())
+        .bind(signed(epoch))
+        .execute(conn)
+        .await
+        .db()?;
+    Ok(())
+}
+
+pub async fn count_redone(conn: &mut Connection, job: &JobId) -> Result<u32> {
+    let count: i64 = sqlx::query_scalar("SELECT count(*) FROM redone WHERE job_id = ?")
+        .bind(job.as_str())
+        .fetch_one(conn)
+        .await
+        .db()?;
+    unsigned32("count", count)
+}
+
+/// In the order they were lost, the first 1,000.
+pub async fn list_redone(conn: &mut Connection, job: &JobId) -> Result<Vec<Redone>> {
+    let rows: Vec<(String, i64, String, String)> = sqlx::query_as(
+        "SELECT task_id, epoch, worker, reason FROM redone WHERE job_id = ? ORDER BY time_ms, task_id, epoch LIMIT 1000",
+    )
+    .bind(job.as_str())
+    .fetch_all(conn)
+    .await
+    .db()?;
+    rows.into_iter()
+        .map(|(task, epoch, worker, reason)| {
+            let task = task.split_once('/').map_or(task.as_str(), |(_, short)| short).to_owned();
+            Ok(Redone { task, epoch: unsigned("epoch", epoch)?, worker, reason })
+        })
+        .collect()
+}
+
+pub(super) fn parse_task_id(text: &str) -> Result<TaskId> {
+    text.parse().map_err(|_| damaged(format!("task id {text:?}")))
+}
+
+fn read(row: &SqliteRow) -> Result<Task> {
+    let text = |column: &str| row.try_get::<String, _>(column).db();
+    let integer = |column: &str| row.try_get::<i64, _>(column).db();
+    let optional = |column: &str| row.try_get::<Option<i64>, _>(column).db();
+    let kind = text("kind")?;
+    let state = text("state")?;
+    let slice = match (
+        optional("shard")?,
+        row.try_get::<Option<String>, _>("split").db()?,
+        optional("first_row")?,
+        optional("row_count")?,
+    ) {
+        (Some(shard), Some(split), Some(first_row), Some(rows)) => Some(Slice {
+            shard: unsigned32("shard", shard)?,
+            split: Split::parse(&split).ok_or_else(|| damaged(format!("split {split:?}")))?,
+            first_row: unsigned("first_row", first_row)?,
+            rows: unsigned32("row_count", rows)?,
+        }),
+        _ => None,
+    };
+    Ok(Task {
+        id: parse_task_id(&text("id")?)?,
+        job_id: parse_id(&text("job_id")?)?,
+        kind: TaskKind::parse(&kind).ok_or_else(|| damaged(format!("task kind {kind:?}")))?,
+        topic: text("topic")?,
+        slice,
+        state: TaskState::parse(&state).ok_or_else(|| damaged(format!("task state {state:?}")))?,
+        epoch: unsigned("epoch", integer("epoch")?)?,
+        void_epoch: unsigned("void_epoch", integer("void_epoch")?)?,
+        attempts: unsigned32("attempts", integer("attempts")?)?,
+        worker_id: row.try_get("worker_id").db()?,
+        lease_until_ms: optional("lease_until_ms")?,
+        not_before_ms: integer("not_before_ms")?,
+    })
+}

@@ -1,0 +1,168 @@
+//! The effects of an event, inside the caller's transaction.
+
+use retort_core::{
+    Code, Error, Result,
+    state::{TaskKind, TaskState},
+};
+use retort_proto::{self as proto, job_event};
+
+use super::{Event, Outcome, What};
+use crate::{
+    context::Context,
+    database::{
+        Connection,
+        jobs::{self, Job},
+        journal, offsets, shards, signed,
+        tasks::{self, Task},
+    },
+    leases,
+    to_proto::quality_to_proto,
+};
+
+/// A failed attempt is done again after this long, doubling with each attempt.
+const FIRST_BACKOFF_MS: i64 = 1000;
+const LONGEST_BACKOFF_MS: i64 = 30_000;
+
+/// `Err` of kind `Invalid` only before anything was written.
+pub(super) async fn apply(context: &Context, conn: &mut Connection, event: &Event) -> Result<Outcome> {
+    let Some(job) = jobs::find(&mut *conn, &event.job).await? else { return Ok(Outcome::Stale) };
+    let Some(task) = tasks::find(&mut *conn, &event.task).await? else {
+        return Err(Error::new(Code::BusMalformed, format!("there is no task {}", event.task)));
+    };
+    fits(&task, &event.what)?;
+    if event.epoch > task.epoch {
+        return Err(Error::new(
+            Code::BusMalformed,
+            format!("epoch {} of {} was never claimed; the newest is {}", event.epoch, task.id, task.epoch),
+        ));
+    }
+    if !offsets::mark_applied(&mut *conn, &event.id, &job.id).await? {
+        return Ok(Outcome::Repeated);
+    }
+    if job.state.is_final() || !task.is_current(event.epoch) {
+        tracing::info!(job = %job.id, task = task.id.short(), epoch = event.epoch, "an event of an attempt that is over");
+        return Ok(Outcome::Stale);
+    }
+    match &event.what {
+        What::TrainProgress(step) => {
+            // Counts even after the result: it may have been overtaken.
+            jobs::record_step(&mut *conn, &job.id, step).await?;
+            let what = proto::TrainStepped { step: step.step, loss: step.loss };
+            return append(context, conn, &job, job_event::What::TrainStepped(what)).await;
+        }
+        What::CheckpointWritten { step, key } => {
+            jobs::record_checkpoint(&mut *conn, &job.id, *step, key).await?;
+            let what = proto::CheckpointSaved { step: *step, key: key.clone() };
+            return append(context, conn, &job, job_event::What::CheckpointSaved(what)).await;
+        }
+        _ => {}
+    }
+    match task.state {
+        TaskState::Ready | TaskState::Queued | TaskState::Leased => {}
+        TaskState::Done => return Ok(Outcome::Repeated),
+        TaskState::Waiting | TaskState::Failed | TaskState::Cancelled => return Ok(Outcome::Stale),
+    }
+    match &event.what {
+        What::ShardProgress { target_tokens, seconds } => {
+            tasks::record_progress(conn, &task.id, *target_tokens, *seconds).await?;
+            Ok(Outcome::Applied)
+        }
+        What::TaskFailed { code, message, retryable } => {
+            failed(context, conn, &task, code, message, *retryable).await?;
+            Ok(Outcome::Applied)
+        }
+        What::ShardReady { published, measured } => {
+            let split =
+                task.slice.map(|slice| slice.split).ok_or_else(|| Error::internal("a shard task without rows"))?;
+            done(conn, &task).await?;
+            if !shards::insert(&mut *conn, &job.id, split, published, measured).await? {
+                return Ok(Outcome::Repeated);
+            }
+            let (tokens, bytes) = (signed(published.target_tokens), signed(published.bytes));
+            jobs::add_published(&mut *conn, &job.id, 1, tokens, bytes).await?;
+            leases::advance(&mut *conn, &job).await?;
+            let what = proto::ShardPublished {
+                shard: published.shard,
+                epoch: published.epoch,
+                target_tokens: published.target_tokens,
+                bytes: published.bytes,
+            };
+            append(context, conn, &job, job_event::What::ShardPublished(what)).await
+        }
+        What::TrainFinished(finish) => {
+            done(conn, &task).await?;
+            jobs::record_train_finish(&mut *conn, &job.id, finish).await?;
+            jobs::record_checkpoint(&mut *conn, &job.id, finish.steps, &finish.checkpoint_key).await?;
+            leases::advance(&mut *conn, &job).await?;
+            let what = proto::CheckpointSaved { step: finish.steps, key: finish.checkpoint_key.clone() };
+            append(context, conn, &job, job_event::What::CheckpointSaved(what)).await
+        }
+        What::EvaluationReady(evaluation) => {
+            done(conn, &task).await?;
+            jobs::record_evaluation(&mut *conn, &job.id, evaluation).await?;
+            let steps = job.train_finish.as_ref().map_or(job.training.step, |finish| finish.steps);
+            for (quality, step) in [(&evaluation.before, 0), (&evaluation.after, steps)] {
+                let what = proto::Evaluated { quality: Some(quality_to_proto(quality)), step };
+                append(context, &mut *conn, &job, job_event::What::Evaluated(what)).await?;
+            }
+            Ok(Outcome::Applied)
+        }
+        What::TrainProgress(_) | What::CheckpointWritten { .. } => Ok(Outcome::Applied),
+    }
+}
+
+/// The task is done; if its attempt was given up as lost in the meantime, it was not.
+async fn done(conn: &mut Connection, task: &Task) -> Result<()> {
+    tasks::set_state(&mut *conn, &task.id, TaskState::Done).await?;
+    tasks::delete_redone(conn, &task.id, task.epoch).await
+}
+
+async fn failed(
+    context: &Context,
+    conn: &mut Connection,
+    task: &Task,
+    code: &str,
+    message: &str,
+    retryable: bool,
+) -> Result<()> {
+    let now_ms = context.now_ms();
+    // What this attempt still says is void, also while nobody has claimed the task anew.
+    tasks::void_attempts(&mut *conn, &task.id).await?;
+    if !retryable {
+        let text = format!("{}: {message}", task.id.short());
+        tasks::set_state(&mut *conn, &task.id, TaskState::Failed).await?;
+        return leases::fail_job(conn, task, (code, &text), now_ms).await;
+    }
+    let mut not_before_ms = now_ms;
+    if code == Code::WorkerStopped.as_str() {
+        // Somebody stopped the worker, which says nothing about the task.
+        tasks::forgive_attempt(&mut *conn, &task.id).await?;
+    } else {
+        let doublings = task.attempts.saturating_sub(1).min(10);
+        not_before_ms = now_ms.saturating_add((FIRST_BACKOFF_MS << doublings).min(LONGEST_BACKOFF_MS));
+    }
+    leases::redo(context, conn, task, &format!("{code}: {message}"), not_before_ms).await?;
+    Ok(())
+}
+
+async fn append(context: &Context, conn: &mut Connection, job: &Job, what: job_event::What) -> Result<Outcome> {
+    journal::append(conn, &job.id, context.now_ms(), what).await?;
+    Ok(Outcome::Applied)
+}
+
+/// Whether this kind of task can report this.
+fn fits(task: &Task, what: &What) -> Result<()> {
+    let fits = match what {
+        What::TaskFailed { .. } => true,
+        What::ShardReady { .. } | What::ShardProgress { .. } => task.kind == TaskKind::Shard,
+        What::TrainProgress(_) | What::CheckpointWritten { .. } | What::TrainFinished(_) => {
+            task.kind == TaskKind::Train
+        }
+        What::EvaluationReady(_) => task.kind == TaskKind::Evaluate,
+    };
+    if fits {
+        Ok(())
+    } else {
+        Err(Error::new(Code::BusMalformed, format!("{} is a {} task and cannot report this", task.id, task.kind)))
+    }
+}

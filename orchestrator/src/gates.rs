@@ -1,0 +1,89 @@
+//! The gates: a pure function of the spec and the evaluation.
+
+use retort_core::spec::Gates;
+
+use crate::report::{GateResult, Quality};
+
+/// One result for each gate that is set, in the spec's order. A value that is not a number passes
+/// nothing.
+pub fn judge(gates: &Gates, before: &Quality, after: &Quality) -> Vec<GateResult> {
+    let at_most = |gate: &str, limit: Option<f64>, value: f64| {
+        limit.map(|limit| GateResult { gate: gate.to_owned(), limit, value, passed: value <= limit })
+    };
+    let at_least = |gate: &str, limit: Option<f64>, value: f64| {
+        limit.map(|limit| GateResult { gate: gate.to_owned(), limit, value, passed: value >= limit })
+    };
+    [
+        at_most("max_kl", gates.max_kl, after.kl),
+        at_most("max_kl_ratio", gates.max_kl_ratio, ratio(after.kl, before.kl)),
+        at_least("min_top1_agreement", gates.min_top1_agreement, after.top1_agreement),
+        at_most(
+            "max_perplexity_ratio",
+            gates.max_perplexity_ratio,
+            ratio(after.student_perplexity, after.teacher_perplexity),
+        ),
+    ]
+    .into_iter()
+    .flatten()
+    .collect()
+}
+
+/// Whether the candidate may be promoted. Nothing judged promotes nothing.
+pub fn promotes(results: &[GateResult], after: &Quality) -> bool {
+    after.tokens > 0 && results.iter().all(|result| result.passed)
+}
+
+/// A student that was perfect before training has nothing to gain: 0 / 0 is 1.
+fn ratio(value: f64, of: f64) -> f64 {
+    if value == 0.0 && of == 0.0 { 1.0 } else { value / of }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn quality(kl: f64, top1: f64, student: f64, teacher: f64) -> Quality {
+        Quality { kl, top1_agreement: top1, student_perplexity: student, teacher_perplexity: teacher, tokens: 10 }
+    }
+
+    fn check(gates: Gates, expected: &[(&str, f64, bool)]) {
+        let results = judge(&gates, &quality(2.0, 0.1, 90.0, 10.0), &quality(0.5, 0.6, 15.0, 10.0));
+        let found: Vec<_> = results.iter().map(|r| (r.gate.as_str(), r.value, r.passed)).collect();
+        assert_eq!(found, expected);
+    }
+
+    #[test]
+    fn each_gate_compares_its_own_value() {
+        check(Gates { max_kl: Some(0.5), ..Gates::default() }, &[("max_kl", 0.5, true)]);
+        check(Gates { max_kl: Some(0.49), ..Gates::default() }, &[("max_kl", 0.5, false)]);
+        check(Gates { max_kl_ratio: Some(0.25), ..Gates::default() }, &[("max_kl_ratio", 0.25, true)]);
+        check(Gates { max_kl_ratio: Some(0.2), ..Gates::default() }, &[("max_kl_ratio", 0.25, false)]);
+        check(Gates { min_top1_agreement: Some(0.6), ..Gates::default() }, &[("min_top1_agreement", 0.6, true)]);
+        check(Gates { min_top1_agreement: Some(0.7), ..Gates::default() }, &[("min_top1_agreement", 0.6, false)]);
+        check(Gates { max_perplexity_ratio: Some(1.5), ..Gates::default() }, &[("max_perplexity_ratio", 1.5, true)]);
+        check(Gates { max_perplexity_ratio: Some(1.4), ..Gates::default() }, &[("max_perplexity_ratio", 1.5, false)]);
+        check(Gates::default(), &[]);
+    }
+
+    #[test]
+    fn what_is_not_a_number_passes_nothing() {
+        let gates = Gates {
+            max_kl: Some(1e6),
+            max_kl_ratio: Some(1e6),
+            min_top1_agreement: Some(0.0),
+            max_perplexity_ratio: Some(1e6),
+        };
+        let nan = quality(f64::NAN, f64::NAN, f64::INFINITY, 10.0);
+        assert!(judge(&gates, &quality(2.0, 0.1, 90.0, 10.0), &nan).iter().all(|result| !result.passed));
+    }
+
+    #[test]
+    fn promotion_needs_every_gate_and_something_judged() {
+        let good = quality(0.1, 0.9, 11.0, 10.0);
+        assert!(promotes(&[], &good));
+        assert!(!promotes(&[], &Quality { tokens: 0, ..good.clone() }));
+        let gate = |passed| GateResult { gate: "max_kl".into(), limit: 1.0, value: 0.5, passed };
+        assert!(promotes(&[gate(true), gate(true)], &good));
+        assert!(!promotes(&[gate(true), gate(false)], &good));
+    }
+}

@@ -1,0 +1,104 @@
+//! The janitor: removes what was staged and never published, and what deleted jobs left.
+
+use std::{collections::HashSet, time::Duration};
+
+use retort_artifact::paths;
+use retort_core::{Code, Result, id::JobId};
+use tokio_util::sync::CancellationToken;
+
+use crate::{
+    context::Context,
+    database::{commit, deletions, jobs, shards},
+};
+
+const TICK: Duration = Duration::from_secs(5);
+
+/// Tidies until `shutdown`.
+pub async fn run(context: Context, shutdown: CancellationToken) -> Result<()> {
+    loop {
+        let tidied = tokio::select! {
+            biased;
+            () = shutdown.cancelled() => return Ok(()),
+            tidied = tidy(&context) => tidied,
+        };
+        if let Err(error) = tidied {
+            tracing::warn!(code = %error.code, "tidying the store failed, trying again: {}", error.chain());
+            tokio::select! {
+                () = shutdown.cancelled() => return Ok(()),
+                () = tokio::time::sleep(TICK) => {}
+            }
+        }
+        tokio::select! {
+            () = shutdown.cancelled() => return Ok(()),
+            () = context.wakers.janitor.notified() => {}
+            () = tokio::time::sleep(TICK) => {}
+        }
+    }
+}
+
+/// One round; returns how many objects went.
+pub async fn tidy(context: &Context) -> Result<u64> {
+    Ok(sweep_ended(context).await? + sweep_deleted(context).await?)
+}
+
+/// Staged shards of attempts that were never published, once no attempt of the job can be running.
+async fn sweep_ended(context: &Context) -> Result<u64> {
+    let ended_before_ms = context.now_ms().saturating_sub(context.settings.lease_ms().saturating_mul(2));
+    let ended = jobs::untidy(&mut *context.database.read().await?, ended_before_ms).await?;
+    let mut removed = 0;
+    for id in ended {
+        removed += sweep_staged(context, &id).await?;
+        let mut tx = context.database.begin().await?;
+        jobs::set_cleaned(&mut tx, &id, context.now_ms()).await?;
+        commit(tx).await?;
+    }
+    Ok(removed)
+}
+
+async fn sweep_staged(context: &Context, id: &JobId) -> Result<u64> {
+    let published: HashSet<String> =
+        shards::keys(&mut *context.database.read().await?, id).await?.into_iter().collect();
+    let mut removed = 0;
+    for entry in context.store.list(&paths::shards_prefix(id.as_str())).await? {
+        if !published.contains(&entry.key) {
+            match context.store.delete(&entry.key).await {
+                Err(error) if error.code == Code::ObjectNotFound => {}
+                other => other?,
+            }
+            removed += 1;
+        }
+    }
+    if removed > 0 {
+        tracing::info!(job = %id, removed, "removed shards that were staged and never published");
+    }
+    Ok(removed)
+}
+
+/// What deleted jobs left. A prompt set goes only if no job uses it again by now.
+async fn sweep_deleted(context: &Context) -> Result<u64> {
+    let due = deletions::due(&mut *context.database.read().await?, context.now_ms()).await?;
+    let mut removed = 0;
+    for (prefix, due_ms) in due {
+        let prompt_set = prefix.strip_prefix("prompts/").and_then(|name| name.strip_suffix(".jsonl"));
+        removed += match prompt_set {
+            Some(sha256) => {
+                let _alone = context.prompt_sets.write().await;
+                let used = jobs::uses_prompt_set(&mut *context.database.read().await?, sha256).await?;
+                if used { 0 } else { context.store.delete(&prefix).await.map(|()| 1).or_else(gone)? }
+            }
+            None => context.store.delete_prefix(&prefix).await?,
+        };
+        let mut tx = context.database.begin().await?;
+        deletions::remove(&mut tx, &prefix, due_ms).await?;
+        commit(tx).await?;
+        tracing::debug!(prefix, "swept");
+    }
+    Ok(removed)
+}
+
+fn gone(error: retort_core::Error) -> Result<u64> {
+    if error.code == Code::ObjectNotFound { Ok(0) } else { Err(error) }
+}
+
+#[cfg(test)]
+mod tests;

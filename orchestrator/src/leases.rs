@@ -1,0 +1,257 @@
+//! Leases: who computes a task, and until when.
+//!
+//! A claim raises the task's epoch, and with it voids every attempt before. A lease without a
+//! heartbeat runs out: the task goes back to `Ready` and the attempt is noted as lost. It is *not*
+//! void yet. If its heartbeat or its result arrives before another worker claims, it is taken: the
+//! work is good, only the news was late (a busy machine, a broker that restarted).
+
+use std::time::Duration;
+
+use retort_core::{
+    Code, Error, Result,
+    id::TaskId,
+    state::{JobState, TaskKind, TaskState},
+};
+use retort_proto::not_claimable::Reason;
+use tokio_util::sync::CancellationToken;
+
+use crate::{
+    context::Context,
+    database::{
+        Connection, commit,
+        jobs::{self, Job},
+        journal,
+        tasks::{self, Task},
+    },
+};
+
+/// Shortest wait told to a worker whose task is held by another.
+const MIN_RETRY: Duration = Duration::from_millis(200);
+
+/// What a claim is answered.
+#[derive(Debug)]
+pub enum Claim {
+    Claimed(Box<Lease>),
+    NotClaimable(Reason),
+    /// Another attempt holds the task: ask again after this long.
+    RetryAfter(Duration),
+}
+
+#[derive(Debug)]
+pub struct Lease {
+    /// With the epoch of the new attempt.
+    pub task: Task,
+    pub job: Job,
+}
+
+/// What a heartbeat is answered.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Beat {
+    Extended,
+    /// The job has ended: stop, clean up, commit.
+    Cancelled,
+}
+
+/// Gives the task to a worker, or says why not.
+///
+/// A worker that claims what it holds already gets a new epoch: its process does one thing at a
+/// time, so the older attempt, or the answer to its claim, was lost.
+pub async fn claim(context: &Context, id: &TaskId, worker_id: &str) -> Result<Claim> {
+    let now_ms = context.now_ms();
+    let mut tx = context.database.begin().await?;
+    let Some(task) = tasks::find(&mut tx, id).await? else {
+        return Ok(Claim::NotClaimable(Reason::UnknownTask));
+    };
+    let job = jobs::get(&mut tx, &task.job_id).await?;
+    match job.state {
+        JobState::Cancelled => return Ok(Claim::NotClaimable(Reason::Cancelled)),
+        JobState::Failed => return Ok(Claim::NotClaimable(Reason::Failed)),
+        JobState::Succeeded | JobState::Rejected => return Ok(Claim::NotClaimable(Reason::Done)),
+        JobState::Queued | JobState::Running => {}
+    }
+    match task.state {
+        TaskState::Cancelled => return Ok(Claim::NotClaimable(Reason::Cancelled)),
+        TaskState::Failed => return Ok(Claim::NotClaimable(Reason::Failed)),
+        // Waiting, or backing off: another record will come when the time is right, so this one's
+        // purpose is fulfilled.
+        TaskState::Done | TaskState::Waiting => return Ok(Claim::NotClaimable(Reason::Done)),
+        TaskState::Ready if task.not_before_ms > now_ms => return Ok(Claim::NotClaimable(Reason::Done)),
+        TaskState::Ready | TaskState::Queued => {}
+        TaskState::Leased => {
+            let left_ms = task.lease_until_ms.unwrap_or(now_ms) - now_ms;
+            if left_ms > 0 && task.worker() != worker_id {
+                return Ok(Claim::RetryAfter(Duration::from_millis(left_ms.unsigned_abs()).max(MIN_RETRY)));
+            }
+            let reason = if left_ms > 0 {
+                "claimed again by the same worker: the attempt was given up".to_owned()
+            } else {
+                expired(context)
+            };
+            if lose(context, &mut tx, &task, &reason).await? == Fate::JobFailed {
+                commit(tx).await?;
+                context.wakers.job_changed(&task.job_id);
+                return Ok(Claim::NotClaimable(Reason::Failed));
+            }
+        }
+    }
+    tasks::lease(&mut tx, id, worker_id, now_ms.saturating_add(context.settings.lease_ms())).await?;
+    if job.state == JobState::Queued {
+        journal::change_state(&mut tx, &task.job_id, JobState::Running, None, now_ms).await?;
+    }
+    let leased = tasks::find(&mut tx, id).await?.ok_or_else(|| Error::internal("a leased task is gone"))?;
+    let job = jobs::get(&mut tx, &task.job_id).await?;
+    commit(tx).await?;
+    context.wakers.job_changed(&job.id);
+    tracing::info!(job = %job.id, task = leased.id.short(), epoch = leased.epoch, worker = worker_id, "claimed");
+    Ok(Claim::Claimed(Box::new(Lease { task: leased, job })))
+}
+
+/// Extends the lease. `attempt-fenced` when another attempt has taken over.
+pub async fn heartbeat(context: &Context, id: &TaskId, epoch: u64, worker_id: &str) -> Result<Beat> {
+    let now_ms = context.now_ms();
+    let mut tx = context.database.begin().await?;
+    let Some(task) = tasks::find(&mut tx, id).await? else {
+        // The job was deleted.
+        return Ok(Beat::Cancelled);
+    };
+    let job = jobs::get(&mut tx, &task.job_id).await?;
+    if job.state.is_final() && task.state != TaskState::Done {
+        return Ok(Beat::Cancelled);
+    }
+    if epoch != task.epoch || task.worker() != worker_id {
+        return Err(fenced(&task, epoch));
+    }
+    match task.state {
+        // The result arrived before the last heartbeat.
+        TaskState::Done => return Ok(Beat::Extended),
+        TaskState::Cancelled | TaskState::Failed => return Ok(Beat::Cancelled),
+        TaskState::Ready | TaskState::Queued | TaskState::Leased if task.is_current(epoch) => {}
+        _ => return Err(fenced(&task, epoch)),
+    }
+    if task.state != TaskState::Leased {
+        tasks::delete_redone(&mut tx, id, epoch).await?;
+    }
+    tasks::extend(&mut tx, id, now_ms.saturating_add(context.settings.lease_ms())).await?;
+    commit(tx).await?;
+    Ok(Beat::Extended)
+}
+
+/// Takes back what no heartbeat kept, each moment until `shutdown`.
+pub async fn run(context: Context, shutdown: CancellationToken) -> Result<()> {
+    let tick = (context.settings.lease / 5).clamp(Duration::from_millis(50), Duration::from_secs(1));
+    loop {
+        tokio::select! {
+            () = shutdown.cancelled() => return Ok(()),
+            () = tokio::time::sleep(tick) => {}
+        }
+        if let Err(error) = reap(&context).await {
+            tracing::warn!(code = %error.code, "lost leases could not be taken back, trying again: {}", error.chain());
+        }
+    }
+}
+
+/// Takes every lost lease back; returns how many.
+pub async fn reap(context: &Context) -> Result<usize> {
+    let now_ms = context.now_ms();
+    if tasks::expired(&mut *context.database.read().await?, now_ms).await?.is_empty() {
+        return Ok(0);
+    }
+    let mut tx = context.database.begin().await?;
+    let expired_tasks = tasks::expired(&mut tx, now_ms).await?;
+    for task in &expired_tasks {
+        lose(context, &mut tx, task, &expired(context)).await?;
+    }
+    commit(tx).await?;
+    for task in &expired_tasks {
+        tracing::warn!(
+            job = %task.job_id, task = task.id.short(), epoch = task.epoch, worker = task.worker(),
+            "the lease ran out"
+        );
+        context.wakers.job_changed(&task.job_id);
+    }
+    Ok(expired_tasks.len())
+}
+
+/// Every worker gets a whole lease from now: while the orchestrator was away nobody could beat.
+pub async fn grant_grace(context: &Context) -> Result<u64> {
+    let mut tx = context.database.begin().await?;
+    let kept = tasks::extend_all(&mut tx, context.now_ms().saturating_add(context.settings.lease_ms())).await?;
+    commit(tx).await?;
+    Ok(kept)
+}
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Fate {
+    /// The task is `Ready` again.
+    Redone,
+    JobFailed,
+}
+
+/// Notes the newest attempt as lost; the task is done again, unless that was its last attempt.
+pub async fn lose(context: &Context, conn: &mut Connection, task: &Task, reason: &str) -> Result<Fate> {
+    redo(context, conn, task, reason, context.now_ms()).await
+}
+
+/// As [`lose`], the next attempt not before `not_before_ms`.
+pub async fn redo(
+    context: &Context,
+    conn: &mut Connection,
+    task: &Task,
+    reason: &str,
+    not_before_ms: i64,
+) -> Result<Fate> {
+    let now_ms = context.now_ms();
+    // Before the event, so that its progress counts no running attempt any more.
+    tasks::make_ready(&mut *conn, &task.id, not_before_ms).await?;
+    journal::attempt_lost(&mut *conn, task, reason, now_ms).await?;
+    let attempts = tasks::find(&mut *conn, &task.id).await?.map_or(0, |task| task.attempts);
+    if attempts < context.settings.max_attempts {
+        return Ok(Fate::Redone);
+    }
+    let message = format!(
+        "{} was attempted {attempts} times and never ended in its result; the last time: {reason}",
+        task.id.short()
+    );
+    tasks::set_state(&mut *conn, &task.id, TaskState::Failed).await?;
+    fail_job(conn, task, (Code::AttemptsExhausted.as_str(), &message), now_ms).await?;
+    Ok(Fate::JobFailed)
+}
+
+/// The job fails with this code and message, and with it everything it still had to do.
+pub async fn fail_job(conn: &mut Connection, task: &Task, error: (&str, &str), now_ms: i64) -> Result<()> {
+    tasks::cancel_all(&mut *conn, &task.job_id).await?;
+    journal::change_state(conn, &task.job_id, JobState::Failed, Some(error), now_ms).await
+}
+
+/// Lets the evaluation start when its inputs are there, and wait again when one was withdrawn.
+pub async fn advance(conn: &mut Connection, job: &Job) -> Result<()> {
+    use retort_core::state::Split;
+    let id = TaskId::evaluate(&job.id);
+    let Some(task) = tasks::find(&mut *conn, &id).await? else { return Ok(()) };
+    let held_out = tasks::count_unfinished(&mut *conn, &job.id, TaskKind::Shard, Some(Split::HeldOut)).await?;
+    let training = tasks::count_unfinished(&mut *conn, &job.id, TaskKind::Train, None).await?;
+    match (task.state, held_out + training) {
+        (TaskState::Waiting, 0) => tasks::make_ready(conn, &id, 0).await,
+        (TaskState::Ready | TaskState::Queued, 1..) => tasks::set_state(conn, &id, TaskState::Waiting).await,
+        _ => Ok(()),
+    }
+}
+
+fn expired(context: &Context) -> String {
+    format!("lease expired: no heartbeat for {} s", context.settings.lease.as_secs_f64())
+}
+
+fn fenced(task: &Task, epoch: u64) -> Error {
+    Error::new(
+        Code::AttemptFenced,
+        format!(
+            "{}: epoch {epoch} is not the current attempt (epoch {}{}); stop and write nothing more",
+            task.id.short(),
+            task.epoch,
+            if task.is_current(task.epoch) { "" } else { ", void" },
+        ),
+    )
+}
+
+#[cfg(test)]
+mod tests;

@@ -1,0 +1,145 @@
+use bytes::Bytes;
+use retort_artifact::paths;
+use retort_core::state::JobState;
+
+use super::*;
+use crate::testing::*;
+
+async fn exists(world: &World, key: &str) -> bool {
+    world.context.store.exists(key).await.unwrap()
+}
+
+#[tokio::test]
+async fn a_candidate_that_passes_becomes_a_version() {
+    let world = World::new().await;
+    let job = world.job().await;
+    world.complete(&job, 0.25).await;
+    judge_ready(&world.context).await.unwrap();
+
+    let read = world.read_job(&job).await;
+    assert_eq!(read.state, JobState::Succeeded);
+    let report = read.report.unwrap();
+    assert_eq!(report.promoted, "models/support/versions/1");
+    assert_eq!(report.artifacts["model"], "models/support/000001/");
+    assert_eq!((report.target_tokens, report.store_bytes, report.bytes_per_token), (100, 5000, 50.0));
+    assert_eq!((report.teacher_tokens_per_second, report.student_tokens_per_second), (10.0, 40.0));
+    assert_eq!(report.gates.len(), 1);
+    assert!(report.gates[0].passed);
+    assert!(exists(&world, "models/support/000001/config.json").await);
+
+    let stored = world.context.store.get(&paths::report(job.as_str()), 1 << 20).await.unwrap();
+    assert_eq!(serde_json::from_slice::<Report>(&stored).unwrap(), report);
+    let pointer = read_pointer(&world.context, "models/support/versions/000001.json").await.unwrap().unwrap();
+    assert_eq!((pointer.job.as_str(), pointer.folder.as_str()), (job.as_str(), "models/support/000001/"));
+
+    // Judging what has ended changes nothing.
+    judge_ready(&world.context).await.unwrap();
+    judge(&world.context, &job).await.unwrap();
+    let next = world.job().await;
+    world.complete(&next, 0.25).await;
+    judge_ready(&world.context).await.unwrap();
+    assert_eq!(world.read_job(&next).await.report.unwrap().promoted, "models/support/versions/2");
+}
+
+#[tokio::test]
+async fn a_candidate_that_fails_a_gate_stays_one() {
+    let world = World::new().await;
+    let job = world.job().await;
+    world.complete(&job, 0.75).await;
+    judge_ready(&world.context).await.unwrap();
+    let read = world.read_job(&job).await;
+    assert_eq!(read.state, JobState::Rejected);
+    let report = read.report.unwrap();
+    assert_eq!(report.promoted, "");
+    assert_eq!(report.artifacts["model"], paths::model_prefix(&report.artifacts["checkpoint"]));
+    assert!(!exists(&world, "models/support/versions/000001.json").await);
+}
+
+#[tokio::test]
+async fn a_crash_anywhere_promotes_once() {
+    let world = World::new().await;
+    let job = world.job().await;
+    world.complete(&job, 0.25).await;
+    let read = world.read_job(&job).await;
+    let (finish, quality) = (read.train_finish.clone().unwrap(), read.evaluation.clone().unwrap().after);
+
+    // Died after reserving, with half a copy made.
+    let reserved = reserve(&world.context, &read, &quality).await.unwrap();
+    let half = format!("{}half-copied.bin", reserved.key);
+    world.context.store.put_new(&half, Bytes::from_static(b"x")).await.unwrap();
+    // From here on it is too late to cancel.
+    assert_eq!(crate::intake::cancel(&world.context, &job).await.unwrap().state, JobState::Running);
+    // Died after the pointer, and again after the report.
+    let model = promote(&world.context, &read, &finish, &quality).await.unwrap();
+    assert!(!exists(&world, &half).await);
+    world.context.store.put_new(&paths::report(job.as_str()), Bytes::from_static(b"{}")).await.unwrap();
+    assert_eq!(promote(&world.context, &read, &finish, &quality).await.unwrap(), model);
+
+    judge_ready(&world.context).await.unwrap();
+    let read = world.read_job(&job).await;
+    assert_eq!(read.state, JobState::Succeeded);
+    assert_eq!(read.report.unwrap().promoted, "models/support/versions/1");
+    assert_eq!(world.context.store.list("models/support/versions/").await.unwrap().len(), 1);
+}
+
+#[tokio::test]
+async fn a_version_of_another_database_is_left_alone() {
+    let world = World::new().await;
+    let put = |key: &'static str, text: String| world.context.store.put_new(key, Bytes::from(text));
+    let quality = Quality { kl: 0.1, top1_agreement: 0.9, student_perplexity: 5.0, teacher_perplexity: 4.0, tokens: 9 };
+    let pointer = |version| Pointer {
+        name: "support".into(),
+        version,
+        job: "f".repeat(32),
+        folder: format!("models/support/{version:06}/"),
+        teacher: "/teacher".into(),
+        promote_ms: 1,
+        quality: quality.clone(),
+    };
+    put("models/support/versions/000001.json", serde_json::to_string(&pointer(1)).unwrap()).await.unwrap();
+    put("models/support/000001/config.json", "theirs".into()).await.unwrap();
+    let job = world.job().await;
+    world.complete(&job, 0.25).await;
+
+    // Somebody takes the next number after it was reserved here.
+    let read = world.read_job(&job).await;
+    let reserved = reserve(&world.context, &read, &quality).await.unwrap();
+    assert_eq!(reserved.version, 2);
+    put("models/support/versions/000002.json", serde_json::to_string(&pointer(2)).unwrap()).await.unwrap();
+    put("models/support/000002/config.json", "theirs".into()).await.unwrap();
+
+    judge_ready(&world.context).await.unwrap();
+    assert_eq!(world.read_job(&job).await.report.unwrap().promoted, "models/support/versions/3");
+    for key in ["models/support/000001/config.json", "models/support/000002/config.json"] {
+        assert_eq!(world.context.store.get(key, 100).await.unwrap().as_ref(), b"theirs");
+    }
+}
+
+#[tokio::test]
+async fn a_candidate_without_files_fails_the_job() {
+    let world = World::new().await;
+    let job = world.job().await;
+    world.complete(&job, 0.25).await;
+    world.context.store.delete_prefix(&paths::checkpoints_prefix(job.as_str())).await.unwrap();
+    judge_ready(&world.context).await.unwrap();
+    let read = world.read_job(&job).await;
+    assert_eq!(read.state, JobState::Failed);
+    assert_eq!(read.error.unwrap().0, "object-not-found");
+    let snapshot = &mut world.context.database.read().await.unwrap();
+    assert_eq!(models::find_by_job(snapshot, &job).await.unwrap(), None);
+}
+
+#[tokio::test]
+async fn nothing_is_judged_while_a_shard_is_being_redone() {
+    let world = World::new().await;
+    let job = world.job().await;
+    world.complete(&job, 0.25).await;
+    crate::intake::withdraw(&world.context, &job, 0, 1, "student", "bad").await.unwrap();
+    judge_ready(&world.context).await.unwrap();
+    assert_eq!(world.read_job(&job).await.state, JobState::Running);
+    world.publish(&job, 0).await;
+    judge_ready(&world.context).await.unwrap();
+    let report = world.read_job(&job).await.report.unwrap();
+    assert_eq!(report.redone.len(), 1);
+    assert_eq!(report.redone[0].reason, "corrupt: bad");
+}

@@ -1,0 +1,117 @@
+//! What a job amounts to: the report, and the workers' results it is made of. Stored as JSON in the
+//! database and, for the job's owner, as `report.json` beside its artefacts.
+
+use std::collections::BTreeMap;
+
+use serde::{Deserialize, Serialize};
+
+/// How a student stands to its teacher on the held-out prompts.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub struct Quality {
+    /// Mean forward KL(teacher || student), nats a target token.
+    #[serde(with = "number")]
+    pub kl: f64,
+    /// Share of positions where both agree on the most likely token.
+    #[serde(with = "number")]
+    pub top1_agreement: f64,
+    #[serde(with = "number")]
+    pub student_perplexity: f64,
+    #[serde(with = "number")]
+    pub teacher_perplexity: f64,
+    /// Target tokens judged.
+    pub tokens: u64,
+}
+
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Sample {
+    pub row_id: String,
+    pub prompt: String,
+    pub teacher: String,
+    pub student_before: String,
+    pub student_after: String,
+}
+
+/// What the evaluation found.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub struct Evaluation {
+    pub before: Quality,
+    pub after: Quality,
+    pub after_by_tag: BTreeMap<String, Quality>,
+    pub samples: Vec<Sample>,
+}
+
+/// What the training run left.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub struct TrainFinish {
+    pub steps: u32,
+    /// Store prefix of the checkpoint to judge.
+    pub checkpoint_key: String,
+    /// Store prefix of the weights before training.
+    pub initial_key: String,
+    pub trained_tokens: u64,
+    pub seconds: f64,
+    #[serde(with = "number")]
+    pub tokens_per_second: f64,
+    #[serde(with = "number")]
+    pub final_loss: f64,
+}
+
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub struct GateResult {
+    /// As the spec names it, such as `max_kl`.
+    pub gate: String,
+    #[serde(with = "number")]
+    pub limit: f64,
+    #[serde(with = "number")]
+    pub value: f64,
+    pub passed: bool,
+}
+
+/// An attempt that did not end in its result, and why.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Redone {
+    /// The task within its job, such as `shard-00012`.
+    pub task: String,
+    /// Fencing epoch of the attempt.
+    pub epoch: u64,
+    pub worker: String,
+    pub reason: String,
+}
+
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub struct Report {
+    pub before: Quality,
+    pub after: Quality,
+    pub after_by_tag: BTreeMap<String, Quality>,
+    pub gates: Vec<GateResult>,
+    pub samples: Vec<Sample>,
+    /// Of all shards, held-out ones included.
+    pub target_tokens: u64,
+    pub store_bytes: u64,
+    /// Of the training shards: held-out ones are captured more finely than the spec says.
+    pub bytes_per_token: f64,
+    /// Median of the shards' own rates; tokens a second of one worker.
+    pub teacher_tokens_per_second: f64,
+    #[serde(with = "number")]
+    pub student_tokens_per_second: f64,
+    pub trained_tokens: u64,
+    pub redone: Vec<Redone>,
+    /// `models/{name}/versions/{n}`; empty when a gate failed.
+    pub promoted: String,
+    /// Where the artefacts lie, as store keys.
+    pub artifacts: BTreeMap<String, String>,
+}
+
+/// JSON has no infinity and no NaN: a number that is not finite is written as null and read back as
+/// NaN, which passes no gate.
+mod number {
+    use serde::{Deserialize as _, Deserializer, Serializer};
+
+    pub fn serialize<S: Serializer>(value: &f64, serializer: S) -> Result<S::Ok, S::Error> {
+        if value.is_finite() { serializer.serialize_f64(*value) } else { serializer.serialize_none() }
+    }
+
+    pub fn deserialize<'de, D: Deserializer<'de>>(deserializer: D) -> Result<f64, D::Error> {
+        Ok(Option::<f64>::deserialize(deserializer)?.unwrap_or(f64::NAN))
+    }
+}

@@ -1,0 +1,139 @@
+//! The orchestrator's own types -> `retort.v1`.
+
+use retort_core::wire::{duration_to_proto, job_spec_to_proto, job_state_to_proto, timestamp_to_proto};
+use retort_proto as proto;
+
+use crate::{
+    database::{jobs::Job, models::Model, shards::Published},
+    planner::Plan,
+    progress::Progress,
+    report::{GateResult, Quality, Redone, Report, Sample},
+};
+
+pub fn job_to_proto(job: &Job, progress: &Progress) -> proto::Job {
+    proto::Job {
+        name: job.id.resource_name(),
+        uid: job.id.as_str().to_owned(),
+        spec: Some(job_spec_to_proto(&job.spec)),
+        state: job_state_to_proto(job.state) as i32,
+        create_time: Some(timestamp_to_proto(job.create_ms)),
+        start_time: job.start_ms.map(timestamp_to_proto),
+        end_time: job.end_ms.map(timestamp_to_proto),
+        error: job.error.as_ref().map(|(code, message)| error_to_proto(code, message)),
+        plan: Some(plan_to_proto(&job.plan)),
+        progress: Some(progress_to_proto(progress)),
+        report: job.report.as_ref().map(report_to_proto),
+    }
+}
+
+pub fn plan_to_proto(plan: &Plan) -> proto::Plan {
+    proto::Plan {
+        train_rows: plan.train_rows,
+        held_out_rows: plan.held_out_rows,
+        train_shards: plan.train_shards,
+        held_out_shards: plan.held_out_shards,
+        max_target_tokens: plan.max_target_tokens,
+        optimizer_steps: plan.optimizer_steps,
+        teacher_parameters: plan.teacher_parameters,
+        student_parameters: plan.student_parameters,
+        max_store_bytes: plan.max_store_bytes,
+    }
+}
+
+pub fn progress_to_proto(progress: &Progress) -> proto::Progress {
+    proto::Progress {
+        shards_published: progress.shards_published,
+        shards_total: progress.shards_total,
+        teacher_target_tokens: progress.teacher_target_tokens,
+        teacher_tokens_per_second: progress.teacher_tokens_per_second,
+        step: progress.step,
+        steps_total: progress.steps_total,
+        train_loss: progress.train_loss,
+        student_tokens_per_second: progress.student_tokens_per_second,
+        held_out_kl: progress.held_out_kl,
+        attempts_redone: progress.attempts_redone,
+        eta: progress.eta.map(duration_to_proto),
+    }
+}
+
+pub fn report_to_proto(report: &Report) -> proto::Report {
+    proto::Report {
+        before: Some(quality_to_proto(&report.before)),
+        after: Some(quality_to_proto(&report.after)),
+        gates: report.gates.iter().map(gate_to_proto).collect(),
+        samples: report.samples.iter().map(sample_to_proto).collect(),
+        target_tokens: report.target_tokens,
+        store_bytes: report.store_bytes,
+        bytes_per_token: report.bytes_per_token,
+        teacher_tokens_per_second: report.teacher_tokens_per_second,
+        student_tokens_per_second: report.student_tokens_per_second,
+        trained_tokens: report.trained_tokens,
+        redone: report.redone.iter().map(redone_to_proto).collect(),
+        promoted: report.promoted.clone(),
+        artifacts: report.artifacts.iter().map(|(name, key)| (name.clone(), key.clone())).collect(),
+        after_by_tag: report
+            .after_by_tag
+            .iter()
+            .map(|(tag, quality)| (tag.clone(), quality_to_proto(quality)))
+            .collect(),
+    }
+}
+
+pub fn quality_to_proto(quality: &Quality) -> proto::Quality {
+    proto::Quality {
+        kl: quality.kl,
+        top1_agreement: quality.top1_agreement,
+        student_perplexity: quality.student_perplexity,
+        teacher_perplexity: quality.teacher_perplexity,
+        tokens: quality.tokens,
+    }
+}
+
+pub fn redone_to_proto(redone: &Redone) -> proto::Redone {
+    proto::Redone {
+        task: redone.task.clone(),
+        epoch: redone.epoch,
+        worker: redone.worker.clone(),
+        reason: redone.reason.clone(),
+    }
+}
+
+pub fn published_to_proto(shard: Published) -> proto::PublishedShard {
+    proto::PublishedShard {
+        shard: shard.shard,
+        epoch: shard.epoch,
+        key: shard.key,
+        sha256: shard.sha256,
+        bytes: shard.bytes,
+        rows: shard.rows,
+        target_tokens: shard.target_tokens,
+    }
+}
+
+pub fn model_to_proto(model: &Model) -> proto::Model {
+    proto::Model {
+        name: model.resource_name(),
+        job: model.job_id.resource_name(),
+        create_time: model.promote_ms.map(timestamp_to_proto),
+        key: model.key.clone(),
+        quality: Some(quality_to_proto(&model.quality)),
+    }
+}
+
+pub fn error_to_proto(code: &str, message: &str) -> proto::ErrorDetail {
+    proto::ErrorDetail { code: code.to_owned(), message: message.to_owned() }
+}
+
+fn gate_to_proto(gate: &GateResult) -> proto::GateResult {
+    proto::GateResult { gate: gate.gate.clone(), limit: gate.limit, value: gate.value, passed: gate.passed }
+}
+
+fn sample_to_proto(sample: &Sample) -> proto::Sample {
+    proto::Sample {
+        row_id: sample.row_id.clone(),
+        prompt: sample.prompt.clone(),
+        teacher: sample.teacher.clone(),
+        student_before: sample.student_before.clone(),
+        student_after: sample.student_after.clone(),
+    }
+}
