@@ -138,7 +138,7 @@ CORNERS = """\
 {{ messages[0].content | tojson(ensure_ascii=True) }}
 {{ none }} {{ true }} {{ missing }}|{{ 'x' if missing is defined else 'y' }}
 {{ strftime_now('%A %-d %B %Y, %j %H:%M:%S %I %p %y %%') }}
-{{ messages[0].get('name', 'anon') }} {{ messages[0].items() | list | length }} {{ 'é'.encode is defined }}
+{{ messages[0].get('name', 'anon') }} {{ messages[0].items() | list | length }} {{ messages[0].name is defined }}
 {{ messages[0].content.startswith('  ') }} {{ messages[0].content.rstrip().endswith('?') }}
 {% set joined %}{% for m in messages %}{{ m.role[0] }}{% endfor %}{% endset %}
 {{ joined }}{{ '' ~ messages | length ~ '!' }}{{ "%s-%s" | format('a', 2) }}

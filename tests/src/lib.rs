@@ -1,1 +1,5 @@
+//! Drives retort as a user does: the built binaries, a home of its own for each test, the gRPC API.
 
+pub mod prompts;
+pub mod retort;
+pub mod teacher;

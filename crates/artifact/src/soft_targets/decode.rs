@@ -1,7 +1,8 @@
 //! From the bytes of a shard to what the losses consume.
 
-use arrow::array::{
-    Array, ArrowPrimitiveType, AsArray, ListArray, PrimitiveArray, RecordBatch,
+use arrow_array::{
+    Array, ArrowPrimitiveType, ListArray, PrimitiveArray, RecordBatch,
+    cast::AsArray,
     types::{Float32Type, UInt8Type, UInt16Type, UInt32Type, UInt64Type},
 };
 use bytes::Bytes;

@@ -1,6 +1,6 @@
 //! A shard at a glance, as data for whoever prints it.
 
-use arrow::array::{AsArray, types::Float32Type};
+use arrow_array::{cast::AsArray, types::Float32Type};
 use bytes::Bytes;
 use retort_core::Result;
 use serde::{Deserialize, Serialize};

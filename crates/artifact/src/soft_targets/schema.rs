@@ -2,7 +2,7 @@
 
 use std::sync::Arc;
 
-use arrow::datatypes::{DataType, Field, Schema, SchemaRef};
+use arrow_schema::{DataType, Field, Schema, SchemaRef};
 use parquet::{
     basic::{Compression, Encoding, ZstdLevel},
     file::properties::{EnabledStatistics, WriterProperties},
@@ -45,10 +45,10 @@ pub(super) const COLUMNS: [Spec; 13] = [
     Spec { name: "token_ids", data_type: || list(DataType::UInt32), encoding: Encoding::BYTE_STREAM_SPLIT },
     Spec { name: "target_mask", data_type: || list(DataType::Boolean), encoding: Encoding::RLE },
     Spec { name: "finish_reason", data_type: || DataType::Utf8, encoding: Encoding::PLAIN },
-    Spec { name: "support_size", data_type: || list(DataType::UInt16), encoding: Encoding::DELTA_BINARY_PACKED },
+    Spec { name: "support_size", data_type: || list(DataType::UInt16), encoding: Encoding::BYTE_STREAM_SPLIT },
     Spec { name: "support_delta", data_type: || list(DataType::UInt32), encoding: Encoding::BYTE_STREAM_SPLIT },
-    Spec { name: "count", data_type: || list(DataType::UInt8), encoding: Encoding::DELTA_BINARY_PACKED },
-    Spec { name: "logprob_q", data_type: || list(DataType::UInt8), encoding: Encoding::DELTA_BINARY_PACKED },
+    Spec { name: "count", data_type: || list(DataType::UInt8), encoding: Encoding::BYTE_STREAM_SPLIT },
+    Spec { name: "logprob_q", data_type: || list(DataType::UInt8), encoding: Encoding::BYTE_STREAM_SPLIT },
     Spec { name: "max_logprob", data_type: || list(DataType::Float32), encoding: Encoding::BYTE_STREAM_SPLIT },
     Spec { name: "tail_mass", data_type: || list(DataType::Float32), encoding: Encoding::BYTE_STREAM_SPLIT },
     Spec { name: "label_logprob", data_type: || list(DataType::Float32), encoding: Encoding::BYTE_STREAM_SPLIT },

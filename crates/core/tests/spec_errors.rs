@@ -1,0 +1,112 @@
+//! What a user sees when a spec is wrong.
+
+use retort_core::{Code, spec::parse_yaml};
+
+const GOOD: &str = "\
+name: support
+prompts:
+  path: prompts.jsonl
+teacher:
+  model: teachers/small
+student:
+  init:
+    prune:
+      layers: 10
+";
+
+fn check(yaml: &str, code: Code, message: &str) {
+    let error = parse_yaml("job.yaml", yaml).expect_err("the spec is wrong");
+    assert_eq!(error.code, code, "{}", error.message);
+    assert_eq!(error.message, message);
+}
+
+#[test]
+fn a_short_spec_gets_the_defaults() {
+    let spec = parse_yaml("job.yaml", GOOD).unwrap();
+    assert_eq!(spec.teacher.pool, "default");
+    assert_eq!(spec.teacher.soft_targets.head, 32);
+    assert_eq!(spec.train.passes, 3);
+    assert_eq!(spec.gates.max_kl, None);
+}
+
+#[test]
+fn an_unknown_key_is_named_with_its_line_and_what_was_meant() {
+    check(
+        &GOOD.replace("  model:", "  modle:"),
+        Code::SpecUnknownKey,
+        "job.yaml line 5 column 3: unknown key \"modle\"; did you mean \"model\"?",
+    );
+    check(
+        &format!("{GOOD}colour: blue\n"),
+        Code::SpecUnknownKey,
+        "job.yaml line 10 column 1: unknown key \"colour\"; known here: name, seed, prompts, teacher, student, train, gates",
+    );
+}
+
+#[test]
+fn a_missing_key_is_named() {
+    let error = parse_yaml("job.yaml", &GOOD.replace("name: support\n", "")).expect_err("no name");
+    assert_eq!(error.code, Code::SpecInvalid);
+    assert!(error.message.contains("the key \"name\" is missing"), "{}", error.message);
+}
+
+#[test]
+fn an_unknown_variant_is_named() {
+    let error = parse_yaml("job.yaml", &GOOD.replace("prune:", "prun:")).expect_err("no such init");
+    assert_eq!(error.code, Code::SpecInvalid);
+    assert!(error.message.contains("did you mean \"prune\"?"), "{}", error.message);
+}
+
+#[test]
+fn values_out_of_bounds_are_named_with_the_bounds() {
+    check(
+        &GOOD.replace("layers: 10", "layers: 0"),
+        Code::SpecInvalid,
+        "job.yaml: student.init.prune.layers is 0; it must lie between 1 and 1024",
+    );
+    check(
+        &GOOD.replace("name: support", "name: Support Bot"),
+        Code::SpecInvalid,
+        "job.yaml: name is \"Support Bot\"; use 1 to 63 lower case letters, digits and dashes, no dash at either end",
+    );
+    check(
+        &format!("{GOOD}train:\n  learning_rate: .nan\n"),
+        Code::SpecInvalid,
+        "job.yaml: train.learning_rate is NaN; it must lie between 0.000000001 and 10",
+    );
+}
+
+#[test]
+fn shapes_that_do_not_divide_are_refused() {
+    let yaml = GOOD.replace(
+        "    prune:\n      layers: 10\n",
+        "    config: {hidden_size: 100, intermediate_size: 64, num_hidden_layers: 2, num_attention_heads: 3, num_key_value_heads: 1}\n",
+    );
+    check(
+        &yaml,
+        Code::SpecInvalid,
+        "job.yaml: student.init.config: num_attention_heads (3) must divide hidden_size (100)",
+    );
+}
+
+#[test]
+fn hostile_yaml_is_an_error_and_no_panic() {
+    for yaml in ["", "\0", "- 1", "name: [", "a: &x [*x]", "%TAG ! x", "name: !!binary zz", &"[".repeat(100_000), &"a: ".repeat(50_000)] {
+        assert!(parse_yaml("job.yaml", yaml).is_err());
+    }
+    // Nine levels of nine aliases each would be 9^9 values.
+    let mut bomb = String::from("a0: &a0 [x,x,x,x,x,x,x,x,x]\n");
+    for level in 1..10 {
+        let below = format!("*a{}", level - 1);
+        bomb.push_str(&format!("a{level}: &a{level} [{}]\n", vec![below; 9].join(",")));
+    }
+    assert!(parse_yaml("job.yaml", &bomb).is_err());
+    assert!(parse_yaml("job.yaml", &" ".repeat(2 << 20)).is_err());
+}
+
+#[test]
+fn a_spec_survives_the_wire() {
+    let spec = parse_yaml("job.yaml", GOOD).unwrap();
+    let back = retort_core::wire::job_spec_from_proto(retort_core::wire::job_spec_to_proto(&spec)).unwrap();
+    assert_eq!(spec, back);
+}

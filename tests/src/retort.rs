@@ -1,0 +1,208 @@
+//! `retort up` in a home of its own, and what a test asks of it.
+
+use std::{
+    collections::BTreeMap,
+    fs,
+    path::{Path, PathBuf},
+    process::{Child, Command, Output, Stdio},
+    sync::{Mutex, MutexGuard},
+    time::{Duration, Instant},
+};
+
+use retort_proto as proto;
+use rustix::process::{Pid, Signal, kill_process};
+use tonic::transport::Channel;
+
+/// One cluster at a time: two cores hold no more.
+static MACHINE: Mutex<()> = Mutex::new(());
+
+/// The folder of the built binaries: tests run from `deps/` inside it.
+pub fn programs() -> PathBuf {
+    let mut path = std::env::current_exe().expect("a test has a path");
+    path.pop();
+    if path.ends_with("deps") {
+        path.pop();
+    }
+    path
+}
+
+/// The `retort` command, ready for arguments.
+pub fn retort() -> Command {
+    let path = programs().join("retort");
+    assert!(path.exists(), "{} is not built: run `make build`", path.display());
+    let mut command = Command::new(path);
+    command.env_remove("RETORT_HOME").env_remove("RETORT_ADDRESS").env("RETORT_THREADS", "1").stdin(Stdio::null());
+    command
+}
+
+/// A running `retort up`; dropped, it is stopped and nothing stays behind.
+pub struct Up {
+    pub home: PathBuf,
+    child: Child,
+    _machine: MutexGuard<'static, ()>,
+}
+
+impl Up {
+    pub fn start(home: &Path, more: &[&str]) -> Self {
+        let machine = MACHINE.lock().unwrap_or_else(std::sync::PoisonError::into_inner);
+        let log = fs::File::create(home.join("up.log")).expect("a log");
+        let child = retort()
+            .args(["up", "--listen", "127.0.0.1:0", "--broker-listen", "127.0.0.1:0", "--home"])
+            .arg(home)
+            .args(more)
+            .stdout(log.try_clone().expect("a handle"))
+            .stderr(log)
+            .spawn()
+            .expect("retort starts");
+        let mut up = Self { home: home.to_owned(), child, _machine: machine };
+        up.wait("retort up", Duration::from_secs(90), |up| {
+            if let Ok(Some(status)) = up.child.try_wait() {
+                panic!("retort up ended with {status}:\n{}", up.log());
+            }
+            up.run_json().is_some().then_some(())
+        });
+        up
+    }
+
+    pub fn log(&self) -> String {
+        let mut text = fs::read_to_string(self.home.join("up.log")).unwrap_or_default();
+        for entry in fs::read_dir(self.home.join("logs")).into_iter().flatten().flatten() {
+            let log = fs::read_to_string(entry.path()).unwrap_or_default();
+            let tail: Vec<&str> = log.lines().rev().take(40).collect();
+            text += &format!("\n--- {}\n", entry.path().display());
+            text.extend(tail.iter().rev().flat_map(|line| [line, "\n"]));
+        }
+        text
+    }
+
+    fn run_json(&self) -> Option<serde_json::Value> {
+        serde_json::from_str(&fs::read_to_string(self.home.join("run.json")).ok()?).ok()
+    }
+
+    pub fn processes(&self) -> BTreeMap<String, i32> {
+        let run = self.run_json().expect("run.json");
+        let processes = run["processes"].as_object().expect("processes");
+        processes.iter().map(|(name, pid)| (name.clone(), pid.as_i64().expect("a pid") as i32)).collect()
+    }
+
+    /// SIGKILL, and waits until the supervisor has started another one.
+    pub fn kill(&mut self, name: &str) {
+        let pid = self.processes()[name];
+        kill_process(Pid::from_raw(pid).expect("a pid"), Signal::KILL).expect("killed");
+        self.wait(&format!("another {name}"), Duration::from_secs(60), |up| {
+            up.processes().get(name).is_some_and(|now| *now != pid).then_some(())
+        });
+    }
+
+    pub fn signal(&self, signal: Signal) {
+        kill_process(Pid::from_raw(self.child.id() as i32).expect("a pid"), signal).expect("signalled");
+    }
+
+    /// Waits for `retort up` itself to end.
+    pub fn ended(&mut self, within: Duration) -> std::process::ExitStatus {
+        self.wait("the end of retort up", within, |up| up.child.try_wait().expect("waited"))
+    }
+
+    fn wait<T>(&mut self, what: &str, within: Duration, mut check: impl FnMut(&mut Self) -> Option<T>) -> T {
+        let deadline = Instant::now() + within;
+        loop {
+            if let Some(found) = check(self) {
+                return found;
+            }
+            assert!(Instant::now() < deadline, "waited {within:?} for {what}:\n{}", self.log());
+            std::thread::sleep(Duration::from_millis(50));
+        }
+    }
+
+    /// Runs a `retort` command on this home; its output, whatever it was.
+    pub fn command(&self, args: &[&str]) -> Output {
+        retort().args(args).arg("--home").arg(&self.home).output().expect("retort runs")
+    }
+
+    /// Submits a spec through the command line and returns `jobs/{job}`.
+    pub fn create(&self, spec: &Path) -> String {
+        let output = self.command(&["job", "create", spec.to_str().expect("a path"), "--json"]);
+        assert!(output.status.success(), "{}", String::from_utf8_lossy(&output.stderr));
+        let job: serde_json::Value = serde_json::from_slice(&output.stdout).expect("JSON");
+        job["name"].as_str().expect("a name").to_owned()
+    }
+
+    pub async fn jobs(&self) -> proto::job_service_client::JobServiceClient<Channel> {
+        let address = self.run_json().expect("run.json")["address"].as_str().expect("an address").to_owned();
+        proto::job_service_client::JobServiceClient::connect(address).await.expect("the orchestrator answers")
+    }
+
+    /// Follows a job across restarts of the orchestrator until `stop` says so or the job ends.
+    /// Returns the events in order; each sequence number came once.
+    pub async fn follow(
+        &mut self,
+        job: &str,
+        within: Duration,
+        mut stop: impl FnMut(&mut Self, &proto::JobEvent) -> bool,
+    ) -> Vec<proto::JobEvent> {
+        let deadline = Instant::now() + within;
+        let mut events: Vec<proto::JobEvent> = Vec::new();
+        loop {
+            assert!(Instant::now() < deadline, "waited {within:?} for {job}:\n{}", self.log());
+            let after = events.last().map_or(0, |event| event.sequence);
+            let address = self.run_json().expect("run.json")["address"].as_str().expect("an address").to_owned();
+            let stream = async {
+                let mut client = proto::job_service_client::JobServiceClient::connect(address).await.ok()?;
+                let request = proto::WatchJobRequest { name: job.to_owned(), after_sequence: after };
+                Some(client.watch_job(request).await.ok()?.into_inner())
+            };
+            let Some(mut stream) = stream.await else {
+                tokio::time::sleep(Duration::from_millis(200)).await;
+                continue;
+            };
+            loop {
+                let next = tokio::time::timeout(deadline.saturating_duration_since(Instant::now()), stream.message());
+                let Ok(Ok(message)) = next.await else { break };
+                let Some(event) = message else { return events };
+                assert_eq!(event.sequence, events.last().map_or(1, |last| last.sequence + 1), "events are numbered");
+                let stopped = stop(self, &event);
+                events.push(event);
+                if stopped {
+                    return events;
+                }
+            }
+        }
+    }
+
+    /// Keys of the store's objects below `prefix`.
+    pub fn objects(&self, prefix: &str) -> Vec<String> {
+        fn walk(folder: &Path, root: &Path, keys: &mut Vec<String>) {
+            for entry in fs::read_dir(folder).into_iter().flatten().flatten() {
+                let path = entry.path();
+                if path.is_dir() {
+                    walk(&path, root, keys);
+                } else if let Ok(key) = path.strip_prefix(root) {
+                    keys.push(key.display().to_string());
+                }
+            }
+        }
+        let root = self.home.join("store");
+        let mut keys = Vec::new();
+        walk(&root.join(prefix), &root, &mut keys);
+        keys.sort();
+        keys
+    }
+}
+
+impl Drop for Up {
+    fn drop(&mut self) {
+        let pids: Vec<i32> = self.run_json().map(|_| self.processes().into_values().collect()).unwrap_or_default();
+        let _ = kill_process(Pid::from_raw(self.child.id() as i32).expect("a pid"), Signal::TERM);
+        let deadline = Instant::now() + Duration::from_secs(20);
+        while Instant::now() < deadline && !matches!(self.child.try_wait(), Ok(Some(_))) {
+            std::thread::sleep(Duration::from_millis(50));
+        }
+        let _ = self.child.kill();
+        let _ = self.child.wait();
+        for pid in pids {
+            if let Some(pid) = Pid::from_raw(pid) {
+                let _ = kill_process(pid, Signal::KILL);
+            }
+        }
+    }
+}
