@@ -169,4 +169,4 @@ fn read(path: &Path, most: u64) -> Result<Vec<u8>> {
 }
 
 #[cfg(test)]
-mod tests;
+pub(crate) mod tests;

@@ -1,1 +1,81 @@
+use serde_json::json;
+
 use super::*;
+
+/// A byte-level tokenizer with one special token and no merges, and its files.
+pub(crate) fn write(dir: &Path) {
+    let mut alphabet: Vec<char> = tokenizers::pre_tokenizers::byte_level::ByteLevel::alphabet().into_iter().collect();
+    alphabet.sort_unstable();
+    let mut vocab: serde_json::Map<_, _> =
+        alphabet.iter().enumerate().map(|(id, byte)| (byte.to_string(), json!(id + 1))).collect();
+    vocab.insert("<s>".into(), json!(0));
+    let byte_level = json!({ "type": "ByteLevel", "add_prefix_space": false, "trim_offsets": true, "use_regex": true });
+    let tokenizer = json!({
+        "version": "1.0",
+        "truncation": { "direction": "Right", "max_length": 2, "strategy": "LongestFirst", "stride": 0 },
+        "padding": null,
+        "added_tokens": [{ "id": 0, "content": "<s>", "single_word": false, "lstrip": false, "rstrip": false,
+                           "normalized": false, "special": true }],
+        "normalizer": null, "pre_tokenizer": byte_level, "post_processor": null, "decoder": byte_level,
+        "model": { "type": "BPE", "dropout": null, "unk_token": null, "continuing_subword_prefix": null,
+                   "end_of_word_suffix": null, "fuse_unk": false, "byte_fallback": false,
+                   "vocab": vocab, "merges": [] }
+    });
+    fs::write(dir.join("tokenizer.json"), tokenizer.to_string()).unwrap();
+    let config = json!({
+        "bos_token": { "content": "<s>" }, "eos_token": "absent",
+        "chat_template": "{{ bos_token }}{{ messages[0].content }}{{ strftime_now('%Y') }}"
+    });
+    fs::write(dir.join("tokenizer_config.json"), config.to_string()).unwrap();
+}
+
+#[test]
+fn text_goes_there_and_back() {
+    let dir = tempfile::tempdir().unwrap();
+    write(dir.path());
+    let mut tokenizer = Tokenizer::from_dir(dir.path()).unwrap();
+    assert_eq!(tokenizer.vocab_size(), 257);
+    assert_eq!((tokenizer.special_id("bos_token"), tokenizer.eos_id()), (Some(0), None));
+    let text = "<s>na\u{ef}ve \u{1f600}";
+    let ids = tokenizer.encode(text, true).unwrap();
+    assert_eq!(ids[0], 0);
+    assert_eq!(ids.len(), 12, "the file's truncation does not apply");
+    assert_eq!(tokenizer.decode(&ids, false).unwrap(), text);
+    assert_eq!(tokenizer.decode(&ids, true).unwrap(), text[3..]);
+    assert_eq!(tokenizer.decode(&[9999], true).unwrap(), "");
+
+    tokenizer.pin_date(time::macros::datetime!(1999-12-31 0:00 UTC)).unwrap();
+    let messages = [ChatMessage::new("user", "hi ")];
+    assert_eq!(tokenizer.render_chat(&messages, true).unwrap(), "<s>hi 1999");
+    assert_eq!(tokenizer.encode_chat(&messages, true).unwrap().len(), 8);
+    assert_ne!(tokenizer.chat_template_sha256(), sha256_hex(b""));
+}
+
+#[test]
+fn the_text_files_copy() {
+    let (dir, into) = (tempfile::tempdir().unwrap(), tempfile::tempdir().unwrap());
+    write(dir.path());
+    copy_text_files(dir.path(), &into.path().join("new")).unwrap();
+    let (one, other) =
+        (Tokenizer::from_dir(dir.path()).unwrap(), Tokenizer::from_dir(&into.path().join("new")).unwrap());
+    assert_eq!(one.tokenizer_sha256(), other.tokenizer_sha256());
+    assert_eq!(one.chat_template_sha256(), other.chat_template_sha256());
+}
+
+#[test]
+fn faults_are_errors_that_name_the_file() {
+    let dir = tempfile::tempdir().unwrap();
+    let error = || Tokenizer::from_dir(dir.path()).map(|_| ()).unwrap_err().to_string();
+    assert!(error().contains("tokenizer.json: no such file"), "{}", error());
+    for broken in ["", "{}", "[1]", r#"{"model": {"type": "BPE", "vocab": {"a": -1}, "merges": []}}"#] {
+        fs::write(dir.path().join("tokenizer.json"), broken).unwrap();
+        assert!(error().contains("tokenizer.json: is no tokenizer"), "{}", error());
+    }
+    write(dir.path());
+    fs::write(dir.path().join("tokenizer_config.json"), "{").unwrap();
+    assert!(error().contains("tokenizer_config.json: EOF"), "{}", error());
+    fs::remove_file(dir.path().join("tokenizer_config.json")).unwrap();
+    let tokenizer = Tokenizer::from_dir(dir.path()).unwrap();
+    let error = tokenizer.render_chat(&[], true).unwrap_err().to_string();
+    assert!(error.contains("put a chat_template.jinja beside it"), "{error}");
+}
