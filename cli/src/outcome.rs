@@ -2,7 +2,7 @@
 
 use std::process::ExitCode;
 
-use retort_core::{Code, Error};
+use retort_core::{Code, Error, Result};
 use retort_process::{EXIT_REJECTED, exit_with};
 use retort_proto as proto;
 
@@ -53,6 +53,15 @@ pub fn conclude(output: &Output, job: &proto::Job) -> Outcome {
     Outcome::of_job(job)
 }
 
+/// For commands that print JSON lines off a terminal without having been asked: the error that ends
+/// them is a JSON line as well. Where `--json` was said, [`fail`] prints it.
+pub fn echo_error<T>(asked: &Output, used: &Output, result: Result<T>) -> Result<T> {
+    if let (Err(error), false) = (&result, asked.is_json()) {
+        used.json(&crate::json::error(error.code.as_str(), &error.chain()));
+    }
+    result
+}
+
 /// Says an error the way every retort process does, and in JSON too when JSON is what is read.
 pub fn fail(output: &Output, error: &Error) -> ExitCode {
     output.json(&crate::json::error(error.code.as_str(), &error.chain()));
@@ -63,5 +72,30 @@ pub fn fail(output: &Output, error: &Error) -> ExitCode {
             ExitCode::from(2)
         }
         _ => exit_with(error),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_jobs_state_is_the_exit_code() {
+        let code = |state: proto::JobState| {
+            Outcome::of_job(&proto::Job { state: state as i32, ..Default::default() }).exit_code()
+        };
+        assert_eq!(code(proto::JobState::Succeeded), ExitCode::SUCCESS);
+        assert_eq!(code(proto::JobState::Rejected), ExitCode::from(3));
+        assert_eq!(code(proto::JobState::Failed), ExitCode::from(4));
+        assert_eq!(code(proto::JobState::Cancelled), ExitCode::from(130));
+    }
+
+    #[test]
+    fn bad_input_is_two_and_the_rest_is_one() {
+        let code = |code: Code| fail(&Output::new(false), &Error::new(code, "a test's error"));
+        assert_eq!(code(Code::SpecUnknownKey), ExitCode::from(2));
+        assert_eq!(code(Code::FileNotFound), ExitCode::from(2));
+        assert_eq!(code(Code::JobCancelled), ExitCode::from(130));
+        assert_eq!(code(Code::PortInUse), ExitCode::FAILURE);
     }
 }

@@ -13,7 +13,7 @@ use crate::{
     follow::follow,
     home::{Home, local_folder},
     json,
-    outcome::{Outcome, conclude},
+    outcome::{Outcome, conclude, echo_error},
     output::{self, Output},
     progress::{Mode, View},
     report,
@@ -80,11 +80,7 @@ impl Run {
         let mode = Mode::choose(context.output.is_json(), self.plain, std::io::stdout().is_terminal());
         let (view, output) = View::new(mode, &context.output);
         let result = self.run_with(context, &spec, &home, out, &signals, view, &output).await;
-        // In JSON by default, the error must be JSON too, even though `--json` was not said.
-        if let (Err(error), false) = (&result, context.output.is_json()) {
-            output.json(&json::error(error.code.as_str(), &error.chain()));
-        }
-        result
+        echo_error(&context.output, &output, result)
     }
 
     #[allow(clippy::too_many_arguments)]

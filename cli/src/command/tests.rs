@@ -54,7 +54,7 @@ fn the_lines_of_the_examples_parse() {
 #[test]
 fn wrong_lines_are_refused_with_a_hint() {
     for (line, kind, hint) in [
-        ("retort uo", ErrorKind::InvalidSubcommand, "'up'"),
+        ("retort rum job.yaml", ErrorKind::InvalidSubcommand, "'run'"),
         ("retort job lst", ErrorKind::InvalidSubcommand, "'list'"),
         ("retort run job.yaml --hom /h", ErrorKind::UnknownArgument, "'--home'"),
         ("retort up --no-broker", ErrorKind::MissingRequiredArgument, "--brokers"),

@@ -8,7 +8,7 @@ use crate::{
     command::{Connection, Context},
     follow::follow,
     json,
-    outcome::{Outcome, conclude},
+    outcome::{Outcome, conclude, echo_error},
     output,
     progress::{Mode, View},
     report,
@@ -53,8 +53,9 @@ impl Watch {
                 }
             }
         };
-        let job = follow(client, &name, |update| view.update(update), stop).await?;
+        let followed = follow(client, &name, |update| view.update(update), stop).await;
         view.finish();
+        let job = echo_error(&context.output, &output, followed)?;
         let Some(job) = job else {
             context.output.remark(&format!("{name} goes on; `retort job cancel {name}` would stop it"));
             return Ok(Outcome::Interrupted);
