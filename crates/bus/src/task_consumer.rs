@@ -23,7 +23,7 @@ use tokio::{
 use crate::{
     client::{self, Quiet},
     dead_letter,
-    offsets::InFlight,
+    offsets::{Arrival, InFlight},
     producer::Producer,
     record, topics,
 };
@@ -49,7 +49,6 @@ const COMMIT_DEADLINE: Duration = Duration::from_secs(60);
 pub struct TaskConsumer {
     consumer: Arc<Member>,
     ready: tokio::sync::Mutex<mpsc::Receiver<Delivery>>,
-    commits: tokio::sync::Mutex<()>,
     brokers: String,
     topic: String,
     /// The pump; dropped with the consumer.
@@ -62,6 +61,21 @@ pub struct Delivery {
     pub message: TaskMessage,
     pub partition: i32,
     pub offset: i64,
+    _open: Open,
+}
+
+/// Tells when a delivery was dropped, finished or not.
+#[derive(Debug)]
+struct Open {
+    in_flight: Arc<Mutex<InFlight>>,
+    partition: i32,
+    offset: i64,
+}
+
+impl Drop for Open {
+    fn drop(&mut self) {
+        lock(&self.in_flight).abandoned(self.partition, self.offset);
+    }
 }
 
 type Member = StreamConsumer<Group>;
@@ -73,7 +87,8 @@ impl TaskConsumer {
         let context = Group {
             quiet: Quiet::new(brokers),
             topic: topic.to_owned(),
-            in_flight: Mutex::default(),
+            in_flight: Arc::default(),
+            commits: tokio::sync::Mutex::default(),
             paused: AtomicBool::new(false),
         };
         let consumer: Member = client::config(brokers)
@@ -107,7 +122,6 @@ impl TaskConsumer {
         Ok(Self {
             consumer,
             ready: tokio::sync::Mutex::new(ready),
-            commits: tokio::sync::Mutex::default(),
             brokers: brokers.to_owned(),
             topic: topic.to_owned(),
             tasks,
@@ -136,7 +150,6 @@ impl TaskConsumer {
     /// partition has moved to another worker there is nothing to commit: it will be told that the
     /// task is done. Repeated while the broker is away, up to a minute.
     pub async fn commit(&self, delivery: &Delivery) -> Result<()> {
-        let _one_at_a_time = self.commits.lock().await;
         commit(&self.consumer, &self.topic, &self.brokers, delivery.partition, delivery.offset).await
     }
 
@@ -222,21 +235,24 @@ impl Pump {
             }
         };
         let (partition, offset) = (message.partition(), message.offset());
-        self.consumer.context().in_flight().delivered(partition, offset);
-        match record::decode_task(&message) {
-            Ok(task) => Ok(Some(Delivery { message: task, partition, offset })),
-            Err(reason) => {
-                let buried = dead_letter::bury(&self.producer, &message, &reason).await;
-                let committed = match buried {
-                    Ok(()) => commit(&self.consumer, &self.topic, &self.brokers, partition, offset).await,
-                    Err(error) => Err(error),
-                };
-                if let Err(error) = committed {
-                    tracing::warn!(partition, offset, "an unreadable record stays in the topic: {}", error.chain());
-                }
-                Ok(None)
+        let arrival = self.consumer.context().in_flight().arrived(partition, offset);
+        let passed_over = match (arrival, record::decode_task(&message)) {
+            (Arrival::New, Ok(task)) => {
+                let open = Open { in_flight: self.consumer.context().in_flight.clone(), partition, offset };
+                return Ok(Some(Delivery { message: task, partition, offset, _open: open }));
             }
+            (Arrival::Open, Ok(_)) => return Ok(None),
+            (Arrival::Finished, Ok(_)) => Ok(()),
+            (_, Err(reason)) => dead_letter::bury(&self.producer, &message, &reason).await,
+        };
+        let committed = match passed_over {
+            Ok(()) => commit(&self.consumer, &self.topic, &self.brokers, partition, offset).await,
+            Err(error) => Err(error),
+        };
+        if let Err(error) = committed {
+            tracing::warn!(partition, offset, "a record will come again: {}", error.chain());
         }
+        Ok(None)
     }
 
     /// Errors while polling are told and waited out by librdkafka; only a fatal one ends the pump.
@@ -255,7 +271,10 @@ impl Pump {
 
 /// Marks the delivery finished and commits the prefix, when it grew.
 async fn commit(consumer: &Arc<Member>, topic: &str, brokers: &str, partition: i32, offset: i64) -> Result<()> {
-    let Some(next) = consumer.context().in_flight().finished(partition, offset) else {
+    let context = consumer.context();
+    context.in_flight().finished(partition, offset);
+    let _one_at_a_time = context.commits.lock().await;
+    let Some(next) = context.in_flight().finished(partition, offset) else {
         return Ok(());
     };
     let started = Instant::now();
@@ -270,9 +289,10 @@ async fn commit(consumer: &Arc<Member>, topic: &str, brokers: &str, partition: i
             .await
             .map_err(|error| Error::internal(format!("committing offset {next} of {topic}: {error}")))?;
         let Err(error) = outcome else {
+            context.in_flight().committed(partition, next);
             return Ok(());
         };
-        if !consumer.context().in_flight().owns(partition) {
+        if !context.in_flight().owns(partition) {
             tracing::debug!(topic, partition, next, "not committed, the partition has moved to another worker");
             return Ok(());
         }
@@ -285,18 +305,24 @@ async fn commit(consumer: &Arc<Member>, topic: &str, brokers: &str, partition: i
     }
 }
 
+fn lock(in_flight: &Mutex<InFlight>) -> MutexGuard<'_, InFlight> {
+    in_flight.lock().unwrap_or_else(PoisonError::into_inner)
+}
+
 /// Follows the group's assignments.
 struct Group {
     quiet: Quiet,
     topic: String,
-    in_flight: Mutex<InFlight>,
+    in_flight: Arc<Mutex<InFlight>>,
+    /// One commit at a time, so that none overtakes another.
+    commits: tokio::sync::Mutex<()>,
     /// The caller is computing: what is assigned meanwhile is not fetched either.
     paused: AtomicBool,
 }
 
 impl Group {
     fn in_flight(&self) -> MutexGuard<'_, InFlight> {
-        self.in_flight.lock().unwrap_or_else(PoisonError::into_inner)
+        lock(&self.in_flight)
     }
 
     fn pause_all(&self, consumer: &Member) {
