@@ -62,7 +62,10 @@ pub fn run() -> ExitCode {
     }
     let done = match cli.command {
         Some(Command::Generate(options)) => generate::run(&options),
-        None => serve(cli.worker, cli.compute.work_dir),
+        // The optional group is `None` even when its flags are given: it holds another group.
+        None => WorkerArgs::from_arg_matches(&matches)
+            .map_err(|_| Error::new(Code::RequestInvalid, "--store is missing; see retort-student --help"))
+            .and_then(|args| serve(args, cli.compute.work_dir)),
     };
     match done {
         Ok(()) => ExitCode::SUCCESS,
@@ -70,8 +73,7 @@ pub fn run() -> ExitCode {
     }
 }
 
-fn serve(args: Option<WorkerArgs>, work_dir: Option<PathBuf>) -> Result<()> {
-    let args = args.ok_or_else(|| Error::new(Code::RequestInvalid, "--store is missing; see retort-student --help"))?;
+fn serve(args: WorkerArgs, work_dir: Option<PathBuf>) -> Result<()> {
     let settings = Settings::new(&args.device, &args.dtype, work_dir.unwrap_or_else(std::env::temp_dir))?;
     let runtime = tokio::runtime::Builder::new_multi_thread()
         .worker_threads(ASYNC_THREADS)

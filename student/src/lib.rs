@@ -37,3 +37,6 @@ mod workspace;
 pub use handler::Student;
 pub use init::{Teacher, evenly_spaced};
 pub use settings::Settings;
+
+#[cfg(test)]
+mod attempt_tests;

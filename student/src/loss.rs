@@ -146,8 +146,8 @@ impl ChunkedLoss {
         let n = part_nh.size().first().copied().unwrap_or(0);
         let logits_nv = self.logits_nv.f_narrow(0, 0, n)?;
         let logprobs_nv = self.logprobs_nv.f_narrow(0, 0, n)?;
-        part_nh.f_matmul_out(&logits_nv, &weight_vh.f_tr()?)?;
-        logits_nv.f_to_kind(Kind::Float)?.f_internal_log_softmax_out(&logprobs_nv, -1, false)?;
+        let _ = part_nh.f_matmul_out(&logits_nv, &weight_vh.f_tr()?)?;
+        let _ = logits_nv.f_to_kind(Kind::Float)?.f_internal_log_softmax_out(&logprobs_nv, -1, false)?;
         Ok(logprobs_nv)
     }
 
@@ -190,9 +190,8 @@ impl ChunkedLoss {
 struct Chunk {
     start: usize,
     n: i64,
-    /// Support entries `first..last` of the targets belong to the chunk.
+    /// Index among all targets' support of the chunk's first entry.
     first: usize,
-    last: usize,
     support_e: Tensor,
     /// `-(1 - c) t / w` of each support entry, f32.
     minus_support_e: Tensor,
@@ -231,7 +230,6 @@ impl Chunk {
                 start,
                 n: (end - start) as i64,
                 first,
-                last,
                 support_e: Tensor::f_from_slice(&support_e)?.f_to(device)?,
                 minus_support_e: Tensor::f_from_slice(&minus_support_e)?.f_to(device)?,
                 labels_n: Tensor::f_from_slice(&labels_n)?.f_to(device)?,

@@ -31,10 +31,6 @@ impl Spill {
         self.index.len() as u64
     }
 
-    pub fn is_empty(&self) -> bool {
-        self.index.is_empty()
-    }
-
     /// Appends rows; blocks on the disk.
     pub fn append(&mut self, examples: &[Example]) -> Result<()> {
         for example in examples {

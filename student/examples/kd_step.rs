@@ -1,0 +1,148 @@
+//! Tokens a second and peak memory of distillation steps on sparse targets.
+//!
+//! ```text
+//! kd_step                          24 M student, 4 x 512, 64 entries a position: the work of a plain PyTorch step
+//! kd_step --model DIR --layers 10  a pruned teacher, 8 rows of 40 to 60 prompt and 60 to 128 completion tokens
+//! ```
+//!
+//! Prints one JSON object.
+
+use std::{fs, path::PathBuf, time::Instant};
+
+use clap::Parser;
+use retort_artifact::soft_targets::SparseTargets;
+use retort_core::{
+    random::{Counter, Purpose},
+    spec::Train,
+};
+use retort_llama::{Architecture, Config, Model};
+use retort_student::{
+    batch::Limits,
+    evenly_spaced,
+    example::Example,
+    trainer::{Options, Trainer},
+};
+use serde_json::json;
+use tch::{Device, Kind};
+
+#[derive(Parser)]
+struct Args {
+    /// Prune this Hugging Face folder instead of making random weights
+    #[arg(long)]
+    model: Option<PathBuf>,
+    #[arg(long, default_value_t = 10)]
+    layers: usize,
+    /// Entries a soft target
+    #[arg(long, default_value_t = 64)]
+    k: usize,
+    #[arg(long, default_value_t = 6)]
+    steps: u32,
+    #[arg(long)]
+    threads: Option<i32>,
+    #[arg(long)]
+    max_tokens: Option<usize>,
+    #[arg(long)]
+    bf16: bool,
+}
+
+fn main() -> Result<(), Box<dyn std::error::Error>> {
+    let args = Args::parse();
+    if let Some(threads) = args.threads {
+        tch::set_num_threads(threads);
+    }
+    let kind = if args.bf16 { Kind::BFloat16 } else { Kind::Float };
+    let (model, rows): (Model, Vec<(usize, usize)>) = match &args.model {
+        Some(folder) => {
+            let teacher = Model::load(folder, Device::Cpu, kind)?;
+            let kept = evenly_spaced(teacher.config().num_hidden_layers as usize, args.layers);
+            (teacher.prune_layers(&kept)?, (0..8).map(|i| (40 + 7 * i % 20, 60 + 23 * i % 69)).collect())
+        }
+        None => (Model::init(peer_shape(), Device::Cpu, kind, 0)?, vec![(1, 512); 4]),
+    };
+    let vocab_size = u32::try_from(model.config().vocab_size)?;
+    let parameters = model.config().parameters();
+    let mut limits = Limits::for_device(Device::Cpu);
+    limits.max_tokens = args.max_tokens.unwrap_or(limits.max_tokens);
+    let mut trainer = Trainer::new(model, Options { train: Train::default(), steps: args.steps, limits })?;
+    let mut rates = Vec::new();
+    for step in 0..args.steps {
+        let batch: Vec<Example> = (0u64..)
+            .zip(&rows)
+            .map(|(row, &(prompt, completion))| {
+                example(u64::from(step) << 8 | row, prompt, completion, args.k, vocab_size)
+            })
+            .collect();
+        let started = Instant::now();
+        let report = trainer.step(&batch, &|| Ok(()))?;
+        rates.push(report.tokens as f64 / started.elapsed().as_secs_f64());
+    }
+    // The first step warms memory up.
+    let warm = &mut rates[1..];
+    warm.sort_by(f64::total_cmp);
+    println!(
+        "{}",
+        json!({
+            "peer": "retort",
+            "work": format!("KD step k={} {}", args.k, if args.bf16 { "bf16" } else { "fp32" }),
+            "params_m": (parameters as f64 / 1e5).round() / 10.0,
+            "tokens_per_s": (warm[warm.len() / 2] * 10.0).round() / 10.0,
+            "peak_gb": peak_gb(),
+        })
+    );
+    Ok(())
+}
+
+/// The student of the PyTorch script that this is held against.
+fn peer_shape() -> Config {
+    Config {
+        architecture: Architecture::Llama,
+        hidden_size: 320,
+        intermediate_size: 864,
+        num_hidden_layers: 8,
+        num_attention_heads: 5,
+        num_key_value_heads: 1,
+        head_dim: 64,
+        vocab_size: 49_152,
+        rms_norm_eps: 1e-6,
+        rope_theta: 1e5,
+        rope_scaling: None,
+        max_position_embeddings: 2048,
+        tie_word_embeddings: true,
+        qkv_bias: false,
+        output_bias: false,
+        mlp_bias: false,
+        sliding_window: None,
+        initializer_range: 0.02,
+        bos_token_id: None,
+        eos_token_ids: Vec::new(),
+        pad_token_id: None,
+    }
+}
+
+fn example(seed: u64, prompt: usize, completion: usize, k: usize, vocab_size: u32) -> Example {
+    let mut random = Counter::new(seed, Purpose::Sample, 0, 0);
+    let length = prompt + completion;
+    let mut support = SparseTargets { offsets: vec![0], ..SparseTargets::default() };
+    let token_ids = (0..length).map(|_| random.below(vocab_size.into()) as u32).collect();
+    for _ in 0..completion {
+        let mut ids: Vec<u32> = (0..k).map(|_| random.below(vocab_size.into()) as u32).collect();
+        ids.sort_unstable();
+        ids.dedup();
+        let mass = 1.0 / ids.len() as f32;
+        support.masses.extend(ids.iter().map(|_| mass));
+        support.logprobs.extend(ids.iter().map(|_| mass.ln()));
+        support.top_ids.push(ids[0]);
+        support.label_logprobs.push(-1.0);
+        support.ids.extend(ids);
+        support.offsets.push(support.ids.len() as u32);
+    }
+    Example { token_ids, targets: (prompt as u32..length as u32).collect(), support }
+}
+
+/// Highest resident size so far; Linux only.
+fn peak_gb() -> Option<f64> {
+    let status = fs::read_to_string("/proc/self/status").ok()?;
+    let line = status.lines().find(|line| line.starts_with("VmHWM:"))?;
+    let kilobytes: f64 = line.split_whitespace().nth(1)?.parse().ok()?;
+    Some((kilobytes / 1e4).round() / 100.0)
+}

@@ -1,0 +1,177 @@
+//! Whole attempts against a real store and a stand-in orchestrator and broker: what a job would see.
+
+mod world;
+
+use std::{fs, time::Duration};
+
+use retort_artifact::{checkpoint, paths};
+use retort_core::{Code, spec::Init};
+use retort_proto::worker_event::What;
+use retort_worker::Stop;
+use world::{HELD_OUT_SHARDS, JOB, STEPS, TRAIN_SHARDS, World};
+
+/// Weights of the job's last checkpoint, by hash.
+async fn final_weights(world: &World) -> String {
+    let (prefix, manifest) = checkpoint::latest(&world.store, JOB).await.unwrap().unwrap();
+    assert_eq!(manifest.step, STEPS, "{prefix}");
+    manifest.files.iter().find(|file| file.path == "model/model.safetensors").unwrap().sha256.clone()
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_job_trains_while_shards_appear_and_the_student_gets_closer() {
+    let world = World::new();
+    let attempt = world.train_attempt(1);
+    let publish = async {
+        for shard in 0..TRAIN_SHARDS + HELD_OUT_SHARDS {
+            tokio::time::sleep(Duration::from_millis(50)).await;
+            world.publish(shard, 1).await;
+        }
+    };
+    let (done, ()) = tokio::join!(world.run(&attempt), publish);
+    done.unwrap();
+
+    let events = world.events();
+    let What::TrainFinished(finished) = events.last().unwrap() else { panic!("{:?}", events.last()) };
+    assert_eq!(finished.steps, STEPS);
+    assert_eq!(finished.checkpoint_key, paths::checkpoint(JOB, STEPS, 1));
+    assert_eq!(finished.initial_key, paths::initial(JOB, 1));
+    assert!(finished.trained_tokens > 0 && finished.tokens_per_second > 0.0 && finished.final_loss > 0.0);
+    assert!(events.iter().any(|what| matches!(what, What::CheckpointWritten(written) if written.step == STEPS)));
+    let measured = events.iter().filter_map(|what| match what {
+        What::TrainProgress(progress) => progress.held_out_kl,
+        _ => None,
+    });
+    assert!(measured.count() > 0);
+    let manifest = checkpoint::manifest(&world.store, &finished.checkpoint_key).await.unwrap();
+    assert_eq!(manifest.extra["shards"].as_array().unwrap().len(), TRAIN_SHARDS as usize);
+    assert_eq!(fs::read_dir(world.work_dir()).unwrap().count(), 0, "the attempt tidied up");
+
+    let finished = finished.clone();
+    world.run(&world.evaluate_attempt(1, &finished.initial_key, &finished.checkpoint_key)).await.unwrap();
+    let events = world.events();
+    let What::EvaluationReady(ready) = events.last().unwrap() else { panic!("{:?}", events.last()) };
+    let (before, after) = (ready.before.unwrap(), ready.after.unwrap());
+    assert!(after.kl < 0.6 * before.kl, "{} -> {}", before.kl, after.kl);
+    assert!(after.top1_agreement > before.top1_agreement);
+    assert!(after.student_perplexity < before.student_perplexity);
+    assert_eq!(after.teacher_perplexity, before.teacher_perplexity);
+    assert!(after.student_perplexity > after.teacher_perplexity);
+    let of_tags: u64 = ["even", "odd"].iter().map(|tag| ready.after_by_tag[*tag].tokens).sum();
+    assert_eq!((of_tags, after.tokens), (before.tokens, before.tokens));
+    assert_eq!(ready.samples.len(), 3);
+    for sample in &ready.samples {
+        assert!(sample.prompt.starts_with("question "), "{sample:?}");
+        assert!(!sample.teacher.is_empty() && !sample.row_id.is_empty());
+        assert_ne!(sample.student_before, sample.student_after);
+    }
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_stopped_training_goes_on_and_ends_with_the_same_bytes() {
+    let straight = World::published().await;
+    straight.run(&straight.train_attempt(1)).await.unwrap();
+
+    let world = World::published().await;
+    world.stop_after_checkpoints(1, Stop::Fenced);
+    assert_eq!(world.run(&world.train_attempt(1)).await.unwrap_err().code, Code::AttemptFenced);
+    let (_, manifest) = checkpoint::latest(&world.store, JOB).await.unwrap().unwrap();
+    assert!(manifest.step < STEPS);
+    world.stop_after_checkpoints(1, Stop::WorkerStopping);
+    assert_eq!(world.run(&world.train_attempt(2)).await.unwrap_err().code, Code::WorkerStopped);
+    world.never_stop();
+    world.run(&world.train_attempt(3)).await.unwrap();
+    assert_eq!(final_weights(&world).await, final_weights(&straight).await);
+    // The weights before training are those of the first attempt.
+    let What::TrainFinished(finished) = world.events().pop().unwrap() else { panic!("not finished") };
+    assert_eq!(finished.initial_key, paths::initial(JOB, 1));
+
+    // Killed between the last checkpoint and its event: nothing is left to train, only to tell.
+    world.run(&world.train_attempt(4)).await.unwrap();
+    let What::TrainFinished(again) = world.events().pop().unwrap() else { panic!("not finished") };
+    assert_eq!((again.checkpoint_key, again.steps), (finished.checkpoint_key, STEPS));
+    assert_eq!(again.trained_tokens, finished.trained_tokens);
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_damaged_checkpoint_is_passed_over_for_the_one_before() {
+    let straight = World::published().await;
+    straight.run(&straight.train_attempt(1)).await.unwrap();
+
+    let world = World::published().await;
+    world.stop_after_checkpoints(2, Stop::Fenced);
+    world.run(&world.train_attempt(1)).await.unwrap_err();
+    let (newest, _) = checkpoint::latest(&world.store, JOB).await.unwrap().unwrap();
+    world.damage(&format!("{newest}state/optimizer.safetensors"));
+    world.never_stop();
+    world.run(&world.train_attempt(2)).await.unwrap();
+    assert!(!world.store.exists(&paths::manifest(&newest)).await.unwrap());
+    assert_eq!(final_weights(&world).await, final_weights(&straight).await);
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_corrupt_shard_is_reported_and_trained_on_only_when_published_again() {
+    let clean = World::published().await;
+    clean.run(&clean.train_attempt(1)).await.unwrap();
+
+    let world = World::published().await;
+    world.damage(&paths::shard(JOB, 1, 1));
+    fs::remove_file(world.object(&paths::shard(JOB, TRAIN_SHARDS, 1))).unwrap();
+    world.run(&world.train_attempt(1)).await.unwrap();
+    let mut reported = world.reported();
+    reported.sort_unstable();
+    assert_eq!(reported, [(1, 1), (TRAIN_SHARDS, 1)]);
+    assert_eq!(final_weights(&world).await, final_weights(&clean).await);
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_shard_that_stays_corrupt_ends_the_attempt() {
+    let world = World::published().await;
+    world.always_damage(0);
+    world.damage(&paths::shard(JOB, 0, 1));
+    let error = world.run(&world.train_attempt(1)).await.unwrap_err();
+    assert_eq!(error.code, Code::ShardCorrupt);
+    assert!(error.message.contains("shard 0 was found corrupt 6 times"), "{}", error.message);
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn shards_of_another_tokenizer_or_vocabulary_are_refused_with_both_named() {
+    let mut world = World::new();
+    world.header.tokenizer_sha256 = "f00d".to_owned();
+    world.publish(0, 1).await;
+    let error = world.run(&world.train_attempt(1)).await.unwrap_err();
+    assert_eq!(error.code, Code::TokenizerMismatch);
+    assert!(error.message.contains("f00d") && error.message.contains(&world.teacher.tokenizer_sha256), "{}", error.message);
+
+    let mut world = World::new();
+    world.header.vocab_size += 7;
+    world.publish(0, 1).await;
+    let error = world.run(&world.train_attempt(1)).await.unwrap_err();
+    assert_eq!(error.code, Code::VocabularyMismatch);
+    assert!(error.message.contains("47") && error.message.contains("40"), "{}", error.message);
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_plan_that_does_not_fit_the_rows_is_refused_before_training() {
+    let world = World::published().await;
+    let mut attempt = world.train_attempt(1);
+    attempt.work = World::train_task(STEPS + 1);
+    assert_eq!(world.run(&attempt).await.unwrap_err().code, Code::Internal);
+    let mut attempt = world.train_attempt(2);
+    attempt.spec.student.init = Init::Prune { layers: 9 };
+    assert_eq!(world.run(&attempt).await.unwrap_err().code, Code::SpecInvalid);
+    assert!(world.events().is_empty());
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_cancelled_attempt_that_waits_for_shards_stops_at_once() {
+    let world = World::new();
+    let attempt = world.train_attempt(1);
+    let cancel = async {
+        tokio::time::sleep(Duration::from_millis(300)).await;
+        world.stop(Stop::JobCancelled);
+    };
+    let (done, ()) = tokio::time::timeout(Duration::from_secs(20), async { tokio::join!(world.run(&attempt), cancel) })
+        .await
+        .unwrap();
+    assert_eq!(done.unwrap_err().code, Code::JobCancelled);
+}
