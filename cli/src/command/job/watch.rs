@@ -40,9 +40,9 @@ impl Watch {
     pub async fn run(self, context: &Context) -> Result<Outcome> {
         let name = super::resource_name(&self.job)?;
         let signals = Signals::listen()?;
-        let client = self.connection.connect().await?;
         let mode = Mode::choose(context.output.is_json(), self.plain, std::io::stdout().is_terminal());
         let (mut view, output) = View::new(mode, &context.output);
+        let client = echo_error(&context.output, &output, self.connection.connect().await)?;
         let closed = output.clone();
         let stop = async {
             // A reader that has gone ends the watch like Ctrl-C does.
