@@ -178,11 +178,7 @@ async fn complete(store: &Store, job: &str) -> Result<BTreeSet<(u32, u64)>> {
 }
 
 async fn is_same(store: &Store, key: &str, file: &File) -> Result<bool> {
-    if store.size(key).await? != file.bytes {
-        return Ok(false);
-    }
-    let found = store.get(key, file.bytes).await?;
-    Ok(blocking(move || Ok(crate::sha256_hex(&found))).await? == file.sha256)
+    Ok(store.size(key).await? == file.bytes && store.sha256(key).await? == file.sha256)
 }
 
 /// Every file below `dir`, in order of path.

@@ -148,6 +148,3 @@ impl Default for Limits {
         Self { max_bytes: 1 << 30, max_rows: 4096, max_tokens_per_row: 1 << 18, max_entries: 1 << 26 }
     }
 }
-
-#[cfg(test)]
-mod tests;

@@ -1,1 +1,161 @@
-//! tests
+use super::*;
+
+struct Bench {
+    folder: tempfile::TempDir,
+    store: Store,
+}
+
+fn bench() -> Bench {
+    let folder = tempfile::tempdir().unwrap();
+    let store = Store::open(folder.path().join("store").to_str().unwrap()).unwrap();
+    let model = folder.path().join("out/model");
+    std::fs::create_dir_all(&model).unwrap();
+    std::fs::create_dir_all(folder.path().join("out/state")).unwrap();
+    std::fs::write(model.join("config.json"), b"{}").unwrap();
+    std::fs::write(model.join("model.safetensors"), vec![7; 100_000]).unwrap();
+    std::fs::write(folder.path().join("out/state/optimizer"), b"adam").unwrap();
+    Bench { folder, store }
+}
+
+impl Bench {
+    async fn publish(&self, step: u32, epoch: u64) -> Result<Manifest> {
+        let extra = serde_json::from_str(r#"{"learning_rate": 0.1, "consumed": [1, 2]}"#).unwrap();
+        let manifest = Manifest {
+            job: "j".to_owned(),
+            step,
+            epoch,
+            spec_sha256: "ab".to_owned(),
+            trained_tokens: 99,
+            extra,
+            ..Manifest::default()
+        };
+        publish(&self.store, &paths::checkpoint("j", step, epoch), &self.folder.path().join("out"), manifest).await
+    }
+
+    fn at(&self, key: &str) -> PathBuf {
+        self.store.root().join(key)
+    }
+}
+
+#[tokio::test]
+async fn a_checkpoint_comes_back_whole() {
+    let bench = bench();
+    let written = bench.publish(20, 3).await.unwrap();
+    let names: Vec<&str> = written.files.iter().map(|file| file.path.as_str()).collect();
+    assert_eq!(names, ["model/config.json", "model/model.safetensors", "state/optimizer"]);
+    assert_eq!((written.schema_version, written.files[1].bytes), (1, 100_000));
+    let into = bench.folder.path().join("in");
+    let read = fetch(&bench.store, &paths::checkpoint("j", 20, 3), &into).await.unwrap();
+    assert_eq!(read, written);
+    assert_eq!(read.extra["consumed"][1], 2);
+    assert_eq!(std::fs::read(into.join("model/model.safetensors")).unwrap(), vec![7; 100_000]);
+    assert_eq!(bench.publish(20, 3).await.unwrap_err().code, Code::ObjectExists);
+}
+
+#[tokio::test]
+async fn a_broken_upload_is_finished_but_never_mixed() {
+    let bench = bench();
+    let prefix = paths::checkpoint("j", 20, 3);
+    bench.store.put_new(&format!("{prefix}model/config.json"), "{}".into()).await.unwrap();
+    bench.publish(20, 3).await.unwrap();
+    // A file of the same name and another content is not ours.
+    let prefix = paths::checkpoint("j", 21, 3);
+    bench.store.put_new(&format!("{prefix}model/config.json"), "[]".into()).await.unwrap();
+    assert_eq!(bench.publish(21, 3).await.unwrap_err().code, Code::ObjectExists);
+    assert!(!bench.store.exists(&paths::manifest(&prefix)).await.unwrap());
+}
+
+#[tokio::test]
+async fn damage_is_found_and_named() {
+    let bench = bench();
+    bench.publish(20, 3).await.unwrap();
+    let prefix = paths::checkpoint("j", 20, 3);
+    let key = format!("{prefix}model/model.safetensors");
+    let into = bench.folder.path().join("in");
+    let mut bytes = vec![7; 100_000];
+    bytes[5] = 8;
+    std::fs::write(bench.at(&key), &bytes).unwrap();
+    let error = fetch(&bench.store, &prefix, &into).await.unwrap_err();
+    assert_eq!(error.code, Code::CheckpointCorrupt);
+    assert!(error.message.starts_with(&format!("the checkpoint is corrupt: {key}: it has sha256 ")), "{error}");
+    assert!(!into.join("model/model.safetensors").exists());
+    std::fs::write(bench.at(&key), b"short").unwrap();
+    let error = fetch(&bench.store, &prefix, &into).await.unwrap_err();
+    assert_eq!(error.message, format!("the checkpoint is corrupt: {key}: it takes 5 bytes, the manifest says 100000"));
+    std::fs::remove_file(bench.at(&key)).unwrap();
+    let error = fetch(&bench.store, &prefix, &into).await.unwrap_err();
+    assert_eq!(error.message, format!("the checkpoint is corrupt: {key}: it is missing"));
+    assert_eq!(fetch(&bench.store, "jobs/j/none/", &into).await.unwrap_err().code, Code::ObjectNotFound);
+}
+
+#[tokio::test]
+async fn a_manifest_cannot_reach_outside_or_be_newer() {
+    let bench = bench();
+    let prefix = paths::checkpoint("j", 20, 3);
+    let manifest = |path: &str, version: u32| {
+        format!(
+            r#"{{"schema_version":{version},"job":"j","step":20,"epoch":3,"spec_sha256":"","trained_tokens":0,
+                "files":[{{"path":{path:?},"bytes":1,"sha256":"x"}}]}}"#
+        )
+    };
+    std::fs::create_dir_all(bench.at(&prefix)).unwrap();
+    let into = bench.folder.path().join("in");
+    for path in ["../x", "/etc/passwd", "a/../../b", "", "a//b", "a\\b", "."] {
+        std::fs::write(bench.at(&paths::manifest(&prefix)), manifest(path, 1)).unwrap();
+        let error = fetch(&bench.store, &prefix, &into).await.unwrap_err();
+        assert_eq!(error.code, Code::CheckpointCorrupt, "{path}");
+        assert!(error.message.contains("no path of its own inside the checkpoint"), "{error}");
+    }
+    std::fs::write(bench.at(&paths::manifest(&prefix)), manifest("a", 2)).unwrap();
+    let error = fetch(&bench.store, &prefix, &into).await.unwrap_err();
+    assert!(
+        error.message.ends_with("it has schema version 2, this build reads up to 1; use a newer retort"),
+        "{error}"
+    );
+    std::fs::write(bench.at(&paths::manifest(&prefix)), "{").unwrap();
+    assert_eq!(fetch(&bench.store, &prefix, &into).await.unwrap_err().code, Code::CheckpointCorrupt);
+}
+
+#[tokio::test]
+async fn the_latest_is_the_highest_step_that_is_complete() {
+    let bench = bench();
+    assert_eq!(latest(&bench.store, "j").await.unwrap(), None);
+    for (step, epoch) in [(20, 1), (100, 1), (100, 2), (40, 5)] {
+        bench.publish(step, epoch).await.unwrap();
+    }
+    // An upload that was never finished, and another job's.
+    bench.store.put_new(&format!("{}model/config.json", paths::checkpoint("j", 120, 2)), "{}".into()).await.unwrap();
+    bench.store.put_new(&paths::manifest(&paths::checkpoint("k", 900, 1)), "{}".into()).await.unwrap();
+    let (prefix, manifest) = latest(&bench.store, "j").await.unwrap().unwrap();
+    assert_eq!((prefix.as_str(), manifest.step, manifest.epoch), ("jobs/j/checkpoints/000100-2/", 100, 2));
+    // One that cannot be read is passed over.
+    std::fs::write(bench.at(&paths::manifest(&prefix)), "{").unwrap();
+    let (prefix, _) = latest(&bench.store, "j").await.unwrap().unwrap();
+    assert_eq!(prefix, "jobs/j/checkpoints/000100-1/");
+}
+
+#[tokio::test]
+async fn pruning_keeps_the_newest_and_what_is_still_going_up() {
+    let bench = bench();
+    assert_eq!(prune(&bench.store, "j", 2).await.unwrap(), Vec::<String>::new());
+    for step in [20, 40, 60, 80] {
+        bench.publish(step, 1).await.unwrap();
+    }
+    for step in [30, 100] {
+        let key = format!("{}model/config.json", paths::checkpoint("j", step, 1));
+        bench.store.put_new(&key, "{}".into()).await.unwrap();
+    }
+    let removed = prune(&bench.store, "j", 2).await.unwrap();
+    let expected: Vec<String> = [20, 30, 40].into_iter().map(|step| paths::checkpoint("j", step, 1)).collect();
+    assert_eq!(removed, expected);
+    let left: BTreeSet<_> = bench
+        .store
+        .list("jobs/j/checkpoints/")
+        .await
+        .unwrap()
+        .iter()
+        .filter_map(|entry| paths::parse_checkpoint("j", &entry.key))
+        .collect();
+    assert_eq!(left, BTreeSet::from([(60, 1), (80, 1), (100, 1)]));
+    assert_eq!(latest(&bench.store, "j").await.unwrap().unwrap().1.step, 80);
+}

@@ -180,7 +180,7 @@ pub(super) fn head_mass(position: &Position) -> f64 {
 fn tail_mass(header: &Header, position: &Position) -> Result<f32, String> {
     let head = head_mass(position);
     if !head.is_finite() || head > 1.0 + MASS_TOLERANCE {
-        return Err(format!("the head's mass is {head}"));
+        return Err(format!("the head's mass is {head:.6}"));
     }
     let tail_mass = (1.0 - head).clamp(0.0, 1.0);
     let drawn: u32 = position.tail.iter().map(|&(_, count, _)| u32::from(count)).sum();
@@ -189,7 +189,7 @@ fn tail_mass(header: &Header, position: &Position) -> Result<f32, String> {
     }
     if position.tail.is_empty() {
         if header.draws > 0 && tail_mass > MASS_TOLERANCE {
-            return Err(format!("the tail has mass {tail_mass} and no draws"));
+            return Err(format!("the tail has mass {tail_mass:.6} and no draws"));
         }
     } else if drawn != header.draws {
         return Err(format!("the tail has {drawn} draws, the header says {}", header.draws));

@@ -25,7 +25,10 @@ use sha2::{Digest, Sha256};
 use self::thrift::PageHeader;
 use super::{
     Header, Limits,
-    schema::{self, CONTENT_KEY, COUNT, LOGPROB_Q, SUPPORT_DELTA},
+    schema::{
+        self, CONTENT_KEY, COUNT, LABEL_LOGPROB, LOGPROB_Q, MAX_LOGPROB, SUPPORT_DELTA, SUPPORT_SIZE, TAIL_MASS,
+        TARGET_MASK, TOKEN_IDS,
+    },
 };
 use crate::hash::hex;
 
@@ -175,7 +178,7 @@ fn check_sizes(
             return Err(corrupt(format!("a row group has {} columns", group.columns().len())));
         }
         for (column, total) in group.columns().iter().zip(&mut values) {
-            *total = total.saturating_add(check_pages(bytes, footer_start, column, limits)?);
+            *total = total.saturating_add(check_pages(bytes, footer_start, column)?);
         }
     }
     if group_rows != rows {
@@ -191,11 +194,22 @@ fn check_sizes(
             return Err(too_large(format!("{values} values of {}", spec.name), format!("{max} values")));
         }
     }
+    for same in [
+        &[TOKEN_IDS, TARGET_MASK][..],
+        &[SUPPORT_SIZE, MAX_LOGPROB, TAIL_MASS, LABEL_LOGPROB],
+        &[SUPPORT_DELTA, COUNT, LOGPROB_Q],
+    ] {
+        if let Some(&other) = same.iter().find(|&&index| values[index] != values[same[0]]) {
+            let (a, b) = (&schema::COLUMNS[same[0]], &schema::COLUMNS[other]);
+            let (has, other_has) = (values[same[0]], values[other]);
+            return Err(corrupt(format!("{} has {has} values and {} {other_has}", a.name, b.name)));
+        }
+    }
     Ok(rows)
 }
 
 /// Walks the pages of one column chunk; the number of its values.
-fn check_pages(bytes: &[u8], footer_start: usize, column: &ColumnChunkMetaData, limits: &Limits) -> Result<u64> {
+fn check_pages(bytes: &[u8], footer_start: usize, column: &ColumnChunkMetaData) -> Result<u64> {
     let name = column.column_path().string();
     let bad = |why: String| corrupt(format!("column {name}: {why}"));
     if !matches!(column.compression(), Compression::ZSTD(_) | Compression::UNCOMPRESSED) {
@@ -212,7 +226,7 @@ fn check_pages(bytes: &[u8], footer_start: usize, column: &ColumnChunkMetaData, 
     let (mut at, mut values, mut unpacked) = (offset, 0u64, 0u64);
     while at < end {
         let page = PageHeader::read(&bytes[at..end]).map_err(|why| bad(format!("the page at {at}: {why}")))?;
-        check_page(column, &page, claimed - values, limits).map_err(|why| bad(format!("the page at {at}: {why}")))?;
+        check_page(column, &page, claimed - values).map_err(|why| bad(format!("the page at {at}: {why}")))?;
         values += u64::from(page.num_values);
         unpacked += u64::from(page.uncompressed);
         at = at.saturating_add(page.header_bytes).saturating_add(page.compressed as usize);
@@ -226,7 +240,7 @@ fn check_pages(bytes: &[u8], footer_start: usize, column: &ColumnChunkMetaData, 
     Ok(values)
 }
 
-fn check_page(column: &ColumnChunkMetaData, page: &PageHeader, left: u64, limits: &Limits) -> Result<(), String> {
+fn check_page(column: &ColumnChunkMetaData, page: &PageHeader, left: u64) -> Result<(), String> {
     let integer = matches!(column.column_type(), Type::INT32 | Type::INT64);
     let known = match page.encoding {
         code if code == Encoding::PLAIN as i32 => true,
@@ -247,7 +261,7 @@ fn check_page(column: &ColumnChunkMetaData, page: &PageHeader, left: u64, limits
         // Eight bytes the value and two levels of up to a byte, with room for run headers.
         _ => u64::from(page.num_values) * 12 + 4096,
     };
-    if u64::from(page.uncompressed) > most.min(limits.max_bytes.saturating_mul(64)) {
+    if u64::from(page.uncompressed) > most {
         return Err(format!("{} bytes for {} values", page.uncompressed, page.num_values));
     }
     if column.compression() == Compression::UNCOMPRESSED && page.uncompressed != page.compressed {

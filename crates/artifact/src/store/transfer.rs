@@ -103,6 +103,17 @@ impl Store {
         Ok(self.inner.head(&self.key(key)?).await.map_err(|error| self.fault(key, error))?.size)
     }
 
+    /// SHA-256 of an object, read in pieces.
+    pub(crate) async fn sha256(&self, key: &str) -> Result<String> {
+        let found = self.inner.get(&self.key(key)?).await.map_err(|error| self.fault(key, error))?;
+        let mut pieces = found.into_stream();
+        let mut hasher = Sha256::new();
+        while let Some(piece) = pieces.try_next().await.map_err(|error| self.fault(key, error))? {
+            hasher.update(&piece);
+        }
+        Ok(hex(&hasher.finalize()))
+    }
+
     async fn upload(&self, key: &str, staged: &object_store::path::Path, file: &Path) -> Result<()> {
         let mut input = tokio::fs::File::open(file).await.map_err(|error| Error::io(file, error))?;
         let upload = self.inner.put_multipart(staged).await.map_err(|error| self.fault(key, error))?;
