@@ -70,7 +70,15 @@ impl Database {
 
     /// A transaction that holds the write lock from its start, so that what it reads stays true.
     pub async fn begin(&self) -> Result<Tx> {
-        self.writer.begin_with("BEGIN IMMEDIATE").await.db()
+        match self.writer.begin_with("BEGIN IMMEDIATE").await {
+            // On a full disk SQLite rolls back by itself, of which the connection is not told: it
+            // believes to be in a transaction for ever after. It is replaced.
+            Err(sqlx::Error::InvalidSavePointStatement) => {
+                self.writer.acquire().await.db()?.close().await.db()?;
+                self.writer.begin_with("BEGIN IMMEDIATE").await.db()
+            }
+            begun => begun.db(),
+        }
     }
 
     /// A consistent snapshot to read from.
