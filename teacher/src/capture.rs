@@ -80,7 +80,8 @@ impl Capture {
         let head = i64::from(self.head.max(1)).min(vocab);
         let (top_nk, ids_nk) = logits_nv.f_topk(head, 1, true, true).map_err(torch)?;
         let tokens: Vec<i64> = targets.iter().map(|target| i64::from(target.token)).collect();
-        let tokens_n1 = Tensor::from_slice(&tokens).f_to_device(device).and_then(|t| t.f_view([n, 1])).map_err(torch)?;
+        let tokens_n1 =
+            Tensor::from_slice(&tokens).f_to_device(device).and_then(|t| t.f_view([n, 1])).map_err(torch)?;
         let labels_n = host_f32(&logits_nv.f_gather(1, &tokens_n1, false).map_err(torch)?)?;
         let tails = self.tails(&logits_nv, &log_sum_n1, &ids_nk, targets)?;
 

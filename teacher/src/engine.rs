@@ -24,7 +24,13 @@ pub trait Engine {
     /// Writes a completion for each text (all of which is prompt) and captures its soft targets in
     /// the same pass. A completion ends with an end token, which is a target too, or after
     /// `max_new_tokens`. Answers in the order of `texts`.
-    fn generate(&mut self, texts: &[Text], order: &Generation, capture: &Capture, watch: Watch) -> Result<Vec<Sequence>>;
+    fn generate(
+        &mut self,
+        texts: &[Text],
+        order: &Generation,
+        capture: &Capture,
+        watch: Watch,
+    ) -> Result<Vec<Sequence>>;
 
     /// Captures the soft targets of given completions. Answers in the order of `texts`.
     fn score(&mut self, texts: &[Text], capture: &Capture, watch: Watch) -> Result<Vec<Sequence>>;

@@ -128,4 +128,3 @@ async fn publish(cx: &TaskContext, key: &str, encoded: &Encoded) -> Result<()> {
         other => other,
     }
 }
-

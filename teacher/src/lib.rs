@@ -16,3 +16,6 @@ pub mod text;
 mod torch;
 
 pub use handler::Teacher;
+
+#[cfg(test)]
+mod tests;

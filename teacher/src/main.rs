@@ -74,9 +74,9 @@ fn main() -> ExitCode {
     log.init();
     let done = match cli.command {
         Some(Command::Chat(args)) => talk(args, cli.threads),
-        None => cli
-            .worker
-            .ok_or_else(|| Error::new(Code::RequestInvalid, "--store is missing; see retort-teacher --help"))
+        // The optional group is `None` even when its flags are given: it holds another group.
+        None => WorkerArgs::from_arg_matches(&matches)
+            .map_err(|_| Error::new(Code::RequestInvalid, "--store is missing; see retort-teacher --help"))
             .and_then(|args| serve(args, cli.threads)),
     };
     match done {

@@ -78,10 +78,7 @@ fn render_prompt(tokenizer: &Tokenizer, line: u64, row: &Row) -> Result<(String,
 }
 
 fn chat(messages: &[Message]) -> Vec<ChatMessage> {
-    messages
-        .iter()
-        .map(|m| ChatMessage { role: m.role.as_str().to_owned(), content: m.content.clone() })
-        .collect()
+    messages.iter().map(|m| ChatMessage { role: m.role.as_str().to_owned(), content: m.content.clone() }).collect()
 }
 
 fn text(line: u64, row: &Row, prompt_tokens: usize, token_ids: Vec<u32>) -> Text {

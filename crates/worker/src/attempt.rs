@@ -31,7 +31,10 @@ impl TryFrom<proto::Claimed> for Attempt {
         let work = claimed.task.clone().ok_or_else(|| {
             Error::new(
                 Code::RequestInvalid,
-                format!("the claim of {} names no work this worker knows; is it older than the orchestrator?", claimed.task_id),
+                format!(
+                    "the claim of {} names no work this worker knows; is it older than the orchestrator?",
+                    claimed.task_id
+                ),
             )
         })?;
         Ok(Self {

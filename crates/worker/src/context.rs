@@ -200,10 +200,8 @@ impl TaskContext {
                 return Ok(Arc::clone(rows));
             }
         }
-        let bytes = self
-            .store
-            .get_verified(&claimed.prompt_set_key, &claimed.prompt_set_sha256, MAX_PROMPT_SET_BYTES)
-            .await?;
+        let bytes =
+            self.store.get_verified(&claimed.prompt_set_key, &claimed.prompt_set_sha256, MAX_PROMPT_SET_BYTES).await?;
         let rows = Arc::new(prompts::parse(&claimed.prompt_set_key, &bytes)?);
         let mut cache = self.prompt_sets.lock().unwrap_or_else(PoisonError::into_inner);
         *cache = Some((claimed.prompt_set_sha256.clone(), Arc::clone(&rows)));

@@ -23,7 +23,12 @@ pub async fn run(role: &'static str, args: WorkerArgs, handler: impl Handler) ->
     }
 }
 
-async fn start(role: &'static str, args: &WorkerArgs, handler: impl Handler, shutdown: &CancellationToken) -> Result<()> {
+async fn start(
+    role: &'static str,
+    args: &WorkerArgs,
+    handler: impl Handler,
+    shutdown: &CancellationToken,
+) -> Result<()> {
     let topic = match role {
         "teacher" => topics::teacher_tasks(&args.pool),
         "student" => topics::student_tasks(&args.pool),

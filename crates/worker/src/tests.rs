@@ -150,7 +150,7 @@ async fn an_orchestrator_back_within_the_lease_costs_nothing() {
     let bench = Bench::new();
     bench.answer_claims([claimed(1, 15.0)]);
     bench.deliver_and_stop_when_done(1);
-    bench.orchestrator_away_between(Duration::from_secs(20), Duration::from_secs(33));
+    bench.orchestrator_away_between(Duration::from_secs(21), Duration::from_secs(33));
     bench.run(Does::Take(Duration::from_secs(60))).await.unwrap();
     assert_eq!(bench.log(), ["claim", "event shard_progress epoch 1", "commit 0"]);
 }
@@ -235,7 +235,16 @@ async fn a_broker_away_delays_the_event_and_it_is_the_same_one() {
 #[tokio::test]
 async fn a_panic_on_the_model_thread_is_an_error_and_the_next_piece_starts_afresh() {
     let thread = crate::ModelThread::spawn("test-model", || 0u32).unwrap();
-    assert_eq!(thread.call(|n| { *n += 5; *n }).await.unwrap(), 5);
+    assert_eq!(
+        thread
+            .call(|n| {
+                *n += 5;
+                *n
+            })
+            .await
+            .unwrap(),
+        5
+    );
     let error = thread.call(|_: &mut u32| -> u32 { panic!("wanted by the test") }).await.unwrap_err();
     assert_eq!(error.code, Code::Internal);
     assert_eq!(thread.call(|n| *n).await.unwrap(), 0);

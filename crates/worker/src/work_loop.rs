@@ -132,8 +132,7 @@ impl<T: Tasks, H: Handler> WorkLoop<T, H> {
             epoch: claimed.epoch,
             worker_id: self.worker_id.as_str().to_owned(),
         };
-        let keeper =
-            lease::keep(Arc::clone(&self.orchestrator), heartbeat, claimed.lease, claimed_at, stop.clone());
+        let keeper = lease::keep(Arc::clone(&self.orchestrator), heartbeat, claimed.lease, claimed_at, stop.clone());
         background.spawn("heartbeat", keeper.in_current_span());
 
         let result = match Attempt::try_from(claimed) {
@@ -150,7 +149,13 @@ impl<T: Tasks, H: Handler> WorkLoop<T, H> {
     }
 
     /// Runs the handler; after `shutdown` it has [`HANDLER_GRACE`] to come to an end.
-    async fn work(&mut self, attempt: Attempt, cx: &TaskContext, stop: &StopSwitch, shutdown: &CancellationToken) -> Result<()> {
+    async fn work(
+        &mut self,
+        attempt: Attempt,
+        cx: &TaskContext,
+        stop: &StopSwitch,
+        shutdown: &CancellationToken,
+    ) -> Result<()> {
         let handler = self.handler.run(attempt, cx);
         tokio::pin!(handler);
         tokio::select! {
@@ -164,7 +169,13 @@ impl<T: Tasks, H: Handler> WorkLoop<T, H> {
     }
 
     /// Emits what must be known of `result` and says what to do with the record.
-    async fn report(&self, result: Result<()>, cx: &TaskContext, stop: &StopSwitch, shutdown: &CancellationToken) -> Outcome {
+    async fn report(
+        &self,
+        result: Result<()>,
+        cx: &TaskContext,
+        stop: &StopSwitch,
+        shutdown: &CancellationToken,
+    ) -> Outcome {
         let error = match (result, stop.reason()) {
             // The result event is acknowledged, so it counts even if a stop came in between.
             (Ok(()), None | Some(Stop::WorkerStopping)) => {
@@ -184,7 +195,10 @@ impl<T: Tasks, H: Handler> WorkLoop<T, H> {
             return Outcome::Settled;
         }
         tracing::error!(code = %error.code, "failed: {}", error.chain());
-        let what = What::TaskFailed(proto::TaskFailed { error: Some(error_to_proto(&error)), retryable: error.is_retryable() });
+        let what = What::TaskFailed(proto::TaskFailed {
+            error: Some(error_to_proto(&error)),
+            retryable: error.is_retryable(),
+        });
         let sent = if stop.reason() == Some(Stop::WorkerStopping) {
             self.say_goodbye(cx, what).await
         } else {
@@ -195,7 +209,9 @@ impl<T: Tasks, H: Handler> WorkLoop<T, H> {
             }
         };
         match sent {
-            Ok(()) if matches!(error.kind(), Kind::Unavailable | Kind::Exhausted | Kind::Internal) => Outcome::SettledBadly,
+            Ok(()) if matches!(error.kind(), Kind::Unavailable | Kind::Exhausted | Kind::Internal) => {
+                Outcome::SettledBadly
+            }
             Ok(()) => Outcome::Settled,
             // Fenced or cancelled while reporting: nothing to say any more.
             Err(_) if matches!(stop.reason(), Some(Stop::Fenced | Stop::JobCancelled)) => Outcome::Settled,
@@ -218,10 +234,8 @@ impl<T: Tasks, H: Handler> WorkLoop<T, H> {
     }
 
     async fn claim(&self, task_id: &str, shutdown: &CancellationToken) -> Claim {
-        let request = proto::ClaimTaskRequest {
-            task_id: task_id.to_owned(),
-            worker_id: self.worker_id.as_str().to_owned(),
-        };
+        let request =
+            proto::ClaimTaskRequest { task_id: task_id.to_owned(), worker_id: self.worker_id.as_str().to_owned() };
         let mut backoff = retry::network();
         let asked_first = Instant::now();
         loop {
@@ -248,7 +262,9 @@ impl<T: Tasks, H: Handler> WorkLoop<T, H> {
                     wait.clamp(Duration::from_millis(50), Duration::from_secs(30))
                 }
                 Ok(None) => {
-                    tracing::error!("the orchestrator's answer to a claim is unknown here; is this worker older than it?");
+                    tracing::error!(
+                        "the orchestrator's answer to a claim is unknown here; is this worker older than it?"
+                    );
                     return Claim::Nothing;
                 }
                 Err(error) if error.kind() == Kind::Invalid || error.kind() == Kind::NotFound => {

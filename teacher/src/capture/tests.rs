@@ -51,7 +51,7 @@ fn row(logits_nv: &Tensor, index: i64) -> Vec<f32> {
 #[test]
 fn head_label_and_tail_are_the_obvious_ones() {
     // 1000 is no multiple of the block size, 40 is less than one block.
-    for (vocab, head, draws) in [(1000, 16, 40), (40, 8, 5), (512, 1, 255), (257, 256, 16)] {
+    for (vocab, head, draws) in [(1000, 16, 40), (40, 8, 5), (512, 1, 255), (300, 256, 16)] {
         let logits_nv = random_logits(7, vocab, 11);
         let capture = Capture { head, draws, seed: 3 };
         let targets = targets(7, 2);
@@ -226,7 +226,6 @@ fn half_precision_logits_are_taken_as_they_are() {
 
 #[test]
 fn a_token_beyond_the_vocabulary_is_an_error() {
-    let error =
-        Capture { head: 4, draws: 0, seed: 0 }.positions(&random_logits(1, 8, 0), &targets(1, 8)).unwrap_err();
+    let error = Capture { head: 4, draws: 0, seed: 0 }.positions(&random_logits(1, 8, 0), &targets(1, 8)).unwrap_err();
     assert_eq!(error.code, Code::VocabularyMismatch);
 }

@@ -81,7 +81,13 @@ impl Engine for Native {
         &self.model.config().eos_token_ids
     }
 
-    fn generate(&mut self, texts: &[Text], order: &Generation, capture: &Capture, watch: Watch) -> Result<Vec<Sequence>> {
+    fn generate(
+        &mut self,
+        texts: &[Text],
+        order: &Generation,
+        capture: &Capture,
+        watch: Watch,
+    ) -> Result<Vec<Sequence>> {
         tch::no_grad(|| generate::run(&self.model, texts, order, capture, watch))
     }
 

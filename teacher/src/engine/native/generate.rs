@@ -38,7 +38,8 @@ pub(super) fn run(
     for batch in by_length.chunks(rows) {
         watch(captured)?;
         let texts: Vec<&Text> = batch.iter().map(|&at| &texts[at]).collect();
-        let written = Batch::prefill(model, &texts, order.max_new_tokens)?.write(order, capture, &mut captured, watch)?;
+        let written =
+            Batch::prefill(model, &texts, order.max_new_tokens)?.write(order, capture, &mut captured, watch)?;
         for (&at, sequence) in batch.iter().zip(written) {
             done[at] = Some(sequence);
         }
@@ -93,7 +94,13 @@ impl<'a> Batch<'a> {
         })
     }
 
-    fn write(mut self, order: &Generation, capture: &Capture, captured: &mut u64, watch: Watch) -> Result<Vec<Sequence>> {
+    fn write(
+        mut self,
+        order: &Generation,
+        capture: &Capture,
+        captured: &mut u64,
+        watch: Watch,
+    ) -> Result<Vec<Sequence>> {
         let ends = &self.model.config().eos_token_ids;
         while !self.open.is_empty() {
             let logits_bv = self.model.head(&self.hidden_bh).map_err(llama)?;

@@ -38,7 +38,13 @@ pub(super) fn run(model: &Model, texts: &[Text], capture: &Capture, watch: Watch
 }
 
 /// Soft targets of all texts' targets, text after text.
-fn forward(model: &Model, texts: &[&Text], capture: &Capture, captured: &mut u64, watch: Watch) -> Result<Vec<Position>> {
+fn forward(
+    model: &Model,
+    texts: &[&Text],
+    capture: &Capture,
+    captured: &mut u64,
+    watch: Watch,
+) -> Result<Vec<Position>> {
     let width = texts.iter().map(|text| text.token_ids.len()).max().unwrap_or(0);
     let mut ids = Vec::with_capacity(texts.len() * width);
     // Where in the flattened batch each target is predicted: at the token before it.

@@ -1,0 +1,172 @@
+//! Whole attempts, from claim to event, with the store real and the rest standing in.
+
+use std::sync::{Arc, Mutex};
+
+use async_trait::async_trait;
+use retort_artifact::{Store, paths, prompts, sha256_hex};
+use retort_core::{Code, Error, Result, id::WorkerId, wire::job_spec_to_proto};
+use retort_proto::{self as proto, worker_event::What};
+use retort_worker::{
+    Attempt, Handler as _, Stop, StopSwitch, TaskContext,
+    ports::{Events, Orchestrator},
+};
+use tch::{Device, Kind};
+
+use super::{SAMPLED, rows, spec, tiny};
+use crate::Teacher;
+
+const JOB: &str = "0190a5b4c6d87e8fa0b1c2d3e4f50617";
+
+#[derive(Default)]
+struct Seen(Mutex<Vec<What>>);
+
+#[async_trait]
+impl Events for Seen {
+    async fn send(&self, event: &proto::WorkerEvent) -> Result<()> {
+        self.0.lock().unwrap().extend(event.what.clone());
+        Ok(())
+    }
+}
+
+struct Nobody;
+
+#[async_trait]
+impl Orchestrator for Nobody {
+    async fn claim(&self, _: proto::ClaimTaskRequest) -> Result<proto::ClaimTaskResponse> {
+        Err(Error::internal("not asked here"))
+    }
+    async fn heartbeat(&self, _: proto::HeartbeatRequest) -> Result<proto::HeartbeatResponse> {
+        Err(Error::internal("not asked here"))
+    }
+    async fn list_published_shards(
+        &self,
+        _: proto::ListPublishedShardsRequest,
+    ) -> Result<proto::ListPublishedShardsResponse> {
+        Err(Error::internal("not asked here"))
+    }
+    async fn report_corrupt_shard(&self, _: proto::ReportCorruptShardRequest) -> Result<()> {
+        Err(Error::internal("not asked here"))
+    }
+}
+
+struct World {
+    folder: tempfile::TempDir,
+    store: Store,
+    seen: Arc<Seen>,
+    teacher: Teacher,
+    prompt_set: String,
+}
+
+impl World {
+    async fn new() -> Self {
+        let folder = tempfile::tempdir().unwrap();
+        tiny::write(&folder.path().join("teacher"), 3);
+        let store = Store::open(folder.path().join("store").to_str().unwrap()).unwrap();
+        let jsonl = prompts::to_jsonl(&rows(6));
+        let prompt_set = sha256_hex(&jsonl);
+        store.put_new(&paths::prompt_set(&prompt_set), jsonl.into()).await.unwrap();
+        let teacher = Teacher::new(Device::Cpu, Kind::Float, Some(1)).unwrap();
+        Self { folder, store, seen: Arc::default(), teacher, prompt_set }
+    }
+
+    fn claimed(&self, epoch: u64) -> proto::Claimed {
+        let shard = proto::ShardTask { shard: 1, split: proto::Split::Train as i32, first_row: 2, rows: 3 };
+        proto::Claimed {
+            task_id: format!("{JOB}/shard-00001"),
+            job_id: JOB.to_owned(),
+            epoch,
+            lease: None,
+            spec: Some(job_spec_to_proto(&spec(&self.folder.path().join("teacher"), SAMPLED))),
+            prompt_set_key: paths::prompt_set(&self.prompt_set),
+            prompt_set_sha256: self.prompt_set.clone(),
+            task: Some(proto::claimed::Task::Shard(shard)),
+        }
+    }
+
+    async fn run(&mut self, claimed: proto::Claimed, stop: StopSwitch) -> Result<()> {
+        let (nobody, seen) = (Arc::new(Nobody), Arc::clone(&self.seen));
+        let worker = WorkerId::generate("teacher");
+        let cx = TaskContext::new(&claimed, worker, self.store.clone(), nobody, seen, stop);
+        self.teacher.run(Attempt::try_from(claimed)?, &cx).await
+    }
+
+    fn ready(&self) -> Vec<proto::ShardReady> {
+        let seen = self.seen.0.lock().unwrap();
+        seen.iter()
+            .filter_map(|what| match what {
+                What::ShardReady(ready) => Some(ready.clone()),
+                _ => None,
+            })
+            .collect()
+    }
+}
+
+#[tokio::test]
+async fn a_shard_is_stored_and_reported_as_it_is() {
+    let mut world = World::new().await;
+    world.run(world.claimed(7), StopSwitch::default()).await.unwrap();
+    let ready = world.ready();
+    assert_eq!(ready.len(), 1);
+    let ready = &ready[0];
+    assert_eq!(ready.key, paths::shard(JOB, 1, 7));
+    let bytes = world.store.get_verified(&ready.key, &ready.sha256, 1 << 20).await.unwrap();
+    assert_eq!(bytes.len() as u64, ready.bytes);
+    let shard = retort_artifact::soft_targets::decode(bytes, Default::default()).unwrap();
+    assert_eq!((shard.sequences.len() as u64, shard.target_tokens()), (ready.rows, ready.target_tokens));
+    assert_eq!(shard.sequences.iter().map(|s| s.row).collect::<Vec<_>>(), [2, 3, 4]);
+    assert!(ready.seconds > 0.0);
+    let fidelity = ready.fidelity.unwrap();
+    assert!(fidelity.argmax_agreement > 0.99 && fidelity.mean_abs_error < 0.04, "{fidelity:?}");
+}
+
+#[tokio::test]
+async fn an_upload_whose_answer_was_lost_is_done_again_without_harm() {
+    let mut world = World::new().await;
+    world.run(world.claimed(7), StopSwitch::default()).await.unwrap();
+    world.run(world.claimed(7), StopSwitch::default()).await.unwrap();
+    let ready = world.ready();
+    assert_eq!(ready[0].sha256, ready[1].sha256);
+}
+
+#[tokio::test]
+async fn anothers_bytes_under_our_key_are_never_passed_off_as_ours() {
+    let mut world = World::new().await;
+    world.store.put_new(&paths::shard(JOB, 1, 7), b"something else"[..].into()).await.unwrap();
+    let error = world.run(world.claimed(7), StopSwitch::default()).await.unwrap_err();
+    assert_eq!(error.code, Code::ObjectExists);
+    assert!(world.ready().is_empty());
+}
+
+#[tokio::test]
+async fn a_stopped_attempt_publishes_nothing() {
+    let mut world = World::new().await;
+    let stop = StopSwitch::default();
+    stop.stop(Stop::Fenced);
+    let error = world.run(world.claimed(7), stop).await.unwrap_err();
+    assert_eq!(error.code, Code::AttemptFenced);
+    assert!(!world.store.exists(&paths::shard(JOB, 1, 7)).await.unwrap());
+    assert!(world.ready().is_empty());
+}
+
+#[tokio::test]
+async fn wrong_claims_are_refused() {
+    let mut world = World::new().await;
+    let cases: [(&str, fn(&mut proto::Claimed), Code); 5] = [
+        ("rows beyond the set", |c| c.task = shard_task(4, 3, proto::Split::Train), Code::RequestInvalid),
+        ("no rows", |c| c.task = shard_task(0, 0, proto::Split::Train), Code::RequestInvalid),
+        ("a training row held out", |c| c.task = shard_task(0, 3, proto::Split::HeldOut), Code::RequestInvalid),
+        ("a train task", |c| c.task = Some(proto::claimed::Task::Train(Default::default())), Code::RequestInvalid),
+        ("another prompt set", |c| c.prompt_set_sha256 = "0".repeat(64), Code::ShardCorrupt),
+    ];
+    for (name, change, code) in cases {
+        let mut claimed = world.claimed(1);
+        change(&mut claimed);
+        let error = world.run(claimed, StopSwitch::default()).await.unwrap_err();
+        assert_eq!(error.code, code, "{name}: {error}");
+    }
+    assert!(world.ready().is_empty());
+}
+
+fn shard_task(first_row: u64, rows: u32, split: proto::Split) -> Option<proto::claimed::Task> {
+    Some(proto::claimed::Task::Shard(proto::ShardTask { shard: 1, split: split as i32, first_row, rows }))
+}
