@@ -126,8 +126,11 @@ impl Store {
     }
 
     /// Removes every object below `prefix`, and what killed writers left there; how many objects
-    /// there were. Nobody may still be writing below it.
+    /// there were. Nobody may still be writing below it. The empty prefix is refused.
     pub async fn delete_prefix(&self, prefix: &str) -> Result<u64> {
+        if prefix.trim_matches('/').is_empty() {
+            return Err(Error::new(Code::RequestInvalid, "the whole object store is not to be deleted; name a prefix"));
+        }
         let entries = self.list(prefix).await?;
         for entry in &entries {
             self.delete(&entry.key).await?;

@@ -18,12 +18,13 @@ for row in pq.read_table(path).to_pylist():
         for e in range(at, at + size):
             token = row["support_delta"][e] + (token if e > at else 0)
             q, n = row["logprob_q"][e], row["count"][e]
-            logprob = row["max_logprob"][p] - ((q - 0.5) / 16 if q else 0)
+            below = 0 if q == 0 else (q - 0.5) / 16 if q <= 128 else 8 + (q - 128.5) / 4
+            logprob = row["max_logprob"][p] - below
             support[token] = (row["tail_mass"][p] * n / draws if n else math.exp(logprob), logprob, n == 0)
         top = math.exp(row["max_logprob"][p])
         rest = sum(mass for mass, _, head in support.values() if head) - top
         scale = (1 - row["tail_mass"][p] - top) / rest if rest else 1
-        scale = min(max(scale, math.exp(-1 / 32)), math.exp(1 / 32))
+        scale = min(max(scale, math.exp(-1 / 8)), math.exp(1 / 8))
         for token, (mass, logprob, head) in support.items():
             if head and logprob != row["max_logprob"][p]:
                 support[token] = (mass * scale, logprob, head)

@@ -1,30 +1,43 @@
 //! One byte a log-probability, counted down from the position's maximum.
 //!
-//! Byte 0 is the most likely token itself, whose log-probability is stored exactly beside it.
-//! Byte q > 0 stands for the interval [(q - 1) / 16, q / 16) nat below the maximum and is read as
-//! its middle, (q - 1/2) / 16. So the error is at most 1/32 nat over the whole range of 255/16 =
-//! 15.9375 nat, and no other entry, a tie included, can be read back as the most likely one.
-//! What lies further below is stored as 255; its probability is under 1.2e-7 of the maximum's.
+//! Byte 0 is the most likely token itself, whose log-probability is stored exactly beside it. The
+//! others count intervals below the maximum and are read as an interval's middle: bytes 1 to 128 steps
+//! of 1/16 nat down to 8 nat, bytes 129 to 255 steps of 1/4 nat down to 39.75 nat. So the error is at
+//! most 1/32 nat where a token has more than e^-8 of the maximum's probability and 1/8 nat below, and
+//! no other entry, a tie included, can be read back as the most likely one. A sure teacher needs the
+//! far range: the 32nd token of a position can lie 20 nat below the first. What lies below 39.75 nat
+//! is stored as 255; its probability is under 1e-17 of the maximum's.
 
 /// Value of `retort.quantiser`.
-pub const NAME: &str = "u8-step-1/16-nat-below-max";
+pub const NAME: &str = "u8-step-1/16-to-8-then-1/4-nat-below-max";
+/// Largest error of a log-probability less than 8 nat below the maximum, nats.
+pub const NEAR_ERROR: f32 = 1.0 / 32.0;
 /// Largest error of a log-probability inside the range, nats.
-pub const MAX_ERROR: f32 = 1.0 / 32.0;
+pub const MAX_ERROR: f32 = 1.0 / 8.0;
 /// Distance below the maximum that a byte can say, nats.
-pub const RANGE: f32 = 255.0 / 16.0;
+pub const RANGE: f32 = NEAR as f32 + 127.0 / 4.0;
+
+/// Where the fine steps end, nats, and the byte they end with.
+const NEAR: f64 = 8.0;
+const NEAR_STEPS: u8 = 128;
 
 /// Byte of an entry that is not the most likely one. `max` must not be below `logprob`.
 pub(super) fn quantise(max: f32, logprob: f32) -> u8 {
     let below = (f64::from(max) - f64::from(logprob)).max(0.0);
-    // A float-to-integer cast saturates, so what lies outside the range becomes 254.
-    ((below * 16.0).floor() as u64).min(254) as u8 + 1
+    if below < NEAR {
+        (below * 16.0).floor() as u8 + 1
+    } else {
+        // A float-to-integer cast saturates, so what lies outside the range becomes 126.
+        (((below - NEAR) * 4.0).floor() as u64).min(126) as u8 + NEAR_STEPS + 1
+    }
 }
 
 /// Log-probability that a byte stands for.
 pub(super) fn dequantise(max: f32, q: u8) -> f64 {
     match q {
         0 => f64::from(max),
-        q => f64::from(max) - (f64::from(q) - 0.5) / 16.0,
+        q if q <= NEAR_STEPS => f64::from(max) - (f64::from(q) - 0.5) / 16.0,
+        q => f64::from(max) - NEAR - (f64::from(q - NEAR_STEPS) - 0.5) / 4.0,
     }
 }
 
@@ -51,26 +64,28 @@ mod tests {
     use super::*;
 
     #[test]
-    fn error_stays_within_a_32nd_of_a_nat_over_the_range() {
-        let mut worst = 0.0f64;
+    fn errors_stay_within_their_bounds_over_the_range() {
+        let (mut near, mut far) = (0.0f64, 0.0f64);
         for max in [-1e-4f32, -0.7, -9.3] {
-            for i in 0..255_000u32 {
+            for i in 0..636_000u32 {
                 let logprob = max - i as f32 / 16_000.0;
                 let q = quantise(max, logprob);
                 assert!(q > 0);
-                worst = worst.max((dequantise(max, q) - f64::from(logprob)).abs());
+                let error = (dequantise(max, q) - f64::from(logprob)).abs();
+                let worst = if i < 128_000 { &mut near } else { &mut far };
+                *worst = worst.max(error);
             }
         }
-        assert!(worst <= f64::from(MAX_ERROR) + 1e-6, "{worst}");
-        assert!(worst > 0.031, "{worst}: the stated bound should be tight");
+        assert!(near <= f64::from(NEAR_ERROR) + 1e-6 && far <= f64::from(MAX_ERROR) + 1e-5, "{near} {far}");
+        assert!(near > 0.031 && far > 0.124, "{near} {far}: the stated bounds should be tight");
     }
 
     #[test]
     fn what_lies_below_the_range_is_clamped() {
-        for below in [RANGE, 16.0, 200.0, f32::MAX] {
+        for below in [RANGE, 40.0, 200.0, f32::MAX] {
             assert_eq!(quantise(0.0, -below), 255);
         }
-        assert!((dequantise(0.0, 255) + 15.906_25).abs() < 1e-12);
+        assert!((dequantise(0.0, 255) + 39.625).abs() < 1e-12);
     }
 
     #[test]

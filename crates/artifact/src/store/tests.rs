@@ -124,6 +124,7 @@ async fn prefixes_are_listed_copied_and_removed() {
     assert_eq!(store.delete_prefix("jobs/a/").await.unwrap(), 0);
     store.delete("jobs/ab/4").await.unwrap();
     store.delete("jobs/ab/4").await.unwrap();
+    assert_eq!(store.delete_prefix("/").await.unwrap_err().code, Code::RequestInvalid);
     assert_eq!(keys(store.list("").await.unwrap()), ["models/m/1", "models/m/2", "models/m/sub/3"]);
 }
 
