@@ -52,11 +52,14 @@ pub async fn next_ready(conn: &mut Connection, topic: &str, now_ms: i64, limit: 
 }
 
 /// Queued tasks that nobody has claimed: their record may be lost. The wait doubles with each record
-/// sent, from `after_ms` to sixteen times that.
+/// sent, from `after_ms` to sixteen times that; it is the longest at once while a worker of the
+/// topic is busy, since then the record most likely just waits its turn.
 pub async fn unclaimed(conn: &mut Connection, now_ms: i64, after_ms: i64) -> Result<Vec<String>> {
     sqlx::query_scalar(
         "SELECT id FROM tasks WHERE state = 'queued' AND publishes > 0
-             AND queued_ms <= ?1 - ?2 * (1 << min(publishes - 1, 4))
+             AND queued_ms <= ?1 - ?2 * CASE
+                 WHEN EXISTS (SELECT 1 FROM tasks AS busy WHERE busy.state = 'leased' AND busy.topic = tasks.topic) THEN 16
+                 ELSE 1 << min(publishes - 1, 4) END
              AND id NOT IN (SELECT task_id FROM outbox)
          ORDER BY priority, job_id, shard LIMIT 1000",
     )

@@ -87,6 +87,10 @@ pub(super) async fn apply(context: &Context, conn: &mut Connection, event: &Even
                 target_tokens: published.target_tokens,
                 bytes: published.bytes,
             };
+            tracing::info!(
+                job = %job.id, task = task.id.short(), epoch = event.epoch, tokens = published.target_tokens,
+                bytes = published.bytes, "published"
+            );
             append(context, conn, &job, job_event::What::ShardPublished(what)).await
         }
         What::TrainFinished(finish) => {
@@ -126,6 +130,10 @@ async fn failed(
     retryable: bool,
 ) -> Result<()> {
     let now_ms = context.now_ms();
+    tracing::warn!(
+        job = %task.job_id, task = task.id.short(), epoch = task.epoch, worker = task.worker(), code, retryable,
+        "an attempt failed: {message}"
+    );
     // What this attempt still says is void, also while nobody has claimed the task anew.
     tasks::void_attempts(&mut *conn, &task.id).await?;
     if !retryable {

@@ -83,6 +83,27 @@ async fn a_record_that_a_broker_lost_is_sent_again() {
 }
 
 #[tokio::test]
+async fn records_that_wait_behind_a_busy_worker_are_not_hurried() {
+    let world = World::new().await;
+    let job = world.job().await;
+    settle(&world).await;
+    let sent = world.bus.tasks().len();
+    let busy = TaskId::shard(&job, 3);
+    let epoch = world.claim(&busy, "teacher").await;
+    for _ in 0..47 {
+        world.clock.advance_ms(10_000);
+        crate::leases::heartbeat(&world.context, &busy, epoch, "teacher").await.unwrap();
+        settle(&world).await;
+    }
+    // The train task's topic is idle: its record was sent again after 30, 60, 120 and 240 s.
+    let again = world.bus.tasks().split_off(sent);
+    assert_eq!(again, ["train"; 4]);
+    world.clock.advance_ms(10_000);
+    settle(&world).await;
+    assert_eq!(world.bus.tasks().split_off(sent + 4).len(), 3);
+}
+
+#[tokio::test]
 async fn a_cancelled_jobs_records_are_struck_off() {
     let world = World::new().await;
     let job = world.job().await;
