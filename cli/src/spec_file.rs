@@ -10,7 +10,8 @@ use retort_core::{
 /// Longest spec read, bytes; the parser refuses earlier, with the limit in its message.
 const MAX_BYTES: u64 = 2 << 20;
 
-/// Reads a YAML spec; paths in it are relative to its own folder, `~/` is the user's.
+/// Reads a YAML spec; paths in it are relative to its own folder, `~/` is the user's, and a model may
+/// be the name of a folder in `$RETORT_MODELS`.
 pub fn read(path: &Path) -> Result<JobSpec> {
     use std::io::Read as _;
     let io = |error| Error::io(path, error);
@@ -24,6 +25,11 @@ pub fn read(path: &Path) -> Result<JobSpec> {
     })?;
     let mut spec = parse_yaml(&path.display().to_string(), &text)?;
     let folder = std::path::absolute(path).map_err(io)?.parent().map(Path::to_owned).unwrap_or_default();
+    for field in models(&mut spec) {
+        if let Some(known) = imported(field) {
+            *field = known;
+        }
+    }
     for field in paths(&mut spec) {
         *field = absolute(&folder, field);
     }
@@ -53,6 +59,23 @@ fn paths(spec: &mut JobSpec) -> Vec<&mut String> {
         paths.push(model);
     }
     paths
+}
+
+fn models(spec: &mut JobSpec) -> Vec<&mut String> {
+    let mut models = vec![&mut spec.teacher.model];
+    if let Init::Checkpoint { model } = &mut spec.student.init {
+        models.push(model);
+    }
+    models
+}
+
+/// The folder of this name in `$RETORT_MODELS`, when there is one.
+fn imported(name: &str) -> Option<String> {
+    if name.contains('/') || name.starts_with('.') {
+        return None;
+    }
+    let folder = PathBuf::from(std::env::var_os("RETORT_MODELS")?).join(name);
+    folder.join("config.json").exists().then(|| folder.display().to_string())
 }
 
 fn absolute(folder: &Path, path: &str) -> String {
