@@ -74,9 +74,7 @@ pub async fn create(
         create_ms: now_ms,
     };
     jobs::insert(&mut tx, &row).await?;
-    for task in &admitted.tasks {
-        tasks::insert(&mut tx, &id, task, &topic(&spec, task.kind)).await?;
-    }
+    tasks::insert_all(&mut tx, &id, &admitted.tasks, |kind| topic(&spec, kind)).await?;
     let job = jobs::get(&mut tx, &id).await?;
     commit(tx).await?;
     context.wakers.job_changed(&id);

@@ -70,8 +70,11 @@ impl World {
     }
 
     pub async fn job_with(&self, spec: JobSpec) -> JobId {
+        self.job_of(spec, RowCounts::generated(10, 6, 8, 100)).await
+    }
+
+    pub async fn job_of(&self, spec: JobSpec, rows: RowCounts) -> JobId {
         let id = JobId::generate();
-        let rows = RowCounts::generated(10, 6, 8, 100);
         let (plan, planned) = planner::plan(&spec, &rows, 1000, 100).unwrap();
         let mut tx = self.context.database.begin().await.unwrap();
         let job = NewJob {
@@ -84,9 +87,7 @@ impl World {
             create_ms: self.context.now_ms(),
         };
         jobs::insert(&mut tx, &job).await.unwrap();
-        for task in &planned {
-            tasks::insert(&mut tx, &id, task, &topic(&spec, task.kind)).await.unwrap();
-        }
+        tasks::insert_all(&mut tx, &id, &planned, |kind| topic(&spec, kind)).await.unwrap();
         commit(tx).await.unwrap();
         id
     }

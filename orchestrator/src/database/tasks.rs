@@ -5,7 +5,7 @@ use retort_core::{
     id::{JobId, TaskId},
     state::{Split, TaskKind, TaskState},
 };
-use sqlx::{Row as _, sqlite::SqliteRow};
+use sqlx::{QueryBuilder, Row as _, Sqlite, sqlite::SqliteRow};
 
 use super::{Connection, DatabaseResult as _, damaged, jobs::parse_id, signed, unsigned, unsigned32};
 use crate::{
@@ -42,24 +42,31 @@ impl Task {
     }
 }
 
-pub async fn insert(conn: &mut Connection, job: &JobId, task: &PlannedTask, topic: &str) -> Result<()> {
-    sqlx::query(
-        "INSERT INTO tasks (id, job_id, kind, topic, shard, split, first_row, row_count, state, priority)
-         VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?)",
-    )
-    .bind(task.id(job).as_str())
-    .bind(job.as_str())
-    .bind(task.kind.as_str())
-    .bind(topic)
-    .bind(task.slice.map(|slice| slice.shard))
-    .bind(task.slice.map(|slice| slice.split.as_str()))
-    .bind(task.slice.map(|slice| signed(slice.first_row)))
-    .bind(task.slice.map(|slice| slice.rows))
-    .bind(task.state.as_str())
-    .bind(task.priority)
-    .execute(conn)
-    .await
-    .db()?;
+/// Writes a job's tasks, a thousand a statement: a large job must not hold the write lock for long.
+pub async fn insert_all(
+    conn: &mut Connection,
+    job: &JobId,
+    tasks: &[PlannedTask],
+    topic: impl Fn(TaskKind) -> String,
+) -> Result<()> {
+    for chunk in tasks.chunks(1000) {
+        let mut query = QueryBuilder::<Sqlite>::new(
+            "INSERT INTO tasks (id, job_id, kind, topic, shard, split, first_row, row_count, state, priority) ",
+        );
+        query.push_values(chunk, |mut row, task| {
+            row.push_bind(task.id(job).as_str().to_owned())
+                .push_bind(job.as_str())
+                .push_bind(task.kind.as_str())
+                .push_bind(topic(task.kind))
+                .push_bind(task.slice.map(|slice| slice.shard))
+                .push_bind(task.slice.map(|slice| slice.split.as_str()))
+                .push_bind(task.slice.map(|slice| signed(slice.first_row)))
+                .push_bind(task.slice.map(|slice| slice.rows))
+                .push_bind(task.state.as_str())
+                .push_bind(task.priority);
+        });
+        query.build().persistent(false).execute(&mut *conn).await.db()?;
+    }
     Ok(())
 }
 

@@ -130,3 +130,19 @@ async fn a_task_that_backs_off_waits() {
     settle(&world).await;
     assert_eq!(world.bus.tasks().last().unwrap(), "train");
 }
+
+#[tokio::test]
+async fn a_job_of_the_most_shards_is_stored_and_published_promptly() {
+    let world = World::new().await;
+    let mut spec = spec(std::path::Path::new("/nowhere"));
+    spec.prompts.shard_rows = 1;
+    let started = std::time::Instant::now();
+    let job = world.job_of(spec, crate::planner::RowCounts::generated(99_000, 1_000, 8, 0)).await;
+    settle(&world).await;
+    // A guard against a scan or a statement a row, not a benchmark.
+    assert!(started.elapsed() < std::time::Duration::from_secs(20), "{:?}", started.elapsed());
+    assert_eq!(world.bus.tasks().len(), 5);
+    let claimed = std::time::Instant::now();
+    world.publish(&job, 98_999).await;
+    assert!(claimed.elapsed() < std::time::Duration::from_secs(2), "{:?}", claimed.elapsed());
+}
