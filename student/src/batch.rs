@@ -176,12 +176,15 @@ mod tests {
     #[test]
     fn targets_point_at_the_position_before_them() {
         let examples = rows(&[(3, 2), (2, 5)]);
-        let [micro] = &cut(&examples, Limits { max_tokens: 256, overhead_tokens: 1000 })[..] else { panic!("one group") };
+        let [micro] = &cut(&examples, Limits { max_tokens: 256, overhead_tokens: 1000 })[..] else {
+            panic!("one group")
+        };
         // Longest first: the second row reads 6 tokens, the first 4.
         assert_eq!((micro.rows, micro.width, micro.tokens), (2, 6, 10));
         assert_eq!(micro.positions_n, [1, 2, 3, 4, 5, 8, 9]);
         assert_eq!(micro.targets.len(), 7);
-        let flat: Vec<i64> = examples[1].token_ids[2..].iter().chain(&examples[0].token_ids[3..]).map(|&id| id.into()).collect();
+        let flat: Vec<i64> =
+            examples[1].token_ids[2..].iter().chain(&examples[0].token_ids[3..]).map(|&id| id.into()).collect();
         assert_eq!(micro.targets.labels, flat);
         assert_eq!(micro.ids_bt[10..], [0, 0]);
         assert_eq!(*micro.targets.offsets.last().unwrap(), micro.targets.ids.len());

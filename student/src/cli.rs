@@ -93,7 +93,8 @@ mod tests {
     #[test]
     fn the_flags_are_sound_and_generate_needs_no_store() {
         Cli::command().debug_assert();
-        let cli = Cli::try_parse_from(["retort-student", "generate", "--model", "m", "--prompts", "p", "--threads", "2"]);
+        let cli =
+            Cli::try_parse_from(["retort-student", "generate", "--model", "m", "--prompts", "p", "--threads", "2"]);
         let cli = cli.unwrap();
         assert!(matches!(cli.command, Some(Command::Generate(_))));
         assert_eq!(cli.compute.threads, Some(2));

@@ -113,8 +113,11 @@ impl TrainingData {
     async fn keep(&mut self, fetched: Fetched) -> Result<()> {
         let Fetched { published, shard } = fetched;
         let vocab_size = self.vocab_size;
-        let examples =
-            shard.sequences.into_iter().map(|sequence| Example::from_sequence(sequence, vocab_size)).collect::<Result<Vec<_>>>()?;
+        let examples = shard
+            .sequences
+            .into_iter()
+            .map(|sequence| Example::from_sequence(sequence, vocab_size))
+            .collect::<Result<Vec<_>>>()?;
         self.consumed.push(Consumed {
             shard: published.shard,
             epoch: published.epoch,

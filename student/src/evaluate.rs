@@ -27,7 +27,8 @@ const MAX_SAMPLES: u32 = 32;
 /// Judges, and emits `EvaluationReady`.
 pub async fn run(attempt: &Attempt, task: &EvaluateTask, cx: &TaskContext, settings: &Settings) -> Result<()> {
     let teacher = init::open_teacher(&attempt.spec.teacher.model).await?;
-    let judging = Judging { attempt, task, cx, settings, teacher, workspace: Workspace::create(&settings.work_dir, attempt)? };
+    let judging =
+        Judging { attempt, task, cx, settings, teacher, workspace: Workspace::create(&settings.work_dir, attempt)? };
     let before = judging.judge(&task.initial_key, "before").await?;
     let after = judging.judge(&task.checkpoint_key, "after").await?;
     let prompts = cx.prompt_set(attempt).await?;
@@ -106,7 +107,10 @@ impl Judging<'_> {
             }
         }
         if shards != self.task.shards {
-            return Err(Error::internal(format!("{shards} held-out shards are published, the plan has {}", self.task.shards)));
+            return Err(Error::internal(format!(
+                "{shards} held-out shards are published, the plan has {}",
+                self.task.shards
+            )));
         }
         let quality = finite(overall)?;
         let count = self.task.samples.min(MAX_SAMPLES) as usize;
@@ -129,12 +133,19 @@ impl Judging<'_> {
         Ok(thread)
     }
 
-    async fn measure(&self, thread: &ModelThread<Option<Judge>>, sequences: Vec<DecodedSequence>) -> Result<Vec<Tally>> {
-        let (cx, limits, vocab_size): (_, batch::Limits, _) = (self.cx.clone(), self.settings.limits(), self.teacher.vocab_size);
+    async fn measure(
+        &self,
+        thread: &ModelThread<Option<Judge>>,
+        sequences: Vec<DecodedSequence>,
+    ) -> Result<Vec<Tally>> {
+        let (cx, limits, vocab_size): (_, batch::Limits, _) =
+            (self.cx.clone(), self.settings.limits(), self.teacher.vocab_size);
         let work = move |slot: &mut Option<Judge>| -> Result<Vec<Tally>> {
             let judge = slot.as_mut().ok_or_else(no_judge)?;
-            let examples =
-                sequences.into_iter().map(|sequence| Example::from_sequence(sequence, vocab_size)).collect::<Result<Vec<_>>>()?;
+            let examples = sequences
+                .into_iter()
+                .map(|sequence| Example::from_sequence(sequence, vocab_size))
+                .collect::<Result<Vec<_>>>()?;
             measure(&judge.model, &mut judge.loss, &examples, limits, &|| cx.check())
         };
         thread.call(work).await?

@@ -53,7 +53,9 @@ impl Example {
         {
             return Err(format!("{entries} support ids do not fit the offsets, masses and log-probabilities"));
         }
-        if self.targets.first() == Some(&0) || self.targets.last().is_some_and(|&at| at as usize >= self.token_ids.len()) {
+        if self.targets.first() == Some(&0)
+            || self.targets.last().is_some_and(|&at| at as usize >= self.token_ids.len())
+        {
             return Err("a target token has no token before it".to_owned());
         }
         let mut ids = self.token_ids.iter().chain(&support.ids).chain(&support.top_ids);
@@ -135,6 +137,15 @@ pub(crate) mod tests {
     use retort_core::random::{Counter, Purpose};
 
     use super::*;
+
+    /// libtorch has one random generator for all threads, and tests run on many.
+    static RANDOM: std::sync::Mutex<()> = std::sync::Mutex::new(());
+
+    /// Runs what seeds the generator and draws from it, alone.
+    pub(crate) fn alone<T>(draw: impl FnOnce() -> T) -> T {
+        let _alone = RANDOM.lock().unwrap_or_else(std::sync::PoisonError::into_inner);
+        draw()
+    }
 
     /// A row of `prompt` + `completion` random tokens with `support` random entries a position.
     pub(crate) fn example(seed: u64, prompt: usize, completion: usize, support: usize, vocab_size: u32) -> Example {

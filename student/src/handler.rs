@@ -25,7 +25,9 @@ impl Handler for Student {
         match &attempt.work {
             Task::Train(task) => train::run(&attempt, task, cx, &self.settings).await,
             Task::Evaluate(task) => evaluate::run(&attempt, task, cx, &self.settings).await,
-            Task::Shard(_) => Err(Error::internal(format!("{} is a teacher's task, on a student's topic", attempt.task))),
+            Task::Shard(_) => {
+                Err(Error::internal(format!("{} is a teacher's task, on a student's topic", attempt.task)))
+            }
         }
     }
 }

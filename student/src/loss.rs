@@ -203,7 +203,14 @@ struct Chunk {
 }
 
 impl Chunk {
-    fn new(targets: &Targets, start: usize, chunk: usize, ce_weight: f64, vocab_size: i64, device: Device) -> Result<Self> {
+    fn new(
+        targets: &Targets,
+        start: usize,
+        chunk: usize,
+        ce_weight: f64,
+        vocab_size: i64,
+        device: Device,
+    ) -> Result<Self> {
         let end = targets.len().min(start + chunk);
         let (first, last) = (targets.offsets[start], targets.offsets[end]);
         let mut support_e = Vec::with_capacity(last - first);

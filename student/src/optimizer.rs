@@ -78,7 +78,8 @@ impl AdamW {
 
     /// Euclidean norm over all gradients.
     pub fn gradient_norm(&self) -> Result<f64> {
-        let square = |slot: &Slot| -> Result<f64, TchError> { Ok(slot.gradient.f_norm()?.f_double_value(&[])?.powi(2)) };
+        let square =
+            |slot: &Slot| -> Result<f64, TchError> { Ok(slot.gradient.f_norm()?.f_double_value(&[])?.powi(2)) };
         let squares: Result<Vec<f64>, _> = no_grad(|| self.slots.iter().map(square).collect());
         Ok(squares.map_err(torch("cannot compute the gradient's norm"))?.iter().sum::<f64>().sqrt())
     }
@@ -227,13 +228,17 @@ mod tests {
     use tch::Device;
 
     use super::*;
+    use crate::example::tests::alone;
 
     const LR: f64 = 3e-3;
 
     fn parameters(kind: Kind) -> Vec<(String, Tensor)> {
-        tch::manual_seed(1);
-        let leaf = |shape: &[i64]| Tensor::randn(shape, (Kind::Float, Device::Cpu)).to_kind(kind).set_requires_grad(true);
-        vec![("matrix".to_owned(), leaf(&[300, 250])), ("norm".to_owned(), leaf(&[17]))]
+        let leaf =
+            |shape: &[i64]| Tensor::randn(shape, (Kind::Float, Device::Cpu)).to_kind(kind).set_requires_grad(true);
+        alone(|| {
+            tch::manual_seed(1);
+            vec![("matrix".to_owned(), leaf(&[300, 250])), ("norm".to_owned(), leaf(&[17]))]
+        })
     }
 
     fn hyper() -> Hyper {
@@ -254,8 +259,10 @@ mod tests {
             parameters.iter().map(|(name, tensor)| (name.clone(), tensor.shallow_clone())).collect()
         };
         let mut optimizer = AdamW::new(own(&parameters), hyper()).unwrap();
-        let zeros = || parameters.iter().map(|(_, p)| p.detach().to_kind(Kind::Double).zeros_like()).collect::<Vec<_>>();
-        let mut expected: Vec<Tensor> = parameters.iter().map(|(_, p)| p.detach().to_kind(Kind::Double).copy()).collect();
+        let zeros =
+            || parameters.iter().map(|(_, p)| p.detach().to_kind(Kind::Double).zeros_like()).collect::<Vec<_>>();
+        let mut expected: Vec<Tensor> =
+            parameters.iter().map(|(_, p)| p.detach().to_kind(Kind::Double).copy()).collect();
         let (mut first, mut second) = (zeros(), zeros());
         for step in 1..=5 {
             backward(&parameters, step);
@@ -285,7 +292,9 @@ mod tests {
         for kind in [Kind::Float, Kind::BFloat16] {
             let run = |stop: Option<i64>| {
                 let mut parameters = parameters(kind);
-                let mut optimizer = AdamW::new(parameters.iter().map(|(n, t)| (n.clone(), t.shallow_clone())).collect(), hyper()).unwrap();
+                let mut optimizer =
+                    AdamW::new(parameters.iter().map(|(n, t)| (n.clone(), t.shallow_clone())).collect(), hyper())
+                        .unwrap();
                 for step in 0..6 {
                     if Some(step) == stop {
                         let saved: Vec<_> = optimizer.state().iter().map(|(n, t)| (n.clone(), t.copy())).collect();
@@ -294,7 +303,9 @@ mod tests {
                             .map(|(n, t)| (n.clone(), t.detach().copy().set_requires_grad(true)))
                             .collect();
                         let at = optimizer.step();
-                        optimizer = AdamW::new(fresh.iter().map(|(n, t)| (n.clone(), t.shallow_clone())).collect(), hyper()).unwrap();
+                        optimizer =
+                            AdamW::new(fresh.iter().map(|(n, t)| (n.clone(), t.shallow_clone())).collect(), hyper())
+                                .unwrap();
                         optimizer.restore(at, &saved).unwrap();
                         parameters = fresh;
                     }

@@ -112,18 +112,16 @@ impl ShardStream {
                 Code::ShardCorrupt,
                 format!(
                     "{} says it is {} shard {} of job {}, not {} shard {} of job {}",
-                    published.key,
-                    header.split,
-                    header.shard,
-                    header.job,
-                    self.split,
-                    published.shard,
-                    self.job
+                    published.key, header.split, header.shard, header.job, self.split, published.shard, self.job
                 ),
             ));
         }
         if header.tokenizer_sha256 != self.teacher.tokenizer_sha256 {
-            return Err(tokenizer_mismatch(&format!("the shard {}", published.key), &header.tokenizer_sha256, &self.teacher));
+            return Err(tokenizer_mismatch(
+                &format!("the shard {}", published.key),
+                &header.tokenizer_sha256,
+                &self.teacher,
+            ));
         }
         if header.vocab_size != self.teacher.vocab_size {
             return Err(Error::new(

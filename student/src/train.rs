@@ -87,7 +87,12 @@ struct Run<'a> {
 
 impl<'a> Run<'a> {
     /// With a trainer at the newest checkpoint, or at step 0.
-    async fn start(attempt: &'a Attempt, cx: &'a TaskContext, settings: &'a Settings, options: Options) -> Result<Self> {
+    async fn start(
+        attempt: &'a Attempt,
+        cx: &'a TaskContext,
+        settings: &'a Settings,
+        options: Options,
+    ) -> Result<Self> {
         let teacher = init::open_teacher(&attempt.spec.teacher.model).await?;
         let job = attempt.job.as_str().to_owned();
         let spec = serde_json::to_vec(&attempt.spec).map_err(|error| Error::internal(error.to_string()))?;

@@ -77,8 +77,7 @@ impl Trainer {
         let optimizer = AdamW::new(model.parameters(), Hyper::new(options.train.weight_decay))?;
         let head = if model.config().tie_word_embeddings { "model.embed_tokens.weight" } else { "lm_head.weight" };
         let head_grad_vh = optimizer.gradient(head)?;
-        let loss =
-            ChunkedLoss::new(options.train.ce_weight, model.config().vocab_size, model.kind(), model.device())?;
+        let loss = ChunkedLoss::new(options.train.ce_weight, model.config().vocab_size, model.kind(), model.device())?;
         let schedule = Schedule::new(options.train.learning_rate, options.train.warmup_ratio, options.steps);
         Ok(Self { model, loss, optimizer, options, progress: Progress::default(), schedule, head_grad_vh })
     }
@@ -128,14 +127,7 @@ impl Trainer {
         self.progress.trained_tokens += tokens as u64;
         self.progress.target_tokens += positions as u64;
         self.progress.seconds += seconds;
-        Ok(StepReport {
-            step: self.progress.step,
-            loss,
-            gradient_norm,
-            learning_rate,
-            tokens: tokens as u64,
-            seconds,
-        })
+        Ok(StepReport { step: self.progress.step, loss, gradient_norm, learning_rate, tokens: tokens as u64, seconds })
     }
 
     /// Adds one micro-batch's gradients: the head's by its closed form, then one backward pass

@@ -19,7 +19,9 @@ impl Workspace {
     pub fn create(work_dir: &Path, attempt: &Attempt) -> Result<Self> {
         let task = format!("retort-student-{}-{}-", attempt.job, attempt.task.short());
         let left_behind = |name: &str| {
-            name.strip_prefix(&task).and_then(|epoch| epoch.parse::<u64>().ok()).is_some_and(|epoch| epoch < attempt.epoch)
+            name.strip_prefix(&task)
+                .and_then(|epoch| epoch.parse::<u64>().ok())
+                .is_some_and(|epoch| epoch < attempt.epoch)
         };
         fs::create_dir_all(work_dir).map_err(|error| Error::io(work_dir, error))?;
         for entry in fs::read_dir(work_dir).map_err(|error| Error::io(work_dir, error))?.flatten() {

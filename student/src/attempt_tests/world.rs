@@ -75,7 +75,9 @@ impl World {
         let rows = TRAIN_ROWS + u64::from(HELD_OUT_SHARDS) * SHARD_ROWS;
         let line = |row: u64| {
             let split = if row < TRAIN_ROWS { "train" } else { "held_out" };
-            format!(r#"{{"id":"row-{row}","messages":[{{"role":"user","content":"question {row}"}}],"split":"{split}"}}"#) + "\n"
+            format!(
+                r#"{{"id":"row-{row}","messages":[{{"role":"user","content":"question {row}"}}],"split":"{split}"}}"#
+            ) + "\n"
         };
         let prompts: String = (0..rows).map(line).collect();
         let sha256 = sha256_hex(prompts.as_bytes());

@@ -1,7 +1,10 @@
 use retort_core::random::{Counter, Purpose};
 
 use super::*;
-use crate::{batch, example::tests::example};
+use crate::{
+    batch,
+    example::tests::{alone, example},
+};
 
 const V: i64 = 37;
 const H: i64 = 8;
@@ -15,8 +18,10 @@ fn targets(positions: usize) -> Targets {
 }
 
 fn random(shape: [i64; 2], seed: i64) -> Tensor {
-    tch::manual_seed(seed);
-    Tensor::randn(shape, (Kind::Float, Device::Cpu))
+    alone(|| {
+        tch::manual_seed(seed);
+        Tensor::randn(shape, (Kind::Float, Device::Cpu))
+    })
 }
 
 /// The obvious twin: every logit, dense targets, autograd.
@@ -135,7 +140,8 @@ fn measuring_agrees_with_the_dense_loss() {
 
 #[test]
 fn the_cut_into_micro_batches_and_chunks_changes_nothing() {
-    let examples: Vec<_> = (0..7).map(|i| example(i, 2 + i as usize % 3, 3 + 5 * i as usize % 11, 6, V as u32)).collect();
+    let examples: Vec<_> =
+        (0..7).map(|i| example(i, 2 + i as usize % 3, 3 + 5 * i as usize % 11, 6, V as u32)).collect();
     let weight_vh = random([V, H], 2);
     // The hidden state of a position is a function of its own token alone, so a cut may not matter.
     let run = |max_tokens: usize, chunk: usize| {
