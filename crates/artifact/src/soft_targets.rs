@@ -22,7 +22,9 @@ pub use describe::{Column, Description, SequenceSummary, describe};
 pub use encode::encode;
 pub use fidelity::Fidelity;
 pub use header::{Header, SCHEMA_VERSION};
-pub use quantise::{MAX_ERROR as QUANTISER_MAX_ERROR, NAME as QUANTISER, RANGE as QUANTISER_RANGE};
+pub use quantise::{
+    MAX_ERROR as QUANTISER_MAX_ERROR, NAME as QUANTISER, NEAR_ERROR as QUANTISER_NEAR_ERROR, RANGE as QUANTISER_RANGE,
+};
 
 /// One row of a shard as the teacher hands it over: raw, before quantisation.
 #[derive(Clone, Debug, PartialEq)]
