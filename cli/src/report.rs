@@ -214,7 +214,11 @@ fn percent(share: f64) -> String {
 }
 
 fn perplexity(value: f64) -> String {
-    if value.is_finite() { format!("{value:.2}") } else { "-".to_owned() }
+    match value {
+        v if !v.is_finite() => "-".to_owned(),
+        v if v >= 10_000.0 => count(v.round() as u64),
+        v => format!("{v:.2}"),
+    }
 }
 
 #[cfg(test)]

@@ -36,10 +36,15 @@ pub struct Submitted {
 pub struct Remembered(PathBuf);
 
 impl Remembered {
+    /// Two runs are about the same job when spec and prompts are the same: prompts that were edited
+    /// since make another one.
     pub fn of(home: &Home, spec: &JobSpec) -> Result<Self> {
-        let text =
+        let mut key =
             serde_json::to_vec(spec).map_err(|error| Error::internal(format!("cannot write a spec: {error}")))?;
-        Ok(Self(home.requests().join(format!("{}.json", retort_artifact::sha256_hex(&text)))))
+        if let Some(prompts) = crate::home::local_folder(&spec.prompts.path).filter(|path| path.is_file()) {
+            key.extend(retort_artifact::sha256_file(&prompts)?.as_bytes());
+        }
+        Ok(Self(home.requests().join(format!("{}.json", retort_artifact::sha256_hex(&key)))))
     }
 
     /// The request of an earlier run. A file that cannot be read as one counts as none.
@@ -91,7 +96,7 @@ impl Remembered {
 }
 
 /// Whether there is still something to follow.
-fn is_open(job: &proto::Job) -> bool {
+pub fn is_open(job: &proto::Job) -> bool {
     job_state_from_proto(job.state).is_none_or(|state| !state.is_final())
 }
 
@@ -113,6 +118,13 @@ mod tests {
         remembered.save(&request).unwrap();
         assert_eq!(Remembered::of(&home, &spec).unwrap().load().unwrap(), Some(request));
         spec.seed = 1;
+        assert_eq!(Remembered::of(&home, &spec).unwrap().load().unwrap(), None);
+        // Edited prompts are another job.
+        spec.prompts.path = folder.path().join("p.jsonl").display().to_string();
+        std::fs::write(&spec.prompts.path, "one").unwrap();
+        Remembered::of(&home, &spec).unwrap().fresh().unwrap();
+        assert!(Remembered::of(&home, &spec).unwrap().load().unwrap().is_some());
+        std::fs::write(&spec.prompts.path, "two").unwrap();
         assert_eq!(Remembered::of(&home, &spec).unwrap().load().unwrap(), None);
     }
 }

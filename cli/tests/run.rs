@@ -12,7 +12,7 @@ use orchestrator::{EVENTS, Fake};
 use rustix::process::Signal;
 use serde_json::Value;
 
-/// No test: becomes the orchestrator's process when the fake program starts this binary.
+/// Not a test: becomes the orchestrator's process when the fake program starts this binary.
 #[test]
 fn serve_as_orchestrator() {
     let (Ok(notes), Ok(flags)) = (std::env::var("FAKE_NOTES"), std::env::var("FAKE_FLAGS")) else { return };
@@ -135,6 +135,8 @@ fn new_begins_another_job() {
     let mut run = bench.start(&["run", &spec(&bench), "--plain", "--new"]);
     assert_eq!(run.ended().code(), Some(0), "{}\n{}", run.stdout(), run.stderr());
     assert!(run.stdout().contains("jobs/00000000000000000000000000000002 is submitted"), "{}", run.stdout());
+    let beside = "jobs/00000000000000000000000000000001 is not finished and goes on beside it";
+    assert!(run.stdout().contains(beside), "{}", run.stdout());
 }
 
 #[test]

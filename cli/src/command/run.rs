@@ -17,7 +17,7 @@ use crate::{
     output::{self, Output},
     progress::{Mode, View},
     report,
-    request::{Remembered, Submitted},
+    request::{Remembered, Submitted, is_open},
     signals::Signals,
     spec_file,
 };
@@ -173,7 +173,7 @@ impl Run {
             let submitted = Remembered::of(home, spec)?.submit(&mut client, spec, self.new).await?;
             Ok((client, submitted))
         };
-        let (client, Submitted { job, resumed }) = tokio::select! {
+        let (mut client, Submitted { job, resumed }) = tokio::select! {
             submitted = submit => submitted?,
             () = signals.stop.cancelled() => return Ok(None),
         };
@@ -182,6 +182,15 @@ impl Run {
             true => format!("going on with {}, which was not finished (--new begins another)", job.name),
             false => format!("{} is submitted", job.name),
         });
+        if self.address.is_none() {
+            for other in
+                client.list_jobs(None, 20).await?.iter().filter(|other| is_open(other) && other.name != job.name)
+            {
+                let text =
+                    format!("{0} is not finished and goes on beside it; `retort job cancel {0}` stops it", other.name);
+                view.borrow_mut().notice(&text);
+            }
+        }
         follow(client, &job.name, |update| view.borrow_mut().update(update), signals.stop.cancelled()).await
     }
 

@@ -8,7 +8,7 @@ fn quality(kl: f64, top1_agreement: f64, student_perplexity: f64) -> proto::Qual
 
 fn job() -> proto::Job {
     let report = proto::Report {
-        before: Some(quality(4.25, 0.125, 812.5)),
+        before: Some(quality(4.25, 0.125, 6_944_413.4)),
         after: Some(quality(1.0625, 0.5, 7.25)),
         gates: vec![
             proto::GateResult { gate: "max_kl".to_owned(), limit: 1.5, value: 1.0625, passed: true },
@@ -64,10 +64,10 @@ student       640 tokens/s, 103,701 tokens trained
 redone        1 attempt
   shard-00002 attempt 1 on teacher-9: lease expired
 
-held out                       before   after  teacher
-KL to the teacher, nats/token  4.2500  1.0625
-top-1 agreement                12.5 %  50.0 %
-perplexity                     812.50    7.25     2.50
+held out                          before   after  teacher
+KL to the teacher, nats/token     4.2500  1.0625
+top-1 agreement                   12.5 %  50.0 %
+perplexity                     6,944,413    7.25     2.50
 KL is 25.0 % of what it was, judged on 4,321 tokens
 
 after, by tag      KL   top-1  tokens
@@ -133,5 +133,5 @@ fn figures_that_are_no_numbers_do_not_break_the_table() {
     report.bytes_per_token = f64::NAN;
     let text = render(&job, &Surroundings::default());
     let line: Vec<&str> = text.lines().filter(|line| line.starts_with("top-1 agreement")).collect();
-    assert_eq!(line, ["top-1 agreement                12.5 %      -"], "{text}");
+    assert_eq!(line, ["top-1 agreement                   12.5 %      -"], "{text}");
 }
