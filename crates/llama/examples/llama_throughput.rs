@@ -4,7 +4,7 @@
 //! Run it beside the peer it is compared with: absolute figures drift on a shared machine.
 //!
 //! ```text
-//! cargo run -p retort-llama --example throughput -- MODEL [cpu|cuda:0] [f32|bf16]
+//! cargo run -p retort-llama --example llama_throughput -- MODEL [cpu|cuda:0] [f32|bf16]
 //! ```
 
 use std::{path::Path, time::Instant};
@@ -13,11 +13,11 @@ use retort_llama::{KvCache, Model, Result, device_from_flag, dtype_from_flag};
 use serde_json::json;
 use tch::{Kind, Tensor};
 
-const ROWS: i64 = 8;
-const TOKENS: i64 = 512;
+const ROWS: i64 = 4;
+const TOKENS: i64 = 256;
 const DECODE_ROWS: i64 = 16;
 const PROMPT: i64 = 32;
-const STEPS: i64 = 48;
+const STEPS: i64 = 24;
 
 fn main() -> Result<()> {
     let arguments: Vec<String> = std::env::args().skip(1).collect();
