@@ -3,7 +3,7 @@
 use std::{sync::Arc, time::Duration};
 
 use retort_artifact::Store;
-use retort_core::{Error, Kind, Result, id::WorkerId, task_group::TaskGroup, wire::error_to_proto};
+use retort_core::{Code, Error, Kind, Result, id::WorkerId, task_group::TaskGroup, wire::error_to_proto};
 use retort_proto::{self as proto, claim_task_response::Answer, worker_event::What};
 use tokio::time::Instant;
 use tokio_util::sync::CancellationToken;
@@ -194,7 +194,11 @@ impl<T: Tasks, H: Handler> WorkLoop<T, H> {
             tracing::info!("left: {}", error.chain());
             return Outcome::Settled;
         }
-        tracing::error!(code = %error.code, "failed: {}", error.chain());
+        if error.code == Code::WorkerStopped {
+            tracing::info!("stopping; the task is handed back");
+        } else {
+            tracing::error!(code = %error.code, "failed: {}", error.chain());
+        }
         let what = What::TaskFailed(proto::TaskFailed {
             error: Some(error_to_proto(&error)),
             retryable: error.is_retryable(),
@@ -289,7 +293,7 @@ impl<T: Tasks, H: Handler> WorkLoop<T, H> {
             let error = match tokio::time::timeout(limit, self.tasks.commit(delivery)).await {
                 Ok(Ok(())) => return,
                 Ok(Err(error)) => error,
-                Err(_) => Error::new(retort_core::Code::BusUnavailable, format!("no answer within {limit:?}")),
+                Err(_) => Error::new(Code::BusUnavailable, format!("no answer within {limit:?}")),
             };
             tracing::warn!(code = %error.code, "the record could not be committed: {}", error.chain());
             if shutdown.is_cancelled() || error.kind() != Kind::Unavailable {
