@@ -199,7 +199,7 @@ impl Model {
         })
     }
 
-    /// Writes `config.json` and `model.safetensors` in this kind; each file appears complete or
+    /// Writes `config.json` and `model.safetensors` in this kind; the weights appear complete or
     /// not at all.
     pub fn save(&self, dir: &Path, kind: Kind) -> Result<()> {
         std::fs::create_dir_all(dir).map_err(|error| Error::io(dir, error))?;

@@ -1,5 +1,7 @@
 //! Chat templates rendered here and by transformers, character by character.
 
+#![allow(clippy::unwrap_used)]
+
 use retort_llama::{ChatMessage, ChatTemplate};
 use serde_json::Value;
 use time::macros::datetime;

@@ -1,6 +1,8 @@
 //! Against Hugging Face transformers: tiny random models of every supported family, in fp32. The
 //! golden files and the script that makes them lie in `tests/parity/` at the repository's root.
 
+#![allow(clippy::unwrap_used)]
+
 use std::path::{Path, PathBuf};
 
 use retort_llama::{KvCache, Model, greedy};

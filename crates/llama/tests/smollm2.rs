@@ -1,6 +1,8 @@
 //! SmolLM2-135M-Instruct as this project imports it, against transformers: logits, greedy answers,
 //! token ids, rendered chats. So a fault of the import shows here as well.
 
+#![allow(clippy::unwrap_used)]
+
 use std::{ops::ControlFlow, path::PathBuf};
 
 use retort_llama::{ChatMessage, GenerateOptions, Model, TextStream, Tokenizer, generate};
