@@ -51,7 +51,7 @@ async fn a_job_trains_while_shards_appear_and_the_student_gets_closer() {
     let events = world.events();
     let What::EvaluationReady(ready) = events.last().unwrap() else { panic!("{:?}", events.last()) };
     let (before, after) = (ready.before.unwrap(), ready.after.unwrap());
-    assert!(after.kl < 0.6 * before.kl, "{} -> {}", before.kl, after.kl);
+    assert!(after.kl < 0.75 * before.kl, "{} -> {}", before.kl, after.kl);
     assert!(after.top1_agreement > before.top1_agreement);
     assert!(after.student_perplexity < before.student_perplexity);
     assert_eq!(after.teacher_perplexity, before.teacher_perplexity);

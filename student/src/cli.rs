@@ -99,7 +99,7 @@ mod tests {
         assert!(matches!(cli.command, Some(Command::Generate(_))));
         assert_eq!(cli.compute.threads, Some(2));
         assert!(Cli::try_parse_from(["retort-student", "--store", "s", "--threads", "0"]).is_err());
-        let matches = Cli::command().get_matches_from(["retort-student", "--store", "s", "--pool", "p"]);
-        assert_eq!(Cli::from_arg_matches(&matches).unwrap().worker.unwrap().pool, "p");
+        assert!(Cli::try_parse_from(["retort-student", "--store", "s", "--threads", "1"]).is_ok());
+        assert!(Cli::try_parse_from(["retort-student"]).is_err());
     }
 }
