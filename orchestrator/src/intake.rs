@@ -39,7 +39,7 @@ pub async fn create(
     validate_only: bool,
 ) -> Result<Created> {
     let spec_sha256 = sha256_hex(to_json(&spec)?.as_bytes());
-    if let Some(job) = find_repeated(context, request_id, &spec_sha256).await? {
+    if !validate_only && let Some(job) = find_repeated(context, request_id, &spec_sha256).await? {
         return Ok(Created::Job(Box::new(job)));
     }
     let admitted = admission::admit(context, &spec).await?;

@@ -257,6 +257,8 @@ async fn a_repeated_request_is_answered_with_its_first_job() {
 
     let mut other = service.spec();
     other.seed = 8;
+    // Validating never answers with a job, and here the file is missed.
+    assert_eq!(code(&service.create_with(&service.spec(), id, true).await.unwrap_err()), Code::FileNotFound);
     let status = service.create_with(&other, id, false).await.unwrap_err();
     assert_eq!((status.code(), code(&status)), (tonic::Code::AlreadyExists, Code::RequestReused));
     assert_eq!(code(&service.create_with(&other, "tuesday", false).await.unwrap_err()), Code::RequestInvalid);

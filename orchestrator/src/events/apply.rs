@@ -130,12 +130,16 @@ async fn failed(
     retryable: bool,
 ) -> Result<()> {
     let now_ms = context.now_ms();
-    tracing::warn!(
-        job = %task.job_id, task = task.id.short(), epoch = task.epoch, worker = task.worker(), code, retryable,
-        "an attempt failed: {message}"
-    );
     // What this attempt still says is void, also while nobody has claimed the task anew.
     tasks::void_attempts(&mut *conn, &task.id).await?;
+    if code == Code::WorkerStopped.as_str() {
+        tracing::info!(job = %task.job_id, task = task.id.short(), epoch = task.epoch, "an attempt was left: {message}");
+    } else {
+        tracing::warn!(
+            job = %task.job_id, task = task.id.short(), epoch = task.epoch, worker = task.worker(), code, retryable,
+            "an attempt failed: {message}"
+        );
+    }
     if !retryable {
         let text = format!("{}: {message}", task.id.short());
         tasks::set_state(&mut *conn, &task.id, TaskState::Failed).await?;
