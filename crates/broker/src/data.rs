@@ -86,6 +86,15 @@ impl DataFolder {
         };
         storage.register_broker(registration).await.map_err(broken)?;
         storage.metadata(None).await.map_err(broken)?;
+        index_headers().await.map_err(|error| broken(error.into()))?;
         Ok(storage)
     }
+}
+
+/// tansu looks up the headers of each record it reads, in a table without an index: reading a
+/// topic would take time with the square of its length.
+async fn index_headers() -> std::result::Result<(), libsql::Error> {
+    let connection = libsql::Builder::new_local(DATABASE).build().await?.connect()?;
+    connection.execute("create index if not exists header_of_record on header (topition, offset_id)", ()).await?;
+    Ok(())
 }

@@ -93,10 +93,10 @@ async fn converse(mut stream: TcpStream, requests: &Requests, shutdown: &Cancell
         };
         let Some(frame) = frame else { return Ok(()) };
         // Not to be cancelled: see `fetch`.
-        let response = requests
-            .serve(Context::default(), frame)
-            .await
-            .map_err(|error| Error::new(Code::BusMalformed, format!("request refused: {error}")))?;
+        let response = requests.serve(Context::default(), frame).await.map_err(|error| {
+            tracing::warn!("a request failed, its connection is closed: {error}");
+            Error::new(Code::BusMalformed, error.to_string())
+        })?;
         stream.write_all(&response).await.map_err(io)?;
     }
 }

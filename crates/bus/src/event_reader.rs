@@ -54,6 +54,7 @@ impl EventReader {
             .set("fetch.error.backoff.ms", "200")
             .set("fetch.message.max.bytes", (record::MAX_RECORD_BYTES + (1 << 16)).to_string())
             .set("queued.max.messages.kbytes", "16384")
+            .set("fetch.queue.backoff.ms", "50")
             // Without a group nothing is committed; librdkafka wants the name all the same.
             .set("group.id", "retort-events")
             .create_with_context(Quiet::new(brokers))

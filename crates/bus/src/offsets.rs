@@ -44,6 +44,10 @@ impl InFlight {
         self.owned.contains_key(&partition)
     }
 
+    pub(crate) fn owns_nothing(&self) -> bool {
+        self.owned.is_empty()
+    }
+
     pub(crate) fn arrived(&mut self, partition: i32, offset: i64) -> Arrival {
         // What lies before it was committed by whoever had the partition in between.
         let known = self.lost.get_mut(&partition).and_then(|lost| {

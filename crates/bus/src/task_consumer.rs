@@ -1,4 +1,5 @@
 use std::{
+    ops::RangeInclusive,
     sync::{
         Arc, Mutex, MutexGuard, PoisonError,
         atomic::{AtomicBool, Ordering},
@@ -35,6 +36,8 @@ const HEARTBEAT_MS: &str = "2000";
 const MAX_POLL_INTERVAL_MS: &str = "60000";
 /// A caller that has taken no task for this long is computing: fetching stops.
 const BUSY_AFTER: Duration = Duration::from_millis(200);
+/// How long a member without partitions waits before it joins anew, at first and at most.
+const STRANDED: RangeInclusive<Duration> = Duration::from_secs(4)..=Duration::from_secs(300);
 /// How long a commit is repeated while the broker is away.
 const COMMIT_DEADLINE: Duration = Duration::from_secs(60);
 
@@ -101,8 +104,8 @@ impl TaskConsumer {
             .set("enable.auto.offset.store", "false")
             .set("auto.offset.reset", "earliest")
             .set("allow.auto.create.topics", "false")
-            .set("queued.min.messages", "16")
             .set("queued.max.messages.kbytes", "4096")
+            .set("fetch.queue.backoff.ms", "50")
             .set("fetch.wait.max.ms", "500")
             .set("fetch.error.backoff.ms", "200")
             .set("fetch.message.max.bytes", (record::MAX_RECORD_BYTES + (1 << 16)).to_string())
@@ -117,6 +120,7 @@ impl TaskConsumer {
             producer: Producer::new(brokers)?,
             brokers: brokers.to_owned(),
             topic: topic.to_owned(),
+            stranded: Mutex::new(Stranded { since: None, patience: *STRANDED.start() }),
         };
         tasks.spawn(pump.run(sender));
         Ok(Self {
@@ -169,6 +173,13 @@ struct Pump {
     producer: Producer,
     brokers: String,
     topic: String,
+    stranded: Mutex<Stranded>,
+}
+
+/// Since when this member has had no partition.
+struct Stranded {
+    since: Option<Instant>,
+    patience: Duration,
 }
 
 impl Pump {
@@ -227,9 +238,12 @@ impl Pump {
 
     /// Polls once: a task, or `None` when it was anything else.
     async fn receive(&self) -> Result<Option<Delivery>> {
-        let message = match self.consumer.recv().await {
-            Ok(message) => message,
-            Err(error) => {
+        self.join_anew_if_stranded();
+        // The timeout lets the check above run while nothing arrives.
+        let message = match tokio::time::timeout(Duration::from_secs(1), self.consumer.recv()).await {
+            Err(_) => return Ok(None),
+            Ok(Ok(message)) => message,
+            Ok(Err(error)) => {
                 self.survive(&error).await?;
                 return Ok(None);
             }
@@ -253,6 +267,28 @@ impl Pump {
             tracing::warn!(partition, offset, "a record will come again: {}", error.chain());
         }
         Ok(None)
+    }
+
+    /// A topic that was lost and created again between two looks of librdkafka leaves the group
+    /// with an assignment of nothing, and nothing tells it to make another. A member that has had
+    /// no partition for some time therefore joins anew, less and less often: it may also be one
+    /// worker more than there are partitions, and then that is how it stays.
+    fn join_anew_if_stranded(&self) {
+        let mut stranded = self.stranded.lock().unwrap_or_else(PoisonError::into_inner);
+        if !self.consumer.context().in_flight().owns_nothing() {
+            *stranded = Stranded { since: None, patience: *STRANDED.start() };
+            return;
+        }
+        let patience = stranded.patience;
+        if stranded.since.get_or_insert_with(Instant::now).elapsed() < patience {
+            return;
+        }
+        tracing::debug!(topic = self.topic, "no partition for {patience:?}: joining the group anew");
+        self.consumer.unsubscribe();
+        if let Err(error) = self.consumer.subscribe(&[&self.topic]) {
+            tracing::warn!(topic = self.topic, "joining the group anew: {error}");
+        }
+        *stranded = Stranded { since: Some(Instant::now()), patience: (patience * 2).min(*STRANDED.end()) };
     }
 
     /// Errors while polling are told and waited out by librdkafka; only a fatal one ends the pump.

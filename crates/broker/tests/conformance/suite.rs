@@ -176,6 +176,33 @@ async fn a_long_task_is_not_given_to_another_while_its_worker_lives() {
 }
 
 #[tokio::test]
+async fn a_busy_worker_lets_another_join_and_keeps_its_own_task() {
+    let bus = Bus::get();
+    let pool = pool();
+    let (topic, group) = (topics::teacher_tasks(&pool), topics::group("teacher", &pool));
+    let producer = Producer::new(&bus.brokers).unwrap();
+    let busy = TaskConsumer::new(&bus.brokers, &topic, &group).unwrap();
+    let first = tasks(1);
+    send_all(&producer, &topic, &first).await;
+    let delivery = soon("the first task", busy.next()).await.unwrap();
+    // `busy` computes from here on and asks for nothing; another joins and is given its share.
+    let other = TaskConsumer::new(&bus.brokers, &topic, &group).unwrap();
+    send_all(&producer, &topic, &tasks(64)).await;
+    let mut of_other = HashSet::new();
+    soon("the other worker's share", async {
+        while of_other.len() < 20 {
+            let delivery = other.next().await.unwrap();
+            other.commit(&delivery).await.unwrap();
+            of_other.insert(delivery.message.task_id);
+        }
+    })
+    .await;
+    busy.commit(&delivery).await.unwrap();
+    let next = soon("the busy worker's next task", busy.next()).await.unwrap();
+    assert_ne!(next.message, first[0], "its own task is not given to it twice");
+}
+
+#[tokio::test]
 async fn a_killed_workers_task_is_given_to_another() {
     let bus = Bus::get();
     let pool = pool();

@@ -41,6 +41,7 @@ impl Broker {
     }
 
     pub fn start_on(listen: &str, data: &Path) -> Self {
+        log();
         let mut child = command(listen, data).stdout(Stdio::piped()).spawn().unwrap();
         let mut line = String::new();
         BufReader::new(child.stdout.take().unwrap()).read_line(&mut line).unwrap();
@@ -77,6 +78,13 @@ impl Drop for Broker {
     fn drop(&mut self) {
         let _ = self.child.kill();
         let _ = self.child.wait();
+    }
+}
+
+/// What the clients log, with `RETORT_LOG` as filter, when it is set.
+fn log() {
+    if let Ok(filter) = std::env::var("RETORT_LOG") {
+        let _ = tracing_subscriber::fmt().with_env_filter(filter).with_test_writer().try_init();
     }
 }
 
