@@ -61,8 +61,12 @@ const EXAMPLES: &str = "Examples:
 
 fn main() -> ExitCode {
     let mut args = Args::parse();
-    // tansu logs what its callers handle; ours come after, so they can ask for it again.
-    args.log.log = format!("tansu_storage=error,tansu_service=error,tansu_sans_io=error,libsql=warn,{}", args.log.log);
+    // tansu logs what its callers handle, its storage engine even as errors. The user's filter
+    // comes after, so that it can ask for them.
+    args.log.log = format!(
+        "tansu_storage=error,tansu_storage::lite=off,tansu_service=error,tansu_sans_io=error,libsql=warn,{}",
+        args.log.log
+    );
     args.log.init();
     if args.die_with_parent {
         die_with_parent();

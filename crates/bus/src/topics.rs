@@ -20,6 +20,8 @@ pub const DEAD_LETTER_PARTITIONS: i32 = 1;
 /// Partitions of a task topic: the most workers of one pool that can hold tasks at once.
 pub const TASK_PARTITIONS: i32 = 8;
 
+/// A week. What is older has been read, or is republished from the database.
+const RETENTION_MS: &str = "604800000";
 /// How long [`ensure_topics`] waits for a broker.
 const DEADLINE: Duration = Duration::from_secs(60);
 
@@ -60,7 +62,11 @@ pub(crate) async fn ensure_topics_within(brokers: &str, topics: &[(String, i32)]
     let new: Vec<NewTopic<'_>> = topics
         .iter()
         // -1: as many replicas as the cluster's default says.
-        .map(|(name, partitions)| NewTopic::new(name, *partitions, TopicReplication::Fixed(-1)))
+        .map(|(name, partitions)| {
+            NewTopic::new(name, *partitions, TopicReplication::Fixed(-1))
+                .set("cleanup.policy", "delete")
+                .set("retention.ms", RETENTION_MS)
+        })
         .collect();
     let options = AdminOptions::new()
         .request_timeout(Some(Duration::from_secs(5)))

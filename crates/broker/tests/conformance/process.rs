@@ -12,13 +12,14 @@ use std::{
 };
 
 use rdkafka::{
-    ClientConfig, Offset, TopicPartitionList,
+    ClientConfig, Message as _, Offset, TopicPartitionList,
     consumer::{Consumer as _, StreamConsumer},
+    producer::FutureRecord,
 };
 use retort_bus::{EventReader, Producer, TaskConsumer, topics};
 use tokio::task::JoinSet;
 
-use crate::support::{Broker, events, pool, refused, soon, tasks};
+use crate::support::{Broker, events, pool, raw_producer, read_raw, refused, soon, tasks};
 
 #[tokio::test]
 async fn what_was_acknowledged_survives_kills_and_clients_go_on() {
@@ -102,6 +103,47 @@ async fn a_broker_that_lost_its_data_gets_its_topics_and_clients_back() {
     let record = soon("the event, from a log that starts over", reader.next()).await.unwrap();
     assert_eq!((record.offset, record.event.unwrap()), (0, event));
     assert_eq!(soon("the task", consumer.next()).await.unwrap().message, task);
+}
+
+#[tokio::test]
+async fn records_past_their_retention_go_and_the_others_stay() {
+    let mut broker = Broker::start();
+    let topic = topics::teacher_tasks(&pool());
+    topics::ensure_topics(&broker.address, &[(topic.clone(), 1)]).await.unwrap();
+    let raw = raw_producer(&broker.address);
+    let now = std::time::SystemTime::now().duration_since(std::time::UNIX_EPOCH).unwrap().as_millis();
+    let now = i64::try_from(now).unwrap();
+    for (payload, age_days) in [("old", 8), ("older", 30), ("young", 6)] {
+        let record: FutureRecord<'_, [u8], str> =
+            FutureRecord::to(&topic).payload(payload).timestamp(now - age_days * 86_400_000);
+        raw.send(record, Duration::from_secs(10)).await.unwrap();
+    }
+    // Maintenance runs as a broker starts.
+    broker.kill_and_restart();
+    soon("the old records to go", async {
+        while read_raw(&broker.address, &topic, 1, |_| true).await[0].payload() != Some(b"young") {}
+    })
+    .await;
+    let young = read_raw(&broker.address, &topic, 1, |_| true).await;
+    assert_eq!(young[0].offset(), 2, "offsets are kept");
+}
+
+#[tokio::test]
+async fn clients_close_at_once_when_the_broker_is_gone() {
+    let mut broker = Broker::start();
+    let pool = pool();
+    let (topic, group) = (topics::teacher_tasks(&pool), topics::group("teacher", &pool));
+    let producer = Producer::new(&broker.address).unwrap();
+    let consumer = TaskConsumer::new(&broker.address, &topic, &group).unwrap();
+    let reader = EventReader::new(&broker.address, &[]).unwrap();
+    producer.send_task(&topic, &tasks(1)[0]).await.unwrap();
+    soon("a task", consumer.next()).await.unwrap();
+    broker.kill();
+    let started = Instant::now();
+    soon("the consumer's end", consumer.close()).await;
+    drop(reader);
+    drop(producer);
+    assert!(started.elapsed() < Duration::from_secs(5), "{:?}", started.elapsed());
 }
 
 #[test]
