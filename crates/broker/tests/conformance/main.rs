@@ -4,6 +4,8 @@
 //! (`host:port`). `process` is about the `retort-broker` process itself: kills, lost data, stops,
 //! and input that no client of ours would send.
 
+#![allow(clippy::unwrap_used)]
+
 mod process;
 mod suite;
 mod support;
