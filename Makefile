@@ -35,7 +35,7 @@ $(TEACHER)/retort-import.json: | build
 	$(BIN)/retort model import $(RETORT_CACHE)/models/src/SmolLM2-135M-Instruct.Q4_1.gguf --out $(TEACHER)
 
 demo: build $(TEACHER)/retort-import.json ## Distil a 10-layer student from SmolLM2-135M on this machine
-	$(BIN)/retort run examples/support/job.yaml --home $(DEMO_HOME)
+	$(BIN)/retort run examples/support/job.yaml --home $(DEMO_HOME) $$([ -t 1 ] || echo --plain)
 
 test: test-rust test-parity ## Every test
 

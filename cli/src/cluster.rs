@@ -165,6 +165,7 @@ async fn bring_up(
     note(&mut processes, &started);
     let address = format!("http://{}", listens(&started)?);
 
+    let threads = threads_a_worker(args.teachers + args.students);
     let worker = |role: &str, n: u32, path: &Path, pool: &str| {
         let mut flags = vec![
             ("--orchestrator", address.clone()),
@@ -174,6 +175,7 @@ async fn bring_up(
         ];
         flags.extend(args.device.clone().map(|device| ("--device", device)));
         flags.extend(args.dtype.clone().map(|dtype| ("--dtype", dtype)));
+        flags.extend(threads.map(|threads| ("--threads", threads.to_string())));
         program(&format!("{role}-{n}"), path, flags, None, purpose)
     };
     let mut workers = Vec::new();
@@ -181,6 +183,17 @@ async fn bring_up(
     workers.extend((1..=args.students).map(|n| worker("student", n, &programs.student, &purpose.student_pool)));
     note(&mut processes, &supervisor.start(Stage::Worker, workers).await?);
     Ok(Running { command: purpose.command.to_owned(), pid: std::process::id(), address, brokers, store, processes })
+}
+
+/// Cores shared out, because workers that each use all of them wait for one another at every step: on two
+/// cores a teacher beside a training student wrote about twice as much with one thread as with two.
+/// `None` leaves it to `$RETORT_THREADS`.
+fn threads_a_worker(workers: u32) -> Option<usize> {
+    if std::env::var_os("RETORT_THREADS").is_some() {
+        return None;
+    }
+    let cores = std::thread::available_parallelism().map_or(1, usize::from);
+    Some((cores / workers.max(1) as usize).max(1))
 }
 
 fn program(name: &str, path: &Path, flags: Vec<(&str, String)>, listen: Option<&str>, purpose: &Purpose) -> Program {

@@ -16,11 +16,13 @@ pub fn line(event: &proto::JobEvent, state: &State) -> Option<String> {
             text::count(state.teacher_tokens),
             text::rate(state.teacher_rate)
         ),
+        What::TrainStepped(stepped) if stepped.step == 0 => "train     started".to_owned(),
         What::TrainStepped(stepped) => format!(
-            "train     step {} of {}, loss {:.4}, {} tokens/s{eta}",
+            "train     step {} of {}, loss {:.4}{}, {} tokens/s{eta}",
             stepped.step,
             state.steps_total,
             stepped.loss,
+            state.latest_kl.map_or_else(String::new, |kl| format!(", held-out KL {kl:.4}")),
             text::rate(state.student_rate)
         ),
         What::CheckpointSaved(saved) => {

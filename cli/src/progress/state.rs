@@ -49,7 +49,10 @@ impl State {
         match &event.what {
             Some(What::TrainStepped(stepped)) => {
                 self.step = stepped.step;
-                self.loss = Some(stepped.loss);
+                // Step 0 only says that training has begun.
+                if stepped.step > 0 {
+                    self.loss = Some(stepped.loss);
+                }
             }
             Some(What::Evaluated(evaluated)) => {
                 if let Some(quality) = &evaluated.quality {

@@ -105,6 +105,17 @@ fn text_lines_are_clean_and_complete() {
     let lost = event(2, proto::JobState::Running, progress(2, 0), Some(lost));
     assert_eq!(lines::line(&lost, &state).unwrap(), "redone    shard-00001, attempt 2: lease expired[31m");
     assert_eq!(lines::line(&event(3, proto::JobState::Running, progress(2, 0), None), &state), None);
+    for (sequence, step, expected) in
+        [(4, 0, "train     started"), (5, 3, "train     step 3 of 10, loss 2.5000, held-out KL 1.2500, 640 tokens/s")]
+    {
+        let what = What::TrainStepped(proto::TrainStepped { step, loss: if step == 0 { 0.0 } else { 2.5 } });
+        let mut at = progress(2, step);
+        at.held_out_kl = (step > 0).then_some(1.25);
+        let stepped = event(sequence, proto::JobState::Running, at, Some(what));
+        state.apply(&stepped);
+        assert_eq!(lines::line(&stepped, &state).unwrap(), expected);
+        assert_eq!(state.loss.is_some(), step > 0);
+    }
 }
 
 #[test]

@@ -59,10 +59,6 @@ impl Running {
         if let Some(listen) = &program.listen {
             command.args(["--listen", listen]);
         }
-        // Teacher and student compute on the same cores: a thread of OpenMP that waits must not spin.
-        if std::env::var_os("OMP_WAIT_POLICY").is_none() {
-            command.env("OMP_WAIT_POLICY", "PASSIVE");
-        }
         let mut child = command.spawn().map_err(|error| {
             Error::new(Code::ComponentFailed, format!("cannot start {}: {error}", program.path.display()))
         })?;

@@ -165,8 +165,14 @@ impl<'a> TextStream<'a> {
     fn pending(&self) -> Result<String> {
         let before = self.tokenizer.decode(&self.ids[..self.told], true)?;
         let all = self.tokenizer.decode(&self.ids, true)?;
-        // Where more tokens change how the told ones decode, nothing can be taken back.
-        Ok(all.strip_prefix(before.as_str()).unwrap_or_default().to_owned())
+        // Where a token changes how those before it decode, what was told cannot be taken back.
+        let same: usize = before
+            .chars()
+            .zip(all.chars())
+            .take_while(|(one, other)| one == other)
+            .map(|(one, _)| one.len_utf8())
+            .sum();
+        Ok(all[same..].to_owned())
     }
 }
 

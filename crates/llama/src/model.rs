@@ -212,7 +212,9 @@ impl Model {
             _ => "float32",
         });
         let path = dir.join("config.json");
-        std::fs::write(&path, format!("{config:#}\n")).map_err(|error| Error::io(&path, error))
+        let partial = dir.join("config.json.partial");
+        std::fs::write(&partial, format!("{config:#}\n")).map_err(|error| Error::io(&partial, error))?;
+        std::fs::rename(&partial, &path).map_err(|error| Error::io(&path, error))
     }
 
     fn assemble(config: Config, named: Vec<(String, Tensor)>, device: Device, kind: Kind) -> Result<Self> {

@@ -146,6 +146,26 @@ fn padding_on_the_right_disturbs_nobody() {
     assert!(difference(&alone, &beside) < 1e-5);
 }
 
+/// The rounding of bf16 and no more: its mantissa has eight bits.
+#[test]
+fn bf16_stays_near_f32() {
+    let dir = tempfile::tempdir().unwrap();
+    random(config()).save(dir.path(), Kind::BFloat16).unwrap();
+    let load = |kind| Model::load(dir.path(), Device::Cpu, kind).unwrap();
+    let (wide, narrow) = (load(Kind::Float), load(Kind::BFloat16));
+    let ids_bt = ids_bt(2, 20);
+    let (wide_btv, narrow_btv) = tch::no_grad(|| (logits(&wide, &ids_bt), logits(&narrow, &ids_bt)));
+    assert_eq!(narrow_btv.kind(), Kind::BFloat16);
+    let scale = wide_btv.abs().max().double_value(&[]);
+    assert!(difference(&wide_btv, &narrow_btv) < 0.05 * scale, "{} of {scale}", difference(&wide_btv, &narrow_btv));
+
+    let mut cache = KvCache::new(narrow.config(), 2, 20, Device::Cpu, Kind::BFloat16).unwrap();
+    let _ = narrow.prefill(&ids_bt.narrow(1, 0, 19), &[19, 12], &mut cache).unwrap();
+    let hidden_bh = narrow.decode(&ids_bt.select(1, 19), &mut cache).unwrap();
+    let cached_v = tch::no_grad(|| narrow.head(&hidden_bh)).unwrap().get(0);
+    assert!(difference(&cached_v, &wide_btv.get(0).get(19)) < 0.05 * scale);
+}
+
 #[test]
 fn rows_leave_and_join_a_running_batch() {
     let model = random(config());
