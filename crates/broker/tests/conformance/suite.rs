@@ -151,6 +151,8 @@ async fn two_members_share_the_tasks() {
         }
     })
     .await;
+    // One after the other, the first would wait for the second, which nobody polls.
+    tokio::join!(a.close(), b.close());
 }
 
 #[tokio::test]
@@ -200,6 +202,7 @@ async fn a_busy_worker_lets_another_join_and_keeps_its_own_task() {
     busy.commit(&delivery).await.unwrap();
     let next = soon("the busy worker's next task", busy.next()).await.unwrap();
     assert_ne!(next.message, first[0], "its own task is not given to it twice");
+    tokio::join!(busy.close(), other.close());
 }
 
 #[tokio::test]
