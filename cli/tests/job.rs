@@ -1,5 +1,7 @@
 //! `retort job` and `retort model` against an orchestrator that tells a story.
 
+#![allow(clippy::unwrap_used)] // helpers of tests unwrap as tests do
+
 #[path = "support/orchestrator.rs"]
 mod orchestrator;
 

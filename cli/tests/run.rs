@@ -1,5 +1,7 @@
 //! `retort run`: real processes around an orchestrator that tells a story.
 
+#![allow(clippy::unwrap_used)] // helpers of tests unwrap as tests do
+
 #[path = "support/fakes.rs"]
 mod fakes;
 #[path = "support/orchestrator.rs"]

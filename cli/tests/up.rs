@@ -1,5 +1,7 @@
 //! `retort up` over small programs that stand in for the real ones.
 
+#![allow(clippy::unwrap_used)] // helpers of tests unwrap as tests do
+
 #[path = "support/fakes.rs"]
 mod fakes;
 

@@ -1,5 +1,7 @@
 //! The program as a supervisor sees it: its ready line, its refusals, its end.
 
+#![allow(clippy::unwrap_used)] // helpers of tests unwrap as tests do
+
 use std::{
     io::{BufRead as _, BufReader, Read as _},
     path::Path,

@@ -106,6 +106,7 @@ fn groups(examples: &[Example], limits: Limits) -> Vec<Vec<usize>> {
     for start in 0..order.len() {
         let width = examples[order[start]].input_len();
         let so_far = best[start].0;
+        #[allow(clippy::needless_range_loop)] // `end` is also the group's end
         for end in start + 1..=order.len().min(start + MAX_ROWS) {
             let padded = width.saturating_mul(end - start);
             if padded > limits.max_tokens && end > start + 1 {

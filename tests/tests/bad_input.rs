@@ -1,5 +1,7 @@
 //! What a user sees when the input is wrong: a stable code, the place, and exit status 2 (or 1).
 
+#![allow(clippy::unwrap_used)] // helpers of tests unwrap as tests do
+
 use std::{fs, path::Path, process::Output};
 
 use retort_tests::{
@@ -58,7 +60,11 @@ fn specs_prompts_and_models() {
     refused(&with_spec("path: prompts.jsonl", "path: nowhere.jsonl"), "file-not-found", &["nowhere.jsonl"]);
     refused(&with_spec("layers: 2", "layers: 9"), "spec-invalid", &["9", "4"]);
     refused(&with_line(3, "{\"messages\": [}"), "prompt-malformed", &["prompts.jsonl line 3"]);
-    refused(&with_line(5, r#"{"messages":[{"role":"user","content":"  "}]}"#), "prompt-empty", &["prompts.jsonl line 5"]);
+    refused(
+        &with_line(5, r#"{"messages":[{"role":"user","content":"  "}]}"#),
+        "prompt-empty",
+        &["prompts.jsonl line 5"],
+    );
     let long = format!(r#"{{"messages":[{{"role":"user","content":"{}"}}]}}"#, "word ".repeat(9000));
     refused(&with_line(7, &long), "prompt-too-long", &["prompts.jsonl line 7"]);
 
@@ -107,11 +113,8 @@ fn a_port_in_use() {
     let address = taken.local_addr().unwrap().to_string();
     for flag in ["--listen", "--broker-listen"] {
         let other = if flag == "--listen" { "--broker-listen" } else { "--listen" };
-        let output = retort()
-            .args(["up", flag, &address, other, "127.0.0.1:0", "--home"])
-            .arg(folder.path())
-            .output()
-            .unwrap();
+        let output =
+            retort().args(["up", flag, &address, other, "127.0.0.1:0", "--home"]).arg(folder.path()).output().unwrap();
         refused(&output, "port-in-use", &[&address]);
     }
 }

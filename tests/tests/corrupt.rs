@@ -1,5 +1,7 @@
 //! Bytes that rot in the store after they were published are refused by their checksum and computed again.
 
+#![allow(clippy::unwrap_used)] // helpers of tests unwrap as tests do
+
 use std::{fs, time::Duration};
 
 use retort_proto::{self as proto, job_event::What};
@@ -19,7 +21,8 @@ async fn a_corrupt_shard_is_computed_again() {
     let mut up = Up::start(folder.path(), &["--students", "0"]);
     let job = up.create(&spec);
     let patience = Duration::from_secs(120);
-    up.follow(&job, patience, |_, event| event.progress.as_ref().is_some_and(|p| p.shards_published == p.shards_total)).await;
+    up.follow(&job, patience, |_, event| event.progress.as_ref().is_some_and(|p| p.shards_published == p.shards_total))
+        .await;
     let rotten = up.objects(&format!("{job}/shards/00002"));
     assert_eq!(rotten.len(), 1);
     let path = folder.path().join("store").join(&rotten[0]);
@@ -35,6 +38,7 @@ async fn a_corrupt_shard_is_computed_again() {
     assert_eq!(end.state, proto::JobState::Succeeded as i32, "{:?}\n{}", end.error, up.log());
     let redone = end.report.unwrap().redone;
     assert!(redone.iter().any(|one| one.task.ends_with("shard-00002") && one.reason.contains("corrupt")), "{redone:?}");
-    let again = events.iter().filter(|event| matches!(&event.what, Some(What::ShardPublished(s)) if s.shard == 2)).count();
+    let again =
+        events.iter().filter(|event| matches!(&event.what, Some(What::ShardPublished(s)) if s.shard == 2)).count();
     assert_eq!(again, 2, "published, withdrawn, published again");
 }

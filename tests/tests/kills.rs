@@ -1,6 +1,8 @@
 //! `kill -9` of each process in mid-job: the job succeeds, every shard is published once, nothing
 //! stays behind, and the report says what was redone.
 
+#![allow(clippy::unwrap_used)] // helpers of tests unwrap as tests do
+
 use std::{collections::BTreeMap, time::Duration};
 
 use retort_proto::{self as proto, job_event::What};
@@ -22,7 +24,11 @@ async fn survives(name: &str, when: impl Fn(&proto::JobEvent) -> bool) -> (proto
     let job = up.create(&spec);
 
     let before = up.follow(&job, PATIENCE, |_, event| when(event)).await;
-    assert_eq!(before.last().unwrap().state, proto::JobState::Running as i32, "the job must still run when {name} is killed");
+    assert_eq!(
+        before.last().unwrap().state,
+        proto::JobState::Running as i32,
+        "the job must still run when {name} is killed"
+    );
     up.kill(name);
     let events = up.follow(&job, PATIENCE, |_, _| false).await;
 

@@ -1,5 +1,7 @@
 //! Ctrl-C: once, everything stops and nothing stays behind; twice, it is over at once.
 
+#![allow(clippy::unwrap_used)] // helpers of tests unwrap as tests do
+
 use std::time::{Duration, Instant};
 
 use retort_tests::retort::Up;

@@ -1,6 +1,8 @@
 //! A student distilled by `retort run` and exported is a model to transformers: it loads, and it
 //! answers with the same greedy tokens there as here.
 
+#![allow(clippy::unwrap_used)] // helpers of tests unwrap as tests do
+
 use std::{
     fs,
     path::{Path, PathBuf},
@@ -15,7 +17,12 @@ use retort_tests::{
 
 fn succeeded(what: &str, output: Output) -> Vec<u8> {
     let stderr = String::from_utf8_lossy(&output.stderr);
-    assert!(output.status.success(), "{what}: {}\n{stderr}\n{}", output.status, String::from_utf8_lossy(&output.stdout));
+    assert!(
+        output.status.success(),
+        "{what}: {}\n{stderr}\n{}",
+        output.status,
+        String::from_utf8_lossy(&output.stdout)
+    );
     output.stdout
 }
 
@@ -52,7 +59,14 @@ fn an_exported_student_answers_alike_in_transformers() {
     ];
     fs::write(&prompts, lines.join("\n")).unwrap();
     let common = |command: &mut Command| -> Output {
-        command.arg("--model").arg(&out).arg("--prompts").arg(&prompts).args(["--max-new-tokens", "24"]).output().unwrap()
+        command
+            .arg("--model")
+            .arg(&out)
+            .arg("--prompts")
+            .arg(&prompts)
+            .args(["--max-new-tokens", "24"])
+            .output()
+            .unwrap()
     };
     let student = programs().join("retort-student");
     let ours = common(Command::new(student).args(["generate", "--json", "--dtype", "f32"]));

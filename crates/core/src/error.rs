@@ -146,9 +146,7 @@ impl Error {
     pub fn io(path: impl AsRef<std::path::Path>, error: std::io::Error) -> Self {
         let path = path.as_ref().display();
         match error.kind() {
-            std::io::ErrorKind::NotFound => {
-                Self::new(Code::FileNotFound, format!("{path}: no such file or folder"))
-            }
+            std::io::ErrorKind::NotFound => Self::new(Code::FileNotFound, format!("{path}: no such file or folder")),
             std::io::ErrorKind::StorageFull | std::io::ErrorKind::QuotaExceeded => Self::new(
                 Code::DiskFull,
                 format!("{path}: the disk is full; free some space, then start again: finished work is kept"),

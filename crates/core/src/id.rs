@@ -38,7 +38,9 @@ impl FromStr for JobId {
             let shown: String = text.chars().take(80).collect();
             Err(Error::new(
                 Code::RequestInvalid,
-                format!("{shown:?} is no job: a job is named jobs/ and 32 hexadecimal digits, as `retort job list` shows it"),
+                format!(
+                    "{shown:?} is no job: a job is named jobs/ and 32 hexadecimal digits, as `retort job list` shows it"
+                ),
             ))
         }
     }

@@ -1,5 +1,7 @@
 //! What a user sees when a spec is wrong.
 
+#![allow(clippy::unwrap_used)] // helpers of tests unwrap as tests do
+
 use retort_core::{Code, spec::parse_yaml};
 
 const GOOD: &str = "\
@@ -91,7 +93,17 @@ fn shapes_that_do_not_divide_are_refused() {
 
 #[test]
 fn hostile_yaml_is_an_error_and_no_panic() {
-    for yaml in ["", "\0", "- 1", "name: [", "a: &x [*x]", "%TAG ! x", "name: !!binary zz", &"[".repeat(100_000), &"a: ".repeat(50_000)] {
+    for yaml in [
+        "",
+        "\0",
+        "- 1",
+        "name: [",
+        "a: &x [*x]",
+        "%TAG ! x",
+        "name: !!binary zz",
+        &"[".repeat(100_000),
+        &"a: ".repeat(50_000),
+    ] {
         assert!(parse_yaml("job.yaml", yaml).is_err());
     }
     // Nine levels of nine aliases each would be 9^9 values.

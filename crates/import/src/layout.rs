@@ -113,10 +113,10 @@ impl Layout {
                 return refuse(format!("the {name} is {value}, outside 1 to {limit}"));
             }
         }
-        if self.heads % self.kv_heads != 0 {
+        if !self.heads.is_multiple_of(self.kv_heads) {
             return refuse(format!("{} attention heads do not share {} key-value heads", self.heads, self.kv_heads));
         }
-        if self.head_dim % 2 != 0 {
+        if !self.head_dim.is_multiple_of(2) {
             return refuse(format!("the head dimension {} is odd; rotary embeddings need pairs", self.head_dim));
         }
         if self.heads.max(self.kv_heads).saturating_mul(self.head_dim) > MAX_DIM {

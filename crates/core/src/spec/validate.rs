@@ -39,7 +39,13 @@ impl JobSpec {
                 count("student.init.config.num_hidden_layers", *num_hidden_layers, 1, 1024)?;
                 count("student.init.config.num_attention_heads", *num_attention_heads, 1, 1024)?;
                 count("student.init.config.num_key_value_heads", *num_key_value_heads, 1, *num_attention_heads)?;
-                divides("student.init.config", "num_attention_heads", *num_attention_heads, "hidden_size", *hidden_size)?;
+                divides(
+                    "student.init.config",
+                    "num_attention_heads",
+                    *num_attention_heads,
+                    "hidden_size",
+                    *hidden_size,
+                )?;
                 divides(
                     "student.init.config",
                     "num_key_value_heads",

@@ -22,18 +22,17 @@ pub fn parse_yaml(name: &str, text: &str) -> Result<JobSpec> {
 }
 
 fn explain(name: &str, error: &Yaml) -> Error {
-    let place = error.location().map_or_else(
-        || name.to_owned(),
-        |at| format!("{name} line {} column {}", at.line(), at.column()),
-    );
+    let place = error
+        .location()
+        .map_or_else(|| name.to_owned(), |at| format!("{name} line {} column {}", at.line(), at.column()));
     match error {
-        Yaml::SerdeUnknownField { field, expected, .. } => Error::new(
-            Code::SpecUnknownKey,
-            format!("{place}: unknown key {field:?}; {}", suggest(field, expected)),
-        ),
-        Yaml::SerdeUnknownVariant { variant, expected, .. } => {
-            Error::new(Code::SpecInvalid, format!("{place}: {variant:?} is not known here; {}", suggest(variant, expected)))
+        Yaml::SerdeUnknownField { field, expected, .. } => {
+            Error::new(Code::SpecUnknownKey, format!("{place}: unknown key {field:?}; {}", suggest(field, expected)))
         }
+        Yaml::SerdeUnknownVariant { variant, expected, .. } => Error::new(
+            Code::SpecInvalid,
+            format!("{place}: {variant:?} is not known here; {}", suggest(variant, expected)),
+        ),
         Yaml::SerdeMissingField { field, .. } => {
             Error::new(Code::SpecInvalid, format!("{place}: the key {field:?} is missing"))
         }

@@ -16,9 +16,8 @@ pub fn job_spec_from_proto(spec: proto::JobSpec) -> Result<JobSpec> {
         top_p: s.top_p,
         max_new_tokens: s.max_new_tokens,
     });
-    let soft_targets = teacher
-        .soft_targets
-        .map_or_else(SoftTargets::default, |s| SoftTargets { head: s.head, draws: s.draws });
+    let soft_targets =
+        teacher.soft_targets.map_or_else(SoftTargets::default, |s| SoftTargets { head: s.head, draws: s.draws });
     let init = match required("student.init", student.init)? {
         proto::student_spec::Init::Prune(prune) => Init::Prune { layers: prune.layers },
         proto::student_spec::Init::Checkpoint(model) => Init::Checkpoint { model },

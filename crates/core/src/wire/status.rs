@@ -32,7 +32,9 @@ pub fn from_status(status: &Status) -> Error {
         .and_then(|info| Code::parse(&info.reason))
         .unwrap_or(match status.code() {
             Grpc::InvalidArgument => Code::RequestInvalid,
-            Grpc::Unavailable | Grpc::DeadlineExceeded | Grpc::Unknown | Grpc::Cancelled => Code::OrchestratorUnavailable,
+            Grpc::Unavailable | Grpc::DeadlineExceeded | Grpc::Unknown | Grpc::Cancelled => {
+                Code::OrchestratorUnavailable
+            }
             _ => Code::Internal,
         });
     Error::new(code, status.message())

@@ -1,5 +1,7 @@
 //! Imports of small models, right and wrong, seen from outside.
 
+#![allow(clippy::unwrap_used)] // helpers of tests unwrap as tests do
+
 mod folder;
 mod fuzz;
 mod gguf;

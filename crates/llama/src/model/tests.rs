@@ -48,6 +48,7 @@ fn difference(one: &Tensor, other: &Tensor) -> f64 {
     (one - other).abs().max().double_value(&[])
 }
 
+#[allow(clippy::assign_op_pattern)] // `+=` would write into a tensor that the gradient needs
 /// The whole model once more, from the papers and with nothing fused: every position's scores as a
 /// matrix, keys and values repeated for their query heads, pairs turned one by one.
 fn obvious_logits(model: &Model, ids_bt: &Tensor) -> Tensor {
