@@ -29,7 +29,11 @@ fn starts_all_in_order_and_one_signal_stops_all() {
         bench.notes("orchestrator.args"),
         [format!("--database {home}/retort.sqlite --store {store} --brokers {brokers} {end} --listen 127.0.0.1:0")]
     );
-    let worker = format!("--orchestrator {address} --brokers {brokers} --store {store} --pool default {end}");
+    // Three workers share the cores.
+    let threads = (std::thread::available_parallelism().unwrap().get() / 3).max(1);
+    let worker = format!(
+        "--orchestrator {address} --brokers {brokers} --store {store} --pool default --threads {threads} {end}"
+    );
     assert_eq!(bench.notes("teacher.args"), [worker.clone(), worker.clone()]);
     assert_eq!(bench.notes("student.args"), [worker]);
 

@@ -410,11 +410,15 @@ impl ConsumerContext for Group {
     }
 
     fn post_rebalance(&self, consumer: &BaseConsumer<Self>, rebalance: &Rebalance<'_>) {
-        if let Rebalance::Assign(partitions) = rebalance
-            && self.paused.load(Ordering::SeqCst)
-            && let Err(error) = consumer.pause(partitions)
-        {
-            tracing::debug!(topic = self.topic, "pausing new partitions: {error}");
+        let Rebalance::Assign(partitions) = rebalance else { return };
+        // librdkafka remembers a pause over the loss of a partition: one that was paused when the
+        // broker went, and resumed while it was nobody's, would come back paused for ever.
+        let set = match self.paused.load(Ordering::SeqCst) {
+            true => consumer.pause(partitions),
+            false => consumer.resume(partitions),
+        };
+        if let Err(error) = set {
+            tracing::debug!(topic = self.topic, "pausing or resuming new partitions: {error}");
         }
     }
 }

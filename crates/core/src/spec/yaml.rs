@@ -47,11 +47,11 @@ fn explain(name: &str, error: &Yaml) -> Error {
 fn suggest(wrong: &str, expected: &[&str]) -> String {
     let near = expected
         .iter()
-        .map(|key| (strsim::damerau_levenshtein(wrong, key), key))
+        .map(|key| (strsim::damerau_levenshtein(wrong, key), wrong.len().abs_diff(key.len()), key))
         .min()
-        .filter(|(distance, key)| *distance <= 2.max(key.len() / 3));
+        .filter(|(distance, _, key)| *distance <= 2.max(key.len() / 3));
     match near {
-        Some((_, key)) => format!("did you mean {key:?}?"),
+        Some((_, _, key)) => format!("did you mean {key:?}?"),
         None => format!("known here: {}", expected.join(", ")),
     }
 }
