@@ -44,7 +44,7 @@ test-rust: build $(TEACHER)/retort-import.json ## Unit, property, golden, end-to
 
 test-parity: build $(TEACHER)/retort-import.json ## An exported student against transformers
 	@$(FETCH) transformers
-	cargo test --locked -p retort-tests --features transformers --test transformers
+	cargo test --workspace --locked --features retort-tests/transformers --test transformers
 
 lint: fmt clippy layers deny ## Format, lints, dependency direction, licences
 

@@ -75,7 +75,7 @@ fn specs_prompts_and_models() {
     config["vocab_size"] = 1000.into();
     fs::write(at("other/config.json"), config.to_string()).unwrap();
     let other = format!("checkpoint: {{model: {}}}", at("other").display());
-    refused(&with_spec("prune: {layers: 2}", &other), "vocabulary-mismatch", &["1000", "49152"]);
+    refused(&with_spec("prune: {layers: 2}", &other), "vocabulary-mismatch", &["1000", "49151"]);
 
     // A teacher whose download broke off.
     let weights = at("teacher/model.safetensors");
