@@ -185,8 +185,7 @@ async fn bring_up(
     Ok(Running { command: purpose.command.to_owned(), pid: std::process::id(), address, brokers, store, processes })
 }
 
-/// Cores shared out, because workers that each use all of them wait for one another at every step: on two
-/// cores a teacher beside a training student wrote about twice as much with one thread as with two.
+/// Cores shared out, because workers that each use all of them wait for one another at every step.
 /// `None` leaves it to `$RETORT_THREADS`.
 fn threads_a_worker(workers: u32) -> Option<usize> {
     if std::env::var_os("RETORT_THREADS").is_some() {
