@@ -14,6 +14,10 @@ export LIBTORCH ?= $(shell $(FETCH) libtorch-folder)
 export LIBTORCH_CXX11_ABI := 1
 export RUSTFLAGS ?= -C link-arg=-Wl,-rpath,$(LIBTORCH)/lib
 BIN := $(CARGO_TARGET_DIR)/debug
+# Checkouts may share a target folder, but cargo compares only dates: what another checkout built last
+# would pass for ours. So a checkout that builds after another one makes its sources new.
+LAST_CHECKOUT := $(CARGO_TARGET_DIR)/last-checkout
+SOURCES := proto crates orchestrator teacher student cli tests
 # Imported models; specs name them by folder name.
 export RETORT_MODELS ?= $(RETORT_CACHE)/models
 TEACHER := $(RETORT_MODELS)/smollm2-135m-instruct
@@ -27,6 +31,9 @@ env: ## Print what cargo needs in its environment: eval "$$(make -s env)"
 
 setup: ## Download libtorch and the demo's teacher (checksummed, cached)
 	@$(FETCH) libtorch teacher
+	@mkdir -p "$(CARGO_TARGET_DIR)"
+	@[ "$$(cat "$(LAST_CHECKOUT)" 2>/dev/null)" = "$(CURDIR)" ] || \
+	  { find $(SOURCES) -type f -exec touch {} + && echo "$(CURDIR)" > "$(LAST_CHECKOUT)"; }
 
 build: setup ## Build every binary
 	cargo build --workspace --locked
@@ -40,7 +47,7 @@ demo: build $(TEACHER)/retort-import.json ## Distil a 10-layer student from Smol
 test: test-rust test-parity ## Every test
 
 test-rust: build $(TEACHER)/retort-import.json ## Unit, property, golden, end-to-end and kill tests
-	cargo test --workspace --locked
+	cargo test --workspace --locked --no-fail-fast
 
 test-parity: build $(TEACHER)/retort-import.json ## An exported student against transformers
 	@$(FETCH) transformers
