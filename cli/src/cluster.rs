@@ -62,6 +62,8 @@ pub struct Purpose {
     pub broker_listen: String,
     pub teacher_pool: String,
     pub student_pool: String,
+    /// Once the job's teacher is done, nothing else needs its cores.
+    pub one_job: bool,
     pub log: Option<String>,
 }
 
@@ -166,7 +168,8 @@ async fn bring_up(
     let address = format!("http://{}", listens(&started)?);
 
     let threads = threads_a_worker(args.teachers + args.students);
-    let worker = |role: &str, n: u32, path: &Path, pool: &str| {
+    let alone = threads_a_worker(args.students).filter(|_| purpose.one_job);
+    let worker = |role: &str, n: u32, path: &Path, pool: &str, alone: Option<usize>| {
         let mut flags = vec![
             ("--orchestrator", address.clone()),
             ("--brokers", brokers.clone()),
@@ -176,11 +179,12 @@ async fn bring_up(
         flags.extend(args.device.clone().map(|device| ("--device", device)));
         flags.extend(args.dtype.clone().map(|dtype| ("--dtype", dtype)));
         flags.extend(threads.map(|threads| ("--threads", threads.to_string())));
+        flags.extend(alone.map(|threads| ("--threads-alone", threads.to_string())));
         program(&format!("{role}-{n}"), path, flags, None, purpose)
     };
     let mut workers = Vec::new();
-    workers.extend((1..=args.teachers).map(|n| worker("teacher", n, &programs.teacher, &purpose.teacher_pool)));
-    workers.extend((1..=args.students).map(|n| worker("student", n, &programs.student, &purpose.student_pool)));
+    workers.extend((1..=args.teachers).map(|n| worker("teacher", n, &programs.teacher, &purpose.teacher_pool, None)));
+    workers.extend((1..=args.students).map(|n| worker("student", n, &programs.student, &purpose.student_pool, alone)));
     note(&mut processes, &supervisor.start(Stage::Worker, workers).await?);
     Ok(Running { command: purpose.command.to_owned(), pid: std::process::id(), address, brokers, store, processes })
 }

@@ -12,6 +12,8 @@ use crate::{
 };
 
 const TICK: Duration = Duration::from_secs(5);
+/// An upload that grows no more for this long was left by a killed process.
+const IDLE_UPLOAD: Duration = Duration::from_secs(15 * 60);
 
 /// Tidies until `shutdown`.
 pub async fn run(context: Context, shutdown: CancellationToken) -> Result<()> {
@@ -38,7 +40,11 @@ pub async fn run(context: Context, shutdown: CancellationToken) -> Result<()> {
 
 /// One round; returns how many objects went.
 pub async fn tidy(context: &Context) -> Result<u64> {
-    Ok(sweep_ended(context).await? + sweep_deleted(context).await?)
+    let uploads = context.store.sweep_staging(IDLE_UPLOAD).await?;
+    if uploads > 0 {
+        tracing::info!(uploads, "removed uploads that killed processes left");
+    }
+    Ok(uploads + sweep_ended(context).await? + sweep_deleted(context).await?)
 }
 
 /// Staged shards of attempts that were never published, once no attempt of the job can be running.

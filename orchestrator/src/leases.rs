@@ -52,58 +52,82 @@ pub enum Beat {
     Cancelled,
 }
 
-/// Gives the task to a worker, or says why not.
+/// Gives the worker the first published task of the topic of `id`, or says why there is none.
 ///
-/// A worker that claims what it holds already gets a new epoch: its process does one thing at a
-/// time, so the older attempt, or the answer to its claim, was lost.
+/// A record is worth one claim, whichever task it names: partitions are read one after another, so
+/// the order of records is not the order of priority. A worker that claims holds nothing: its process
+/// does one thing at a time, so an attempt of its own that still runs, or the answer to its claim,
+/// was lost.
 pub async fn claim(context: &Context, id: &TaskId, worker_id: &str) -> Result<Claim> {
     let now_ms = context.now_ms();
     let mut tx = context.database.begin().await?;
-    let Some(task) = tasks::find(&mut tx, id).await? else {
+    let Some(named) = tasks::find(&mut tx, id).await? else {
         return Ok(Claim::NotClaimable(Reason::UnknownTask));
     };
-    let job = jobs::get(&mut tx, &task.job_id).await?;
-    match job.state {
-        JobState::Cancelled => return Ok(Claim::NotClaimable(Reason::Cancelled)),
-        JobState::Failed => return Ok(Claim::NotClaimable(Reason::Failed)),
-        JobState::Succeeded | JobState::Rejected => return Ok(Claim::NotClaimable(Reason::Done)),
-        JobState::Queued | JobState::Running => {}
+    for held in tasks::held_by(&mut tx, worker_id, now_ms).await? {
+        lose(context, &mut tx, &held, "claimed again by the same worker: the attempt was given up").await?;
+        context.wakers.job_changed(&held.job_id);
     }
-    match task.state {
-        TaskState::Cancelled => return Ok(Claim::NotClaimable(Reason::Cancelled)),
-        TaskState::Failed => return Ok(Claim::NotClaimable(Reason::Failed)),
-        // Waiting, or backing off: another record will come when the time is right, so this one's
-        // purpose is fulfilled.
-        TaskState::Done | TaskState::Waiting => return Ok(Claim::NotClaimable(Reason::Done)),
-        TaskState::Ready if task.not_before_ms > now_ms => return Ok(Claim::NotClaimable(Reason::Done)),
-        TaskState::Ready | TaskState::Queued => {}
-        TaskState::Leased => {
-            let left_ms = task.lease_until_ms.unwrap_or(now_ms) - now_ms;
-            if left_ms > 0 && task.worker() != worker_id {
-                return Ok(Claim::RetryAfter(Duration::from_millis(left_ms.unsigned_abs()).max(MIN_RETRY)));
-            }
-            let reason = if left_ms > 0 {
-                "claimed again by the same worker: the attempt was given up".to_owned()
-            } else {
-                expired(context)
-            };
-            if lose(context, &mut tx, &task, &reason).await? == Fate::JobFailed {
-                commit(tx).await?;
-                context.wakers.job_changed(&task.job_id);
-                return Ok(Claim::NotClaimable(Reason::Failed));
-            }
+    let job = jobs::get(&mut tx, &named.job_id).await?;
+    let open = can_lease(context, &mut tx, &job, id).await?;
+    let before = if open.is_ok() { Some(&named) } else { None };
+    let chosen = match (tasks::first_queued(&mut tx, &named.topic, before).await?, open) {
+        (Some(first), _) => first,
+        (None, Ok(())) => id.clone(),
+        (None, Err(refused)) => {
+            commit(tx).await?;
+            return Ok(refused);
         }
+    };
+    tasks::lease(&mut tx, &chosen, worker_id, now_ms.saturating_add(context.settings.lease_ms())).await?;
+    let leased = tasks::find(&mut tx, &chosen).await?.ok_or_else(|| Error::internal("a leased task is gone"))?;
+    if jobs::get(&mut tx, &leased.job_id).await?.state == JobState::Queued {
+        journal::change_state(&mut tx, &leased.job_id, JobState::Running, None, now_ms).await?;
     }
-    tasks::lease(&mut tx, id, worker_id, now_ms.saturating_add(context.settings.lease_ms())).await?;
-    if job.state == JobState::Queued {
-        journal::change_state(&mut tx, &task.job_id, JobState::Running, None, now_ms).await?;
-    }
-    let leased = tasks::find(&mut tx, id).await?.ok_or_else(|| Error::internal("a leased task is gone"))?;
-    let job = jobs::get(&mut tx, &task.job_id).await?;
+    let job = jobs::get(&mut tx, &leased.job_id).await?;
     commit(tx).await?;
     context.wakers.job_changed(&job.id);
     tracing::info!(job = %job.id, task = leased.id.short(), epoch = leased.epoch, worker = worker_id, "claimed");
     Ok(Claim::Claimed(Box::new(Lease { task: leased, job })))
+}
+
+/// Whether a task can be leased now; else what its claimant is told. Takes back a lease that ran out.
+async fn can_lease(
+    context: &Context,
+    conn: &mut Connection,
+    job: &Job,
+    id: &TaskId,
+) -> Result<std::result::Result<(), Claim>> {
+    let refuse = |reason| Ok(Err(Claim::NotClaimable(reason)));
+    match job.state {
+        JobState::Cancelled => return refuse(Reason::Cancelled),
+        JobState::Failed => return refuse(Reason::Failed),
+        JobState::Succeeded | JobState::Rejected => return refuse(Reason::Done),
+        JobState::Queued | JobState::Running => {}
+    }
+    let now_ms = context.now_ms();
+    let Some(task) = tasks::find(&mut *conn, id).await? else { return refuse(Reason::UnknownTask) };
+    match task.state {
+        TaskState::Cancelled => refuse(Reason::Cancelled),
+        TaskState::Failed => refuse(Reason::Failed),
+        // Waiting, or backing off: another record will come when the time is right, so this one's
+        // purpose is fulfilled.
+        TaskState::Done | TaskState::Waiting => refuse(Reason::Done),
+        TaskState::Ready if task.not_before_ms > now_ms => refuse(Reason::Done),
+        TaskState::Ready | TaskState::Queued => Ok(Ok(())),
+        TaskState::Leased => {
+            let left_ms = task.lease_until_ms.unwrap_or(now_ms) - now_ms;
+            if left_ms > 0 {
+                let wait = Duration::from_millis(left_ms.unsigned_abs()).max(MIN_RETRY);
+                return Ok(Err(Claim::RetryAfter(wait)));
+            }
+            if lose(context, conn, &task, &expired(context)).await? == Fate::JobFailed {
+                context.wakers.job_changed(&task.job_id);
+                return refuse(Reason::Failed);
+            }
+            Ok(Ok(()))
+        }
+    }
 }
 
 /// Extends the lease. `attempt-fenced` when another attempt has taken over.

@@ -20,9 +20,9 @@ pub const MAX_SHARDS: u64 = 100_000;
 /// Answers of the held-out prompts that the evaluation writes out for the report.
 pub const SAMPLES: u32 = 3;
 /// Held-out rows that go first, so that the student can be judged while it trains.
-const EARLY_HELD_OUT_ROWS: u64 = 16;
+const EARLY_HELD_OUT_ROWS: u64 = 64;
 /// Held-out shards that go first, at most.
-const EARLY_HELD_OUT_SHARDS: u32 = 2;
+const EARLY_HELD_OUT_SHARDS: u32 = 4;
 
 /// What the prompt set amounts to.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]

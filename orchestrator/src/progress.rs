@@ -41,6 +41,7 @@ pub async fn of(conn: &mut Connection, job: &Job) -> Result<Progress> {
             steps_total: job.plan.optimizer_steps,
             passes: job.spec.train.passes,
             steps_per_second: steps_per_second(job),
+            evaluation_steps: if job.evaluation.is_some() { 0.0 } else { evaluation_steps(job) },
         })
     });
     Ok(Progress {
@@ -69,10 +70,13 @@ pub struct Estimate {
     pub step: u32,
     pub steps_total: u32,
     pub passes: u32,
+    /// While computing; the time spent waiting for shards not counted.
     pub steps_per_second: Option<f64>,
+    /// What the evaluation takes, in optimiser steps.
+    pub evaluation_steps: f64,
 }
 
-/// Until the last optimiser step; `None` while nothing was measured.
+/// Until the job is judged; `None` while nothing was measured.
 ///
 /// Training overlaps the teacher in its first pass only: the later passes wait for the last shard.
 pub fn eta(estimate: &Estimate) -> Option<Duration> {
@@ -82,17 +86,12 @@ pub fn eta(estimate: &Estimate) -> Option<Duration> {
         f64::from(estimate.shards_left) * estimate.shard_seconds? / estimate.teachers.max(1) as f64
     };
     let steps_left = estimate.steps_total.saturating_sub(estimate.step);
-    let seconds = match estimate.steps_per_second {
-        _ if steps_left == 0 => teacher,
-        Some(rate) => {
-            let first_pass = estimate.steps_total / estimate.passes.max(1);
-            let later_passes = steps_left.min(estimate.steps_total - first_pass);
-            let after_teacher = if teacher > 0.0 { teacher + f64::from(later_passes) / rate } else { 0.0 };
-            after_teacher.max(f64::from(steps_left) / rate)
-        }
-        None => return None,
-    };
-    Duration::try_from_secs_f64(seconds).ok()
+    let rate = estimate.steps_per_second?;
+    let first_pass = estimate.steps_total / estimate.passes.max(1);
+    let later_passes = steps_left.min(estimate.steps_total - first_pass);
+    let after_teacher = if teacher > 0.0 { teacher + f64::from(later_passes) / rate } else { 0.0 };
+    let trained = after_teacher.max(f64::from(steps_left) / rate);
+    Duration::try_from_secs_f64(trained + estimate.evaluation_steps / rate).ok()
 }
 
 /// The median of `(tokens, seconds)` pairs' rates; 0 while there is none.
@@ -118,10 +117,14 @@ fn median(values: impl Iterator<Item = f64>) -> Option<f64> {
 }
 
 fn steps_per_second(job: &Job) -> Option<f64> {
-    let (first_step, first_ms) = job.training.first?;
-    let steps = job.training.step.checked_sub(first_step).filter(|steps| *steps > 0)?;
-    let ms = job.training.last_ms?.checked_sub(first_ms).filter(|ms| *ms > 0)?;
-    Some(f64::from(steps) * 1000.0 / ms as f64)
+    let tokens_a_step = job.training.trained_tokens as f64 / f64::from(job.training.step);
+    let tokens_a_second = job.training.tokens_per_second?;
+    Some(tokens_a_second / tokens_a_step).filter(|rate| rate.is_finite() && *rate > 0.0)
+}
+
+/// The held-out rows go forward through two students, and a forward is about a third of a step.
+fn evaluation_steps(job: &Job) -> f64 {
+    job.plan.held_out_rows as f64 / f64::from(job.spec.train.batch_rows.max(1)) * 2.0 / 3.0
 }
 
 #[cfg(test)]
@@ -140,6 +143,7 @@ mod tests {
         steps_total: 60,
         passes: 3,
         steps_per_second: Some(1.0),
+        evaluation_steps: 0.0,
     };
 
     #[test]
@@ -153,10 +157,15 @@ mod tests {
     }
 
     #[test]
+    fn the_evaluation_comes_last() {
+        check(Estimate { evaluation_steps: 7.0, ..ESTIMATE }, Some(87));
+        check(Estimate { step: 60, shards_left: 0, evaluation_steps: 7.0, ..ESTIMATE }, Some(7));
+    }
+
+    #[test]
     fn nothing_is_guessed_before_it_was_measured() {
         check(Estimate { shard_seconds: None, ..ESTIMATE }, None);
         check(Estimate { steps_per_second: None, ..ESTIMATE }, None);
-        check(Estimate { steps_per_second: None, step: 60, shards_left: 0, ..ESTIMATE }, Some(0));
         check(Estimate { steps_per_second: Some(1e-300), ..ESTIMATE }, None);
     }
 

@@ -7,7 +7,11 @@ use retort_core::{Code, Error, Result};
 use retort_process::{LogArgs, exit_with};
 use retort_worker::WorkerArgs;
 
-use crate::{generate, handler::Student, settings::Settings};
+use crate::{
+    generate,
+    handler::Student,
+    settings::{Settings, Threads},
+};
 
 /// Threads of the async side: network and disk, next to the one thread that computes.
 const ASYNC_THREADS: usize = 2;
@@ -43,6 +47,9 @@ struct Compute {
     /// Cores used for arithmetic; all of them when not given
     #[arg(long, env = "RETORT_THREADS", global = true, value_name = "N", value_parser = clap::value_parser!(u16).range(1..))]
     threads: Option<u16>,
+    /// Cores used once the teacher's work for a job is done [default: those of --threads]
+    #[arg(long, value_name = "N", value_parser = clap::value_parser!(u16).range(1..))]
+    threads_alone: Option<u16>,
     /// Folder for rows and checkpoints on their way; the system's temporary one when not given
     #[arg(long, env = "RETORT_WORK_DIR", value_name = "DIR")]
     work_dir: Option<PathBuf>,
@@ -65,7 +72,7 @@ pub fn run() -> ExitCode {
         // The optional group is `None` even when its flags are given: it holds another group.
         None => WorkerArgs::from_arg_matches(&matches)
             .map_err(|_| Error::new(Code::RequestInvalid, "--store is missing; see retort-student --help"))
-            .and_then(|args| serve(args, cli.compute.work_dir)),
+            .and_then(|args| serve(args, cli.compute)),
     };
     match done {
         Ok(()) => ExitCode::SUCCESS,
@@ -73,8 +80,11 @@ pub fn run() -> ExitCode {
     }
 }
 
-fn serve(args: WorkerArgs, work_dir: Option<PathBuf>) -> Result<()> {
-    let settings = Settings::new(&args.device, &args.dtype, work_dir.unwrap_or_else(std::env::temp_dir))?;
+fn serve(args: WorkerArgs, compute: Compute) -> Result<()> {
+    let work_dir = compute.work_dir.unwrap_or_else(std::env::temp_dir);
+    let threads =
+        Threads { beside_teacher: compute.threads, alone: compute.threads_alone.or(compute.threads) };
+    let settings = Settings::new(&args.device, &args.dtype, work_dir, threads)?;
     let runtime = tokio::runtime::Builder::new_multi_thread()
         .worker_threads(ASYNC_THREADS)
         .enable_all()

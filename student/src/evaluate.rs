@@ -122,8 +122,9 @@ impl Judging<'_> {
 
     async fn load(&self, folder: PathBuf) -> Result<ModelThread<Option<Judge>>> {
         let thread = ModelThread::spawn("judge", || None)?;
-        let (device, kind) = (self.settings.device, self.settings.kind);
+        let (device, kind, threads) = (self.settings.device, self.settings.kind, self.settings.threads);
         let load = move |slot: &mut Option<Judge>| -> Result<()> {
+            threads.enter(true);
             let model = Model::load(&folder, device, kind).map_err(llama)?;
             let loss = ChunkedLoss::new(0.0, model.config().vocab_size, kind, device)?;
             *slot = Some(Judge { model, loss });

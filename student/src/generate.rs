@@ -11,7 +11,10 @@ use retort_core::{Code, Error, Result};
 use retort_llama::{ChatMessage, Model, Tokenizer, greedy};
 use serde::Serialize;
 
-use crate::{failure::llama, settings::Settings};
+use crate::{
+    failure::llama,
+    settings::{Settings, Threads},
+};
 
 /// Largest prompt file, bytes.
 const MAX_PROMPTS_BYTES: u64 = 64 << 20;
@@ -50,7 +53,7 @@ pub struct Answer {
 
 /// Prints an answer a prompt on standard output, as they come.
 pub fn run(options: &Options) -> Result<()> {
-    let settings = Settings::new(&options.device, &options.dtype, std::env::temp_dir())?;
+    let settings = Settings::new(&options.device, &options.dtype, std::env::temp_dir(), Threads::default())?;
     let rows = read_prompts(&options.prompts)?;
     let tokenizer = Tokenizer::from_dir(&options.model).map_err(llama)?;
     let model = Model::load(&options.model, settings.device, settings.kind).map_err(llama)?;

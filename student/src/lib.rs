@@ -36,7 +36,7 @@ mod workspace;
 
 pub use handler::Student;
 pub use init::{Teacher, evenly_spaced};
-pub use settings::Settings;
+pub use settings::{Settings, Threads};
 
 #[cfg(test)]
 mod attempt_tests;

@@ -187,6 +187,7 @@ impl<'a> Run<'a> {
     /// Every step that is left.
     async fn train(&mut self, order: Order) -> Result<()> {
         let first = self.progress.step;
+        let first_pass = order.steps_per_pass();
         let (send, mut rows) = mpsc::channel(READ_AHEAD);
         let job = self.attempt.job.as_str().to_owned();
         let stream = ShardStream::new(self.cx.clone(), job, Split::Train, Teacher::clone(&self.teacher));
@@ -203,7 +204,7 @@ impl<'a> Run<'a> {
                 return Err(Error::internal(format!("the rows ended before step {step}")));
             };
             self.shards.extend(shards);
-            let report = self.step(examples).await?;
+            let report = self.step(examples, u64::from(step) >= first_pass).await?;
             let every = self.attempt.spec.train.checkpoint_steps;
             let last = report.step == self.steps;
             let mut held_out_kl = None;
@@ -230,9 +231,11 @@ impl<'a> Run<'a> {
         Ok(())
     }
 
-    async fn step(&mut self, examples: Vec<Example>) -> Result<StepReport> {
+    async fn step(&mut self, examples: Vec<Example>, teacher_done: bool) -> Result<StepReport> {
         let cx = self.cx.clone();
+        let threads = self.settings.threads;
         let step = move |slot: &mut Option<Trainer>| -> Result<(StepReport, Progress)> {
+            threads.enter(teacher_done);
             let trainer = slot.as_mut().ok_or_else(no_trainer)?;
             let report = trainer.step(&examples, &|| cx.check())?;
             Ok((report, trainer.progress()))

@@ -148,6 +148,7 @@ impl Run {
             broker_listen: "127.0.0.1:0".to_owned(),
             teacher_pool: spec.teacher.pool.clone(),
             student_pool: spec.student.pool.clone(),
+            one_job: !self.keep_up,
             log: context.log.clone(),
         };
         let cluster = Cluster::start(home, &self.cluster, &purpose, signals).await?;

@@ -52,6 +52,7 @@ impl Up {
             broker_listen: self.broker_listen,
             teacher_pool: self.pool.clone(),
             student_pool: self.pool,
+            one_job: false,
             log: context.log.clone(),
         };
         let Some(mut cluster) = Cluster::start(&home, &self.cluster, &purpose, &signals).await? else {

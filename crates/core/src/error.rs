@@ -159,9 +159,11 @@ impl Error {
         self.code.kind()
     }
 
-    /// Whether another attempt at the same task may succeed.
+    /// Whether another attempt at the same task may succeed. What comes out of a task's own
+    /// arithmetic comes out again.
     pub fn is_retryable(&self) -> bool {
-        !matches!(self.kind(), Kind::Invalid | Kind::Fenced | Kind::Cancelled)
+        let repeats = matches!(self.code, Code::ShardUnfaithful | Code::LossNotFinite);
+        !repeats && !matches!(self.kind(), Kind::Invalid | Kind::Fenced | Kind::Cancelled)
     }
 
     /// The message followed by every cause, `: ` between.

@@ -85,10 +85,9 @@ impl<T: Tasks, H: Handler> WorkLoop<T, H> {
             };
             intake.reset();
             let message = self.tasks.message(&delivery).clone();
-            let short = message.task_id.split_once('/').map_or(message.task_id.as_str(), |(_, short)| short);
-            let span = tracing::info_span!("task", job = %message.job_id, task = %short);
+            let span = task_span(&message.job_id, &message.task_id);
             let outcome = loop {
-                match self.settle(&message, shutdown).instrument(span.clone()).await {
+                match self.settle(&message, shutdown).await {
                     Outcome::Again => {}
                     other => break other,
                 }
@@ -108,12 +107,25 @@ impl<T: Tasks, H: Handler> WorkLoop<T, H> {
         Ok(())
     }
 
+    /// Claims with the record, and does what the claim gave: mostly another task than the record names.
     async fn settle(&mut self, message: &proto::TaskMessage, shutdown: &CancellationToken) -> Outcome {
-        let (claimed, claimed_at) = match self.claim(&message.task_id, shutdown).await {
-            Claim::Mine(claimed, at) => (*claimed, at),
-            Claim::Nothing => return Outcome::Settled,
-            Claim::Stopping => return Outcome::Left,
-        };
+        let named = task_span(&message.job_id, &message.task_id);
+        match self.claim(&message.task_id, shutdown).instrument(named).await {
+            Claim::Mine(claimed, at) => {
+                let span = task_span(&claimed.job_id, &claimed.task_id);
+                self.attempt(*claimed, at, shutdown).instrument(span).await
+            }
+            Claim::Nothing => Outcome::Settled,
+            Claim::Stopping => Outcome::Left,
+        }
+    }
+
+    async fn attempt(
+        &mut self,
+        claimed: proto::Claimed,
+        claimed_at: Instant,
+        shutdown: &CancellationToken,
+    ) -> Outcome {
         let stop = StopSwitch::default();
         let cx = TaskContext::new(
             &claimed,
@@ -302,6 +314,11 @@ impl<T: Tasks, H: Handler> WorkLoop<T, H> {
             pause(backoff.wait(), shutdown).await;
         }
     }
+}
+
+fn task_span(job_id: &str, task_id: &str) -> tracing::Span {
+    let short = task_id.split_once('/').map_or(task_id, |(_, short)| short);
+    tracing::info_span!("task", job = %job_id, task = %short)
 }
 
 enum Claim {

@@ -41,9 +41,6 @@ pub struct Training {
     pub loss: Option<f64>,
     pub tokens_per_second: Option<f64>,
     pub trained_tokens: u64,
-    /// Step and time of the earliest and the latest report.
-    pub first: Option<(u32, i64)>,
-    pub last_ms: Option<i64>,
     pub held_out_kl: Option<f64>,
 }
 
@@ -158,7 +155,6 @@ pub async fn set_state(
 /// One training step's report. Reports may come in any order: the highest step counts.
 pub struct Step {
     pub step: u32,
-    pub time_ms: i64,
     pub loss: f64,
     pub tokens_per_second: f64,
     pub trained_tokens: u64,
@@ -168,19 +164,15 @@ pub struct Step {
 pub async fn record_step(conn: &mut Connection, id: &JobId, step: &Step) -> Result<()> {
     sqlx::query(
         "UPDATE jobs SET
-             train_loss = CASE WHEN ?1 >= step THEN ?3 ELSE train_loss END,
-             student_rate = CASE WHEN ?1 >= step THEN ?4 ELSE student_rate END,
-             last_step_ms = CASE WHEN ?1 >= step THEN ?2 ELSE last_step_ms END,
-             trained_tokens = max(trained_tokens, ?5),
-             first_step_ms = CASE WHEN ?1 < coalesce(first_step, ?1 + 1) THEN ?2 ELSE first_step_ms END,
-             first_step = min(coalesce(first_step, ?1), ?1),
-             held_out_kl = CASE WHEN ?6 IS NOT NULL AND ?1 >= coalesce(held_out_kl_step, 0) THEN ?6 ELSE held_out_kl END,
-             held_out_kl_step = CASE WHEN ?6 IS NOT NULL THEN max(coalesce(held_out_kl_step, 0), ?1) ELSE held_out_kl_step END,
+             train_loss = CASE WHEN ?1 >= step THEN ?2 ELSE train_loss END,
+             student_rate = CASE WHEN ?1 >= step THEN ?3 ELSE student_rate END,
+             trained_tokens = max(trained_tokens, ?4),
+             held_out_kl = CASE WHEN ?5 IS NOT NULL AND ?1 >= coalesce(held_out_kl_step, 0) THEN ?5 ELSE held_out_kl END,
+             held_out_kl_step = CASE WHEN ?5 IS NOT NULL THEN max(coalesce(held_out_kl_step, 0), ?1) ELSE held_out_kl_step END,
              step = max(step, ?1)
-         WHERE id = ?7",
+         WHERE id = ?6",
     )
     .bind(step.step)
-    .bind(step.time_ms)
     .bind(finite(step.loss))
     .bind(finite(step.tokens_per_second))
     .bind(signed(step.trained_tokens))
@@ -317,7 +309,6 @@ fn read(row: &SqliteRow) -> Result<Job> {
     let optional_integer = |column: &str| row.try_get::<Option<i64>, _>(column).db();
     let real = |column: &str| row.try_get::<Option<f64>, _>(column).db();
     let state = text("state")?;
-    let first_step = optional_integer("first_step")?.map(|step| unsigned32("first_step", step)).transpose()?;
     Ok(Job {
         id: parse_id(&text("id")?)?,
         spec: from_json("spec_json", &text("spec_json")?)?,
@@ -338,8 +329,6 @@ fn read(row: &SqliteRow) -> Result<Job> {
             loss: real("train_loss")?,
             tokens_per_second: real("student_rate")?,
             trained_tokens: unsigned("trained_tokens", integer("trained_tokens")?)?,
-            first: first_step.zip(optional_integer("first_step_ms")?),
-            last_ms: optional_integer("last_step_ms")?,
             held_out_kl: real("held_out_kl")?,
         },
         checkpoint_key: optional("checkpoint_key")?,

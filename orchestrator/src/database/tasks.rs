@@ -85,6 +85,34 @@ pub async fn expired(conn: &mut Connection, now_ms: i64) -> Result<Vec<Task>> {
     rows.iter().map(read).collect()
 }
 
+/// What a worker has leased and not let run out.
+pub async fn held_by(conn: &mut Connection, worker_id: &str, now_ms: i64) -> Result<Vec<Task>> {
+    let rows =
+        sqlx::query("SELECT * FROM tasks WHERE state = 'leased' AND worker_id = ? AND lease_until_ms > ? ORDER BY id")
+            .bind(worker_id)
+            .bind(now_ms)
+            .fetch_all(conn)
+            .await
+            .db()?;
+    rows.iter().map(read).collect()
+}
+
+/// The first published task of a topic that nobody has claimed: by priority, then oldest job, then
+/// shard. With `before`, only one that comes before that task.
+pub async fn first_queued(conn: &mut Connection, topic: &str, before: Option<&Task>) -> Result<Option<TaskId>> {
+    let first: Option<String> = sqlx::query_scalar(
+        "SELECT id FROM tasks WHERE state = 'queued' AND topic = ?1 AND (?2 IS NULL
+             OR (priority, job_id, coalesce(shard, -1)) < (SELECT priority, job_id, coalesce(shard, -1) FROM tasks WHERE id = ?2))
+         ORDER BY priority, job_id, shard LIMIT 1",
+    )
+    .bind(topic)
+    .bind(before.map(|task| task.id.as_str()))
+    .fetch_optional(conn)
+    .await
+    .db()?;
+    first.as_deref().map(parse_task_id).transpose()
+}
+
 /// Tasks of a job of one kind and split (`None`: any) that are not done.
 pub async fn count_unfinished(conn: &mut Connection, job: &JobId, kind: TaskKind, split: Option<Split>) -> Result<u64> {
     let count: i64 = sqlx::query_scalar(
@@ -249,6 +277,15 @@ pub async fn delete_redone(conn: &mut Connection, id: &TaskId, epoch: u64) -> Re
 pub async fn count_redone(conn: &mut Connection, job: &JobId) -> Result<u32> {
     let count: i64 = sqlx::query_scalar("SELECT count(*) FROM redone WHERE job_id = ?")
         .bind(job.as_str())
+        .fetch_one(conn)
+        .await
+        .db()?;
+    unsigned32("count", count)
+}
+
+pub async fn count_redone_of(conn: &mut Connection, id: &TaskId) -> Result<u32> {
+    let count: i64 = sqlx::query_scalar("SELECT count(*) FROM redone WHERE task_id = ?")
+        .bind(id.as_str())
         .fetch_one(conn)
         .await
         .db()?;

@@ -1,7 +1,7 @@
 //! The effects of an event, inside the caller's transaction.
 
 use retort_core::{
-    Code, Error, Result,
+    Code, Error, Kind, Result,
     state::{TaskKind, TaskState},
 };
 use retort_proto::{self as proto, job_event};
@@ -22,6 +22,9 @@ use crate::{
 /// A failed attempt is done again after this long, doubling with each attempt.
 const FIRST_BACKOFF_MS: i64 = 1000;
 const LONGEST_BACKOFF_MS: i64 = 30_000;
+/// A task outlives this many failures of its surroundings, about half an hour of a full disk; more
+/// count as failures of its own.
+pub(super) const MAX_OUTAGES: u32 = 60;
 
 /// `Err` of kind `Invalid` only before anything was written.
 pub(super) async fn apply(context: &Context, conn: &mut Connection, event: &Event) -> Result<Outcome> {
@@ -150,11 +153,19 @@ async fn failed(
         // Somebody stopped the worker, which says nothing about the task.
         tasks::forgive_attempt(&mut *conn, &task.id).await?;
     } else {
-        let doublings = task.attempts.saturating_sub(1).min(10);
-        not_before_ms = now_ms.saturating_add((FIRST_BACKOFF_MS << doublings).min(LONGEST_BACKOFF_MS));
+        let lost = tasks::count_redone_of(&mut *conn, &task.id).await?;
+        not_before_ms = now_ms.saturating_add((FIRST_BACKOFF_MS << lost.min(10)).min(LONGEST_BACKOFF_MS));
+        if lost < MAX_OUTAGES && is_outage(code) {
+            tasks::forgive_attempt(&mut *conn, &task.id).await?;
+        }
     }
     leases::redo(context, conn, task, &format!("{code}: {message}"), not_before_ms).await?;
     Ok(())
+}
+
+/// A full disk, a store that does not answer: somebody will mend it, and the work was not at fault.
+fn is_outage(code: &str) -> bool {
+    Code::parse(code).is_some_and(|code| matches!(code.kind(), Kind::Exhausted | Kind::Unavailable))
 }
 
 async fn append(context: &Context, conn: &mut Connection, job: &Job, what: job_event::What) -> Result<Outcome> {

@@ -112,7 +112,6 @@ fn what_from_proto(job: &JobId, task: &TaskId, epoch: u64, time_ms: i64, what: &
         }
         worker_event::What::TrainProgress(progress) => What::TrainProgress(Step {
             step: progress.step,
-            time_ms,
             loss: progress.loss,
             tokens_per_second: progress.tokens_per_second,
             trained_tokens: bounded("train_progress.trained_tokens", progress.trained_tokens)?,

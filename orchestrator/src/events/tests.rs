@@ -124,7 +124,7 @@ async fn a_failure_that_may_pass_is_tried_again_after_a_while() {
     for (attempt, wait_ms) in [(1, 1000), (2, 2000)] {
         let epoch = world.claim(&task, "a").await;
         assert_eq!(epoch, attempt);
-        assert_eq!(world.emit(&task, epoch, task_failed(Code::DiskFull, true)).await, Outcome::Applied);
+        assert_eq!(world.emit(&task, epoch, task_failed(Code::Internal, true)).await, Outcome::Applied);
         // Its own late result counts no more.
         assert_eq!(world.emit(&task, epoch, shard_ready(&job, 0, epoch)).await, Outcome::Stale);
         let read = world.read_task(&task).await;
@@ -132,7 +132,29 @@ async fn a_failure_that_may_pass_is_tried_again_after_a_while() {
         world.clock.advance_ms(wait_ms);
     }
     let epoch = world.claim(&task, "a").await;
-    world.emit(&task, epoch, task_failed(Code::DiskFull, true)).await;
+    world.emit(&task, epoch, task_failed(Code::Internal, true)).await;
+    let (code, message) = world.read_job(&job).await.error.unwrap();
+    assert_eq!(code, "attempts-exhausted");
+    assert!(message.ends_with("the last time: internal: it broke"), "{message}");
+}
+
+#[tokio::test]
+async fn a_full_disk_costs_no_attempt_for_half_an_hour() {
+    let world = World::new().await;
+    let job = world.job().await;
+    let task = TaskId::shard(&job, 0);
+    let (mut outages, mut waited_ms) = (0, 0);
+    while world.read_job(&job).await.error.is_none() {
+        let epoch = world.claim(&task, "a").await;
+        assert_eq!(world.emit(&task, epoch, task_failed(Code::DiskFull, true)).await, Outcome::Applied);
+        let wait_ms = (world.read_task(&task).await.not_before_ms - world.context.now_ms()).max(0);
+        world.clock.advance_ms(wait_ms);
+        waited_ms += wait_ms;
+        outages += 1;
+        assert!(outages < 100);
+    }
+    assert_eq!(outages, apply::MAX_OUTAGES + 3);
+    assert!(waited_ms > 25 * 60 * 1000, "{waited_ms} ms");
     let (code, message) = world.read_job(&job).await.error.unwrap();
     assert_eq!(code, "attempts-exhausted");
     assert!(message.ends_with("the last time: disk-full: it broke"), "{message}");

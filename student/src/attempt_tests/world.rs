@@ -25,7 +25,7 @@ use retort_worker::{
 };
 use tch::{Device, Kind};
 
-use crate::{Settings, Student, Teacher, init::tests::tiny_teacher};
+use crate::{Settings, Student, Teacher, Threads, init::tests::tiny_teacher};
 
 pub(super) const JOB: &str = "0190a5b4c6d87e8fa0b1c2d3e4f50617";
 pub(super) const TRAIN_SHARDS: u32 = 3;
@@ -192,7 +192,8 @@ impl World {
             self.state.clone(),
             stop,
         );
-        let settings = Settings { device: Device::Cpu, kind: Kind::Float, work_dir: self.work_dir() };
+        let threads = Threads { beside_teacher: None, alone: None };
+        let settings = Settings { device: Device::Cpu, kind: Kind::Float, work_dir: self.work_dir(), threads };
         Student::new(settings).run(attempt.clone(), &cx).await
     }
 

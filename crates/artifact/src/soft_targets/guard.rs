@@ -8,9 +8,10 @@
 mod thrift;
 
 use std::{
+    cell::Cell,
     collections::BTreeMap,
     panic::{AssertUnwindSafe, catch_unwind},
-    sync::Arc,
+    sync::{Arc, Once},
 };
 
 use bytes::Bytes;
@@ -85,9 +86,26 @@ pub(super) fn content_sha256(pages: &[u8], header: &Header) -> String {
     hex(&hasher.finalize())
 }
 
-/// Runs library code on a file's bytes; a panic there means the file is corrupt, not that we are.
+thread_local! {
+    static GUARDED: Cell<bool> = const { Cell::new(false) };
+}
+
+/// Runs library code on a file's bytes; a panic there means the file is corrupt, not that we are, so
+/// it becomes an error and prints nothing.
 pub(super) fn guarded<T>(run: impl FnOnce() -> T) -> Result<T> {
-    catch_unwind(AssertUnwindSafe(run)).map_err(|_| corrupt("the parquet library gave up on it".to_owned()))
+    static QUIET: Once = Once::new();
+    QUIET.call_once(|| {
+        let others = std::panic::take_hook();
+        std::panic::set_hook(Box::new(move |panic| {
+            if !GUARDED.get() {
+                others(panic);
+            }
+        }));
+    });
+    GUARDED.set(true);
+    let done = catch_unwind(AssertUnwindSafe(run));
+    GUARDED.set(false);
+    done.map_err(|_| corrupt("the parquet library gave up on it".to_owned()))
 }
 
 pub(super) fn corrupt(why: String) -> Error {

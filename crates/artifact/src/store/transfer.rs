@@ -1,6 +1,9 @@
 //! Objects too large for memory: between files and the store, and inside it.
 
-use std::path::{Path, PathBuf};
+use std::{
+    path::{Path, PathBuf},
+    time::Duration,
+};
 
 use futures::TryStreamExt;
 use object_store::{CopyMode, CopyOptions, ObjectStore, ObjectStoreExt, WriteMultipart};
@@ -93,10 +96,25 @@ impl Store {
         Ok(entries.len() as u64)
     }
 
-    /// Removes uploads that killed processes left behind; how many. For an orchestrator's start,
-    /// before any worker writes.
-    pub async fn sweep_staging(&self) -> Result<u64> {
-        self.delete_prefix(&paths::staging("")).await
+    /// Removes uploads that nobody has written to for `idle`: their writers were killed. How many.
+    pub async fn sweep_staging(&self, idle: Duration) -> Result<u64> {
+        // What is half written has no key yet, so the folder itself is read.
+        let folder = self.root().join(paths::staging(""));
+        let mut entries = match tokio::fs::read_dir(&folder).await {
+            Ok(entries) => entries,
+            Err(error) if error.kind() == std::io::ErrorKind::NotFound => return Ok(0),
+            Err(error) => return Err(Error::io(&folder, error)),
+        };
+        let mut removed = 0;
+        while let Some(entry) = entries.next_entry().await.map_err(|error| Error::io(&folder, error))? {
+            // What vanishes meanwhile was finished by its writer.
+            let Ok(metadata) = entry.metadata().await else { continue };
+            let age = metadata.modified().ok().and_then(|written| written.elapsed().ok()).unwrap_or_default();
+            if metadata.is_file() && age >= idle && tokio::fs::remove_file(entry.path()).await.is_ok() {
+                removed += 1;
+            }
+        }
+        Ok(removed)
     }
 
     pub(crate) async fn size(&self, key: &str) -> Result<u64> {
