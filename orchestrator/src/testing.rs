@@ -107,7 +107,10 @@ impl World {
     /// Takes the lease; its epoch.
     pub async fn claim(&self, task: &TaskId, worker: &str) -> u64 {
         match leases::claim(&self.context, task, worker).await.unwrap() {
-            Claim::Claimed(lease) => lease.task.epoch,
+            Claim::Claimed(lease) => {
+                assert_eq!(&lease.task.id, task, "another published task came first");
+                lease.task.epoch
+            }
             other => panic!("{task} could not be claimed: {other:?}"),
         }
     }

@@ -82,8 +82,7 @@ pub fn run() -> ExitCode {
 
 fn serve(args: WorkerArgs, compute: Compute) -> Result<()> {
     let work_dir = compute.work_dir.unwrap_or_else(std::env::temp_dir);
-    let threads =
-        Threads { beside_teacher: compute.threads, alone: compute.threads_alone.or(compute.threads) };
+    let threads = Threads { beside_teacher: compute.threads, alone: compute.threads_alone.or(compute.threads) };
     let settings = Settings::new(&args.device, &args.dtype, work_dir, threads)?;
     let runtime = tokio::runtime::Builder::new_multi_thread()
         .worker_threads(ASYNC_THREADS)

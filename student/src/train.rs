@@ -113,7 +113,10 @@ impl<'a> Run<'a> {
             checkpoint_key: String::new(),
             shards: Vec::new(),
         };
-        if !run.resume(&options).await? {
+        let resumed = run.resume(&options).await?;
+        let store = &run.cx.store;
+        checkpoint::sweep_superseded(store, run.attempt.job.as_str(), attempt.epoch, &run.initial_key).await?;
+        if !resumed {
             run.begin(options).await?;
         }
         Ok(run)

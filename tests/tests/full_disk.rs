@@ -20,11 +20,11 @@ use retort_tests::{
 /// Where the small file system lies, in the process that runs inside it.
 const DISK: &str = "RETORT_TEST_DISK";
 
-/// Runs the body below on a real file system of 24 MiB. Mounting one takes a namespace of its own.
+/// Runs the body below on a real file system of 96 MiB. Mounting one takes a namespace of its own.
 #[test]
 fn a_job_outlives_a_full_disk() {
     let folder = tempfile::tempdir().unwrap();
-    let script = r#"mount -t tmpfs -o size=24m tmpfs "$1" && exec "$2" --exact full_disk_body --ignored --nocapture"#;
+    let script = r#"mount -t tmpfs -o size=96m tmpfs "$1" && exec "$2" --exact full_disk_body --ignored --nocapture"#;
     for namespace in [&["unshare", "--mount"][..], &["unshare", "--user", "--map-root-user", "--mount"][..]] {
         let mut command = Command::new(namespace[0]);
         command.args(&namespace[1..]);
@@ -70,7 +70,9 @@ async fn full_disk_body() {
     };
     let patience = Duration::from_secs(180);
     let full = |event: &proto::JobEvent| match &event.what {
-        Some(What::AttemptLost(lost)) => lost.redone.as_ref().is_some_and(|redone| redone.reason.starts_with("disk-full: ")),
+        Some(What::AttemptLost(lost)) => {
+            lost.redone.as_ref().is_some_and(|redone| redone.reason.starts_with("disk-full: "))
+        }
         _ => false,
     };
     up.follow(&job, patience, |_, event| full(event)).await;

@@ -167,6 +167,27 @@ pub async fn prune(store: &Store, job: &str, keep_last: usize) -> Result<Vec<Str
     Ok(removed)
 }
 
+/// Removes what attempts before `epoch` left that nothing will read: checkpoints without a manifest,
+/// and weights before training other than those at `initial_key`. The removed prefixes.
+pub async fn sweep_superseded(store: &Store, job: &str, epoch: u64, initial_key: &str) -> Result<Vec<String>> {
+    let complete = complete(store, job).await?;
+    let entries = store.list(&paths::job_prefix(job)).await?;
+    let stale: BTreeSet<String> = entries
+        .iter()
+        .filter_map(|entry| match (paths::parse_checkpoint(job, &entry.key), paths::parse_initial(job, &entry.key)) {
+            (Some(of), _) if of.1 < epoch && !complete.contains(&of) => Some(paths::checkpoint(job, of.0, of.1)),
+            (None, Some(of)) if of < epoch => Some(paths::initial(job, of)),
+            _ => None,
+        })
+        .filter(|prefix| prefix != initial_key)
+        .collect();
+    for prefix in &stale {
+        store.delete(&paths::manifest(prefix)).await?;
+        store.delete_prefix(prefix).await?;
+    }
+    Ok(stale.into_iter().collect())
+}
+
 /// Step and epoch of every checkpoint that has a manifest, oldest first.
 async fn complete(store: &Store, job: &str) -> Result<BTreeSet<(u32, u64)>> {
     let entries = store.list(&paths::checkpoints_prefix(job)).await?;

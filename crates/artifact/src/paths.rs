@@ -42,6 +42,12 @@ pub fn initial(job: &str, epoch: u64) -> String {
     format!("jobs/{job}/initial-{epoch}/")
 }
 
+/// Epoch of the key of weights before training, or of a key under it; None for any other key.
+pub fn parse_initial(job: &str, key: &str) -> Option<u64> {
+    let (epoch, _) = key.strip_prefix(&format!("jobs/{job}/initial-"))?.split_once('/')?;
+    epoch.parse().ok()
+}
+
 /// The manifest of the checkpoint at `prefix`; written last, so its presence means all is there.
 pub fn manifest(prefix: &str) -> String {
     format!("{prefix}manifest.json")
@@ -111,5 +117,8 @@ mod tests {
         {
             assert_eq!(parse_checkpoint("j", other), None, "{other}");
         }
+        assert_eq!(parse_initial("j", &manifest(&initial("j", 12))), Some(12));
+        assert_eq!(parse_initial("j", "jobs/j/initial-x/manifest.json"), None);
+        assert_eq!(parse_initial("j", &checkpoint("j", 1, 2)), None);
     }
 }

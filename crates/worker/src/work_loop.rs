@@ -120,12 +120,7 @@ impl<T: Tasks, H: Handler> WorkLoop<T, H> {
         }
     }
 
-    async fn attempt(
-        &mut self,
-        claimed: proto::Claimed,
-        claimed_at: Instant,
-        shutdown: &CancellationToken,
-    ) -> Outcome {
+    async fn attempt(&mut self, claimed: proto::Claimed, claimed_at: Instant, shutdown: &CancellationToken) -> Outcome {
         let stop = StopSwitch::default();
         let cx = TaskContext::new(
             &claimed,

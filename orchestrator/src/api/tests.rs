@@ -114,10 +114,22 @@ impl Service {
         }
     }
 
+    /// Claims with a task's record, and emits the result of what was given.
     async fn attempt(&mut self, task_id: &str) {
-        let request = proto::ClaimTaskRequest { task_id: task_id.to_owned(), worker_id: "worker-1".to_owned() };
-        let answer = self.workers.claim_task(request).await.unwrap().into_inner().answer.unwrap();
-        let Answer::Claimed(claimed) = answer else { return };
+        if let Some(claimed) = self.claim(task_id, "worker-1").await {
+            self.result(claimed).await;
+        }
+    }
+
+    async fn claim(&mut self, task_id: &str, worker_id: &str) -> Option<proto::Claimed> {
+        let request = proto::ClaimTaskRequest { task_id: task_id.to_owned(), worker_id: worker_id.to_owned() };
+        match self.workers.claim_task(request).await.unwrap().into_inner().answer.unwrap() {
+            Answer::Claimed(claimed) => Some(claimed),
+            _ => None,
+        }
+    }
+
+    async fn result(&self, claimed: proto::Claimed) {
         let job = claimed.job_id.parse().unwrap();
         let whats = match claimed.task.unwrap() {
             proto::claimed::Task::Shard(shard) => vec![testing::shard_ready(&job, shard.shard, claimed.epoch)],
@@ -325,8 +337,15 @@ async fn workers_are_told_what_is_published_up_to_the_first_gap() {
         split: split as i32,
         from_shard,
     };
-    for index in [0, 2, 3] {
-        service.attempt(&shard(index)).await;
+    // By priority: the held-out shard, then those to train on.
+    let mut claimed = Vec::new();
+    for index in 0..4 {
+        claimed.push(service.claim(&shard(index), &format!("worker-{index}")).await.unwrap());
+    }
+    let late = claimed.remove(2);
+    assert_eq!(late.task_id, shard(1));
+    for claimed in claimed {
+        service.result(claimed).await;
     }
     while service.get(&created.name).await.unwrap().progress.unwrap().shards_published < 3 {
         tokio::time::sleep(Duration::from_millis(10)).await;
@@ -335,7 +354,7 @@ async fn workers_are_told_what_is_published_up_to_the_first_gap() {
     assert_eq!((train.shards.len(), train.complete), (1, false));
     let held_out = service.workers.list_published_shards(list(0, proto::Split::HeldOut)).await.unwrap().into_inner();
     assert_eq!((held_out.shards[0].shard, held_out.complete), (3, true));
-    service.attempt(&shard(1)).await;
+    service.result(late).await;
     while service.get(&created.name).await.unwrap().progress.unwrap().shards_published < 4 {
         tokio::time::sleep(Duration::from_millis(10)).await;
     }

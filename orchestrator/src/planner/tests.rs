@@ -90,8 +90,8 @@ fn some_held_out_rows_go_first_and_the_rest_last() -> Result<()> {
         Ok(tasks.iter().filter_map(|task| task.slice).map(|slice| (slice.shard, slice.split)).collect())
     };
     use Split::{HeldOut, Train};
-    assert_eq!(order(16, 32, 48)?, [(2, HeldOut), (0, Train), (1, Train), (3, HeldOut), (4, HeldOut)]);
-    assert_eq!(order(4, 4, 16)?, [(1, HeldOut), (2, HeldOut), (0, Train), (3, HeldOut), (4, HeldOut)]);
+    assert_eq!(order(32, 64, 96)?, [(2, HeldOut), (3, HeldOut), (0, Train), (1, Train), (4, HeldOut)]);
+    assert_eq!(order(4, 4, 20)?, [(1, HeldOut), (2, HeldOut), (3, HeldOut), (4, HeldOut), (0, Train), (5, HeldOut)]);
     Ok(())
 }
 
