@@ -44,6 +44,12 @@ pub fn event(event: &proto::JobEvent) -> Value {
         Some(What::CheckpointSaved(saved)) => {
             json!({ "kind": "checkpoint_saved", "step": saved.step, "key": saved.key })
         }
+        Some(What::TaskUnclaimed(unclaimed)) => json!({
+            "kind": "task_unclaimed",
+            "task": unclaimed.task,
+            "pool": unclaimed.pool,
+            "role": unclaimed.role,
+        }),
         Some(What::Evaluated(evaluated)) => json!({
             "kind": "evaluated",
             "step": evaluated.step,

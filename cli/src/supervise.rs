@@ -7,6 +7,7 @@
 mod child;
 mod log_file;
 mod restart;
+mod space;
 
 use std::{path::PathBuf, time::Duration};
 
@@ -56,6 +57,8 @@ pub struct Options {
 pub enum Notice {
     Died { name: String, how: String, restart_in: Duration, log: PathBuf },
     Restarted { name: String, pid: u32 },
+    DiskFull { folder: PathBuf },
+    RoomAgain { folder: PathBuf },
 }
 
 impl Notice {
@@ -66,6 +69,11 @@ impl Notice {
                 format!("{name} {how}; restarting in {} s (log: {})", restart_in.as_secs(), log.display())
             }
             Self::Restarted { name, pid } => format!("{name} is back (process {pid})"),
+            Self::DiskFull { folder } => format!(
+                "disk-full: no space is left in {}; free some, and the work goes on by itself",
+                folder.display()
+            ),
+            Self::RoomAgain { folder } => format!("there is space in {} again", folder.display()),
         }
     }
 }
@@ -84,12 +92,16 @@ pub struct Supervisor {
     groups: Groups,
     sender: mpsc::Sender<Notice>,
     stages: Vec<(Stage, CancellationToken, JoinSet<()>)>,
+    /// Ends with the supervisor.
+    _space: JoinSet<()>,
 }
 
 impl Supervisor {
     pub fn new(options: Options, groups: Groups) -> (Self, mpsc::Receiver<Notice>) {
         let (sender, notices) = mpsc::channel(NOTICES);
-        (Self { options, groups, sender, stages: Vec::new() }, notices)
+        let mut space = JoinSet::new();
+        space.spawn(space::watch(options.logs.clone(), sender.clone()));
+        (Self { options, groups, sender, stages: Vec::new(), _space: space }, notices)
     }
 
     /// Starts programs of one stage side by side and waits until each is ready.

@@ -160,6 +160,13 @@ pub async fn heartbeat(context: &Context, id: &TaskId, epoch: u64, worker_id: &s
     Ok(Beat::Extended)
 }
 
+/// Whether another task of this one's topic waits for a worker.
+pub async fn others_wait(context: &Context, id: &TaskId) -> Result<bool> {
+    let mut snapshot = context.database.read().await?;
+    let Some(task) = tasks::find(&mut snapshot, id).await? else { return Ok(false) };
+    Ok(tasks::first_queued(&mut snapshot, &task.topic, None).await?.is_some())
+}
+
 /// Takes back what no heartbeat kept, each moment until `shutdown`.
 pub async fn run(context: Context, shutdown: CancellationToken) -> Result<()> {
     let tick = (context.settings.lease / 5).clamp(Duration::from_millis(50), Duration::from_secs(1));
@@ -247,9 +254,14 @@ pub async fn fail_job(conn: &mut Connection, task: &Task, error: (&str, &str), n
     journal::change_state(conn, &task.job_id, JobState::Failed, Some(error), now_ms).await
 }
 
-/// Lets the evaluation start when its inputs are there, and wait again when one was withdrawn.
+/// Lets training go on after it made room for others, since shards have come; lets the evaluation
+/// start when its inputs are there, and wait again when one was withdrawn.
 pub async fn advance(conn: &mut Connection, job: &Job) -> Result<()> {
     use retort_core::state::Split;
+    let train = TaskId::train(&job.id);
+    if tasks::find(&mut *conn, &train).await?.is_some_and(|task| task.state == TaskState::Waiting) {
+        tasks::make_ready(&mut *conn, &train, 0).await?;
+    }
     let id = TaskId::evaluate(&job.id);
     let Some(task) = tasks::find(&mut *conn, &id).await? else { return Ok(()) };
     let held_out = tasks::count_unfinished(&mut *conn, &job.id, TaskKind::Shard, Some(Split::HeldOut)).await?;

@@ -5,16 +5,16 @@
 //! At most a window of each topic's tasks is published and unfinished, so that pausing and
 //! cancelling act at once and no topic holds a million tasks.
 
-use std::time::Duration;
+use std::{collections::HashSet, time::Duration};
 
-use retort_core::{Result, wire::task_kind_to_proto};
-use retort_proto::TaskMessage;
+use retort_core::{Result, state::TaskKind, wire::task_kind_to_proto};
+use retort_proto::{self as proto, TaskMessage, job_event};
 use tokio_util::sync::CancellationToken;
 
 use crate::{
     bus::Bus,
     context::{Context, ms},
-    database::{commit, outbox},
+    database::{Connection, commit, jobs, journal, outbox, tasks::Task},
     retry::Backoff,
 };
 
@@ -75,8 +75,14 @@ pub async fn fill(context: &Context) -> Result<usize> {
 
     let mut tx = context.database.begin().await?;
     let mut queued = 0;
+    let mut told = HashSet::new();
     for task in outbox::unclaimed(&mut tx, now_ms, ms(context.settings.republish_after)).await? {
         tracing::info!(task, "nobody has claimed this task; publishing it again");
+        if let Some(unserved) = outbox::first_time_unserved(&mut tx, &task).await?
+            && told.insert((unserved.job_id.clone(), unserved.kind))
+        {
+            tell_unserved(context, &mut tx, &unserved).await?;
+        }
         outbox::enqueue(&mut tx, &task, now_ms).await?;
         queued += 1;
     }
@@ -89,6 +95,20 @@ pub async fn fill(context: &Context) -> Result<usize> {
     }
     commit(tx).await?;
     Ok(queued)
+}
+
+/// A job that waits for workers that are not there says so.
+async fn tell_unserved(context: &Context, conn: &mut Connection, task: &Task) -> Result<()> {
+    let job = jobs::get(&mut *conn, &task.job_id).await?;
+    let (role, pool) = match task.kind {
+        TaskKind::Shard => ("teacher", job.spec.teacher.pool),
+        TaskKind::Train | TaskKind::Evaluate => ("student", job.spec.student.pool),
+    };
+    tracing::warn!(job = %job.id, task = task.id.short(), pool, "no {role} of this pool takes the task");
+    let what = proto::TaskUnclaimed { task: task.id.short().to_owned(), pool, role: role.to_owned() };
+    journal::append(conn, &job.id, context.now_ms(), job_event::What::TaskUnclaimed(what)).await?;
+    context.wakers.job_changed(&job.id);
+    Ok(())
 }
 
 /// Sends what is due, oldest first, and strikes off what was acknowledged; returns how many.

@@ -19,14 +19,16 @@ pub(crate) fn torch(what: &'static str) -> impl Fn(TchError) -> Error {
 }
 
 /// What became of a model or tokenizer folder.
-pub(crate) fn llama(error: retort_llama::Error) -> Error {
+pub(crate) fn llama(error: impl Into<retort_llama::Error>) -> Error {
     use retort_llama::Error as Llama;
+    let error = error.into();
     let code = match &error {
+        Llama::Folder(error) => error.code,
         Llama::NotFound { .. } => Code::FileNotFound,
         Llama::Io { .. } if error.is_disk_full() => Code::DiskFull,
         Llama::Io { .. } => Code::FileUnreadable,
         Llama::Truncated { .. } => Code::WeightsTruncated,
-        Llama::Malformed { .. } | Llama::Template(_) => Code::ModelMalformed,
+        Llama::Malformed { .. } => Code::ModelMalformed,
         Llama::Unsupported { .. } => Code::ModelUnsupported,
         Llama::TooLong(_) => Code::PromptTooLong,
         Llama::Device(_) => Code::DeviceUnavailable,

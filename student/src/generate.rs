@@ -73,12 +73,9 @@ pub fn run(options: &Options) -> Result<()> {
 fn answer(model: &Model, tokenizer: &Tokenizer, row: &Row, max_new_tokens: usize) -> Result<Answer> {
     let messages: Vec<ChatMessage> =
         row.messages.iter().map(|message| ChatMessage::new(message.role.as_str(), message.content.as_str())).collect();
-    let in_row = |error: retort_llama::Error| {
-        let error = llama(error);
-        Error::new(error.code, format!("prompt {:?}: {}", row.id, error.message))
-    };
+    let in_row = |error: Error| Error::new(error.code, format!("prompt {:?}: {}", row.id, error.message));
     let prompt_token_ids = tokenizer.encode_chat(&messages, true).map_err(in_row)?;
-    let token_ids = greedy(model, &prompt_token_ids, max_new_tokens).map_err(in_row)?;
+    let token_ids = greedy(model, &prompt_token_ids, max_new_tokens).map_err(llama).map_err(in_row)?;
     let text = tokenizer.decode(&token_ids, true).map_err(in_row)?;
     Ok(Answer { id: row.id.clone(), prompt_token_ids, token_ids, text })
 }

@@ -9,11 +9,14 @@ use retort_artifact::soft_targets::{self, Limits, Shard};
 use retort_core::{Code, Error, Kind, Result, state::Split};
 use retort_proto::PublishedShard;
 use retort_worker::TaskContext;
+use tokio::time::Instant;
 
 use crate::init::{Teacher, tokenizer_mismatch};
 
 /// Between two looks at what was published; the first wait of a stretch is the shortest.
 const POLL: (Duration, Duration) = (Duration::from_millis(200), Duration::from_secs(2));
+/// A stream that waits for longer than this makes room when another task waits for this student.
+const PATIENCE: Duration = Duration::from_secs(20);
 /// How often one shard may be found corrupt before it is given up: the store itself is at fault.
 const MAX_WITHDRAWALS: u32 = 5;
 
@@ -46,8 +49,10 @@ impl ShardStream {
     }
 
     /// The next shard, waited for as long as the attempt lives; `None` after the last.
+    /// `attempt-yielded` once it has waited for long and another task waits for this worker.
     pub async fn next(&mut self) -> Result<Option<Fetched>> {
         let mut wait = POLL.0;
+        let started = Instant::now();
         loop {
             self.cx.check()?;
             if let Some(fetched) = self.try_next().await? {
@@ -55,6 +60,10 @@ impl ShardStream {
             }
             if self.complete && self.queue.is_empty() && self.withdrawn.is_none() {
                 return Ok(None);
+            }
+            if started.elapsed() > PATIENCE && self.cx.others_wait() {
+                let message = format!("no shard came for {} s and another task waits", PATIENCE.as_secs());
+                return Err(Error::new(Code::AttemptYielded, message));
             }
             tokio::select! {
                 () = self.cx.cancelled.cancelled() => {}

@@ -203,7 +203,11 @@ impl<'a> Run<'a> {
             let Some(StepRows { examples, shards }) = rows.recv().await else {
                 // Its error says why; a cancelled attempt says so itself.
                 self.cx.check()?;
-                loader.join().await?;
+                let ended = loader.join().await;
+                if matches!(&ended, Err(error) if error.code == Code::AttemptYielded) {
+                    self.keep_progress().await?;
+                }
+                ended?;
                 return Err(Error::internal(format!("the rows ended before step {step}")));
             };
             self.shards.extend(shards);
@@ -259,6 +263,16 @@ impl<'a> Run<'a> {
         self.checkpoint_key = paths::checkpoint(self.attempt.job.as_str(), step, self.attempt.epoch);
         let manifest = self.manifest();
         self.uploader.start(folder, self.checkpoint_key.clone(), manifest).await
+    }
+
+    /// Before the task is handed back: what was trained since the last checkpoint is not lost.
+    async fn keep_progress(&mut self) -> Result<()> {
+        let newest =
+            paths::parse_checkpoint(self.attempt.job.as_str(), &self.checkpoint_key).map_or(0, |(step, _)| step);
+        if self.progress.step > newest {
+            self.write_checkpoint().await?;
+        }
+        self.uploader.finish().await
     }
 
     /// On the held-out rows at hand, nats a token; `None` while none is published.

@@ -38,6 +38,8 @@ pub fn retort() -> Command {
 /// A running `retort up`; dropped, it is stopped and nothing stays behind.
 pub struct Up {
     pub home: PathBuf,
+    /// What it printed; outside the home, whose disk a test may fill.
+    printed: tempfile::NamedTempFile,
     child: Child,
     _machine: MutexGuard<'static, ()>,
 }
@@ -45,7 +47,8 @@ pub struct Up {
 impl Up {
     pub fn start(home: &Path, more: &[&str]) -> Self {
         let machine = MACHINE.lock().unwrap_or_else(std::sync::PoisonError::into_inner);
-        let log = fs::File::create(home.join("up.log")).expect("a log");
+        let printed = tempfile::NamedTempFile::new().expect("a log");
+        let log = printed.reopen().expect("a handle");
         let child = retort()
             .args(["up", "--listen", "127.0.0.1:0", "--broker-listen", "127.0.0.1:0", "--home"])
             .arg(home)
@@ -54,7 +57,7 @@ impl Up {
             .stderr(log)
             .spawn()
             .expect("retort starts");
-        let mut up = Self { home: home.to_owned(), child, _machine: machine };
+        let mut up = Self { home: home.to_owned(), printed, child, _machine: machine };
         up.wait("retort up", Duration::from_secs(90), |up| {
             if let Ok(Some(status)) = up.child.try_wait() {
                 panic!("retort up ended with {status}:\n{}", up.log());
@@ -65,7 +68,7 @@ impl Up {
     }
 
     pub fn log(&self) -> String {
-        let mut text = fs::read_to_string(self.home.join("up.log")).unwrap_or_default();
+        let mut text = fs::read_to_string(self.printed.path()).unwrap_or_default();
         for entry in fs::read_dir(self.home.join("logs")).into_iter().flatten().flatten() {
             let log = fs::read_to_string(entry.path()).unwrap_or_default();
             let tail: Vec<&str> = log.lines().rev().take(40).collect();
@@ -101,6 +104,11 @@ impl Up {
     /// Waits for `retort up` itself to end.
     pub fn ended(&mut self, within: Duration) -> std::process::ExitStatus {
         self.wait("the end of retort up", within, |up| up.child.try_wait().expect("waited"))
+    }
+
+    /// Waits until `retort up` has printed `text`.
+    pub fn wait_for(&mut self, text: &str, within: Duration) {
+        self.wait(text, within, |up| fs::read_to_string(up.printed.path()).ok()?.contains(text).then_some(()));
     }
 
     fn wait<T>(&mut self, what: &str, within: Duration, mut check: impl FnMut(&mut Self) -> Option<T>) -> T {

@@ -20,20 +20,33 @@ use retort_tests::{
 /// Where the small file system lies, in the process that runs inside it.
 const DISK: &str = "RETORT_TEST_DISK";
 
-/// Runs the body below on a real file system of 96 MiB. Mounting one takes a namespace of its own.
 #[test]
-fn a_job_outlives_a_full_disk() {
+fn a_job_outlives_a_full_store() {
+    on_a_small_disk("full_store_body");
+}
+
+#[test]
+fn a_job_outlives_a_full_home() {
+    on_a_small_disk("full_home_body");
+}
+
+/// Runs one of the bodies below on a real file system of 96 MiB. Mounting one takes a namespace of its
+/// own.
+fn on_a_small_disk(body: &str) {
     let folder = tempfile::tempdir().unwrap();
-    let script = r#"mount -t tmpfs -o size=96m tmpfs "$1" && exec "$2" --exact full_disk_body --ignored --nocapture"#;
+    let script = r#"mount -t tmpfs -o size=96m tmpfs "$1" && exec "$2" --exact "$3" --ignored --nocapture"#;
     for namespace in [&["unshare", "--mount"][..], &["unshare", "--user", "--map-root-user", "--mount"][..]] {
-        let mut command = Command::new(namespace[0]);
-        command.args(&namespace[1..]);
-        let mut probe = Command::new(namespace[0]);
-        probe.args(&namespace[1..]).args(["mount", "-t", "tmpfs", "tmpfs"]).arg(folder.path());
-        if !probe.output().is_ok_and(|output| output.status.success()) {
+        let in_namespace = || {
+            let mut command = Command::new(namespace[0]);
+            command.args(&namespace[1..]);
+            command
+        };
+        let probe = in_namespace().args(["mount", "-t", "tmpfs", "tmpfs"]).arg(folder.path()).output();
+        if !probe.is_ok_and(|output| output.status.success()) {
             continue;
         }
-        command.args(["sh", "-c", script, "sh"]).arg(folder.path()).arg(std::env::current_exe().unwrap());
+        let mut command = in_namespace();
+        command.args(["sh", "-c", script, "sh"]).arg(folder.path()).arg(std::env::current_exe().unwrap()).arg(body);
         let output = command.env(DISK, folder.path()).output().unwrap();
         let text = String::from_utf8_lossy(&output.stdout);
         let errors = String::from_utf8_lossy(&output.stderr);
@@ -44,8 +57,8 @@ fn a_job_outlives_a_full_disk() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-#[ignore = "a_job_outlives_a_full_disk runs it inside a small file system"]
-async fn full_disk_body() {
+#[ignore = "a_job_outlives_a_full_store runs it inside a small file system"]
+async fn full_store_body() {
     let disk = PathBuf::from(std::env::var_os(DISK).unwrap());
     let folder = tempfile::tempdir().unwrap();
     teacher::tiny(&folder.path().join("teacher"), 4);
@@ -92,6 +105,31 @@ async fn full_disk_body() {
     assert_eq!(published, [0, 1, 2, 3, 4], "each shard once");
     let redone = end.report.unwrap().redone;
     assert!(redone.iter().any(|one| one.reason.starts_with("disk-full: ")), "{redone:?}");
+}
+
+#[tokio::test(flavor = "multi_thread")]
+#[ignore = "a_job_outlives_a_full_home runs it inside a small file system"]
+async fn full_home_body() {
+    let disk = PathBuf::from(std::env::var_os(DISK).unwrap());
+    let folder = tempfile::tempdir().unwrap();
+    teacher::tiny(&folder.path().join("teacher"), 4);
+    let shape = Shape { train: 32, held_out: 4, tokens: 24, passes: 1, ..Shape::default() };
+    let spec = prompts::spec(folder.path(), &folder.path().join("teacher"), &shape);
+    let mut up = Up::start(&disk, &[]);
+    let job = up.create(&spec);
+    let patience = Duration::from_secs(180);
+    up.follow(&job, patience, |_, event| matches!(event.what, Some(What::ShardPublished(_)))).await;
+    fill(&disk.join("filler"), u64::MAX);
+    up.wait_for("disk-full: no space is left in", patience);
+    std::thread::sleep(Duration::from_secs(8));
+    fs::remove_file(disk.join("filler")).unwrap();
+
+    up.follow(&job, patience, |_, _| false).await;
+    let end = up.jobs().await.get_job(proto::GetJobRequest { name: job.clone() }).await.unwrap().into_inner();
+    assert_eq!(end.state, proto::JobState::Succeeded as i32, "{:?}\n{}", end.error, up.log());
+    for death in ["exit code 101", "killed by signal 6"] {
+        assert!(!up.log().contains(death), "a panic: {}", up.log());
+    }
 }
 
 /// Writes zeros until `most` bytes are written or the disk is full; how many.

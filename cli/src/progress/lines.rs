@@ -49,6 +49,10 @@ pub fn remarkable(event: &proto::JobEvent) -> Option<String> {
             let task = redone.task.rsplit('/').next().unwrap_or_default();
             Some(text::clean(&format!("redone    {task}, attempt {}: {}", redone.epoch, redone.reason)))
         }
+        What::TaskUnclaimed(unclaimed) => Some(text::clean(&format!(
+            "waiting   nobody takes {}: is a {} of the pool {:?} up?",
+            unclaimed.task, unclaimed.role, unclaimed.pool
+        ))),
         What::StateChanged(changed) => {
             let why = changed.error.as_ref().map_or_else(String::new, |error| format!(": {}", error.message));
             Some(text::clean(&format!("job       {}{why}", json::state(changed.to))))

@@ -100,6 +100,7 @@ codes! {
     JobCancelled = "job-cancelled", Cancelled;
     ModelNotFound = "model-not-found", NotFound;
     AttemptFenced = "attempt-fenced", Fenced;
+    AttemptYielded = "attempt-yielded", Unavailable;
     WorkerStopped = "worker-stopped", Unavailable;
     AttemptsExhausted = "attempts-exhausted", Precondition;
     LossNotFinite = "loss-not-finite", Precondition;

@@ -5,8 +5,10 @@ mod exit;
 mod logging;
 mod ready;
 mod shutdown;
+mod stderr;
 
 pub use exit::{EXIT_REJECTED, exit_with};
 pub use logging::{LogArgs, LogFormat};
 pub use ready::Ready;
 pub use shutdown::{die_with_parent, on_signals};
+pub use stderr::{LossyStderr, remark};

@@ -3,6 +3,8 @@ use std::io::IsTerminal as _;
 use clap::{Args, ValueEnum};
 use tracing_subscriber::EnvFilter;
 
+use crate::{LossyStderr, remark};
+
 /// Flags of every process that logs.
 #[derive(Clone, Debug, Args)]
 pub struct LogArgs {
@@ -24,19 +26,20 @@ impl LogArgs {
     /// Logs to standard error from here on. A filter that does not parse is replaced by `info`.
     pub fn init(&self) {
         let filter = EnvFilter::try_new(&self.log).unwrap_or_else(|error| {
-            eprintln!("warning: --log {:?}: {error}; logging at info", self.log);
+            remark(format_args!("warning: --log {:?}: {error}; logging at info", self.log));
             EnvFilter::new("info")
         });
         let builder = tracing_subscriber::fmt()
             .with_env_filter(filter)
-            .with_writer(std::io::stderr)
+            .with_writer(|| LossyStderr)
+            .log_internal_errors(false)
             .with_ansi(std::io::stderr().is_terminal());
         let started = match self.log_format {
             LogFormat::Text => builder.try_init(),
             LogFormat::Json => builder.json().try_init(),
         };
         if let Err(error) = started {
-            eprintln!("warning: logging was set up before: {error}");
+            remark(format_args!("warning: logging was set up before: {error}"));
         }
     }
 }

@@ -1,4 +1,7 @@
-use std::sync::{Arc, Mutex, OnceLock, PoisonError};
+use std::sync::{
+    Arc, Mutex, OnceLock, PoisonError,
+    atomic::{AtomicBool, Ordering},
+};
 
 use retort_artifact::{Store, prompts};
 use retort_core::{
@@ -51,6 +54,7 @@ impl Stop {
 pub struct StopSwitch {
     token: CancellationToken,
     reason: Arc<OnceLock<Stop>>,
+    others_wait: Arc<AtomicBool>,
 }
 
 impl StopSwitch {
@@ -65,6 +69,11 @@ impl StopSwitch {
 
     pub fn token(&self) -> &CancellationToken {
         &self.token
+    }
+
+    /// Whether another task waits for this worker, as the last heartbeat said.
+    pub fn set_others_wait(&self, others_wait: bool) {
+        self.others_wait.store(others_wait, Ordering::Relaxed);
     }
 }
 
@@ -123,6 +132,12 @@ impl TaskContext {
             Some(why) => Err(why.error()),
             None => Ok(()),
         }
+    }
+
+    /// Whether another task waits for this worker: an attempt that waits itself should make room, with
+    /// `attempt-yielded`.
+    pub fn others_wait(&self) -> bool {
+        self.stop.others_wait.load(Ordering::Relaxed)
     }
 
     /// Sends an event of this attempt and waits until the broker has acknowledged it, for as long as

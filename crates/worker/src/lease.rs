@@ -52,6 +52,7 @@ pub(crate) async fn keep(
                 return Ok(());
             }
             Ok(Ok(answer)) => {
+                stop.set_others_wait(answer.others_wait);
                 if answer.lease.is_some() {
                     lease = duration(answer.lease);
                 }

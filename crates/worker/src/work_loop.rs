@@ -203,6 +203,8 @@ impl<T: Tasks, H: Handler> WorkLoop<T, H> {
         }
         if error.code == Code::WorkerStopped {
             tracing::info!("stopping; the task is handed back");
+        } else if error.code == Code::AttemptYielded {
+            tracing::info!("handed back: {}", error.message);
         } else {
             tracing::error!(code = %error.code, "failed: {}", error.chain());
         }
@@ -220,6 +222,7 @@ impl<T: Tasks, H: Handler> WorkLoop<T, H> {
             }
         };
         match sent {
+            Ok(()) if error.code == Code::AttemptYielded => Outcome::Settled,
             Ok(()) if matches!(error.kind(), Kind::Unavailable | Kind::Exhausted | Kind::Internal) => {
                 Outcome::SettledBadly
             }

@@ -89,6 +89,7 @@ impl Workers {
         Ok(proto::HeartbeatResponse {
             cancelled: beat == Beat::Cancelled,
             lease: Some(duration_to_proto(self.context.settings.lease)),
+            others_wait: leases::others_wait(&self.context, &id).await?,
         })
     }
 

@@ -6,7 +6,12 @@ use retort_core::{
     state::TaskKind,
 };
 
-use super::{Connection, DatabaseResult as _, damaged, jobs::parse_id, tasks::parse_task_id, unsigned32};
+use super::{
+    Connection, DatabaseResult as _, damaged,
+    jobs::parse_id,
+    tasks::{self, Task, parse_task_id},
+    unsigned32,
+};
 
 /// A record to send.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -68,6 +73,22 @@ pub async fn unclaimed(conn: &mut Connection, now_ms: i64, after_ms: i64) -> Res
     .fetch_all(conn)
     .await
     .db()
+}
+
+/// The task, if its first record found nobody and no worker of its topic is busy.
+pub async fn first_time_unserved(conn: &mut Connection, task_id: &str) -> Result<Option<Task>> {
+    let unserved: Option<i64> = sqlx::query_scalar(
+        "SELECT 1 FROM tasks WHERE id = ? AND publishes = 1
+             AND NOT EXISTS (SELECT 1 FROM tasks AS busy WHERE busy.state = 'leased' AND busy.topic = tasks.topic)",
+    )
+    .bind(task_id)
+    .fetch_optional(&mut *conn)
+    .await
+    .db()?;
+    match unserved {
+        Some(_) => tasks::find(conn, &parse_task_id(task_id)?).await,
+        None => Ok(None),
+    }
 }
 
 /// The task becomes `Queued` and its record due, both or neither.

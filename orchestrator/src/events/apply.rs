@@ -2,7 +2,7 @@
 
 use retort_core::{
     Code, Error, Kind, Result,
-    state::{TaskKind, TaskState},
+    state::{Split, TaskKind, TaskState},
 };
 use retort_proto::{self as proto, job_event};
 
@@ -101,8 +101,7 @@ pub(super) async fn apply(context: &Context, conn: &mut Connection, event: &Even
             jobs::record_train_finish(&mut *conn, &job.id, finish).await?;
             jobs::record_checkpoint(&mut *conn, &job.id, finish.steps, &finish.checkpoint_key).await?;
             leases::advance(&mut *conn, &job).await?;
-            let what = proto::CheckpointSaved { step: finish.steps, key: finish.checkpoint_key.clone() };
-            append(context, conn, &job, job_event::What::CheckpointSaved(what)).await
+            Ok(Outcome::Applied)
         }
         What::EvaluationReady(evaluation) => {
             done(conn, &task).await?;
@@ -148,6 +147,9 @@ async fn failed(
         tasks::set_state(&mut *conn, &task.id, TaskState::Failed).await?;
         return leases::fail_job(conn, task, (code, &text), now_ms).await;
     }
+    if code == Code::AttemptYielded.as_str() {
+        return yielded(conn, task).await;
+    }
     let mut not_before_ms = now_ms;
     if code == Code::WorkerStopped.as_str() {
         // Somebody stopped the worker, which says nothing about the task.
@@ -161,6 +163,16 @@ async fn failed(
     }
     leases::redo(context, conn, task, &format!("{code}: {message}"), not_before_ms).await?;
     Ok(())
+}
+
+/// The student waited for shards and made room for another task. It goes on when the next shard is
+/// published; if all are by now, at once.
+async fn yielded(conn: &mut Connection, task: &Task) -> Result<()> {
+    tasks::forgive_attempt(&mut *conn, &task.id).await?;
+    match tasks::count_unfinished(&mut *conn, &task.job_id, TaskKind::Shard, Some(Split::Train)).await? {
+        0 => tasks::make_ready(conn, &task.id, 0).await,
+        _ => tasks::set_state(conn, &task.id, TaskState::Waiting).await,
+    }
 }
 
 /// A full disk, a store that does not answer: somebody will mend it, and the work was not at fault.

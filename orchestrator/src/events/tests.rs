@@ -174,6 +174,28 @@ async fn a_stopped_worker_costs_no_attempt() {
 }
 
 #[tokio::test]
+async fn a_student_that_made_room_goes_on_when_there_are_shards() {
+    let world = World::new().await;
+    let job = world.job().await;
+    let task = TaskId::train(&job);
+    let epoch = world.claim(&task, "student").await;
+    assert_eq!(world.emit(&task, epoch, task_failed(Code::AttemptYielded, true)).await, Outcome::Applied);
+    assert_eq!(world.task_state(&task).await, TaskState::Waiting);
+    world.publish(&job, 0).await;
+    assert_eq!(world.task_state(&task).await, TaskState::Ready);
+    assert_eq!(world.read_task(&task).await.attempts, 0);
+    let snapshot = &mut world.context.database.read().await.unwrap();
+    assert_eq!(tasks::count_redone(snapshot, &job).await.unwrap(), 0);
+
+    // The last shard came while it said so: nothing more will wake it.
+    let epoch = world.claim(&task, "student").await;
+    world.publish(&job, 1).await;
+    world.publish(&job, 2).await;
+    world.emit(&task, epoch, task_failed(Code::AttemptYielded, true)).await;
+    assert_eq!(world.task_state(&task).await, TaskState::Ready);
+}
+
+#[tokio::test]
 async fn a_failure_that_stays_fails_the_job_with_its_own_code() {
     let world = World::new().await;
     let job = world.job().await;

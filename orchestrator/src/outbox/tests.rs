@@ -146,3 +146,25 @@ async fn a_job_of_the_most_shards_is_stored_and_published_promptly() {
     world.publish(&job, 99_000).await;
     assert!(claimed.elapsed() < std::time::Duration::from_secs(2), "{:?}", claimed.elapsed());
 }
+
+#[tokio::test]
+async fn a_job_whose_pool_has_no_workers_says_so_once() {
+    let world = World::new().await;
+    let job = world.job().await;
+    settle(&world).await;
+    for _ in 0..10 {
+        world.clock.advance_ms(60_000);
+        settle(&world).await;
+    }
+    let told: Vec<_> = world
+        .journal(&job)
+        .await
+        .into_iter()
+        .filter_map(|event| match event.what {
+            Some(job_event::What::TaskUnclaimed(unclaimed)) => Some((unclaimed.role, unclaimed.pool)),
+            _ => None,
+        })
+        .collect();
+    let default = || "default".to_owned();
+    assert_eq!(told, [("teacher".to_owned(), default()), ("student".to_owned(), default())]);
+}

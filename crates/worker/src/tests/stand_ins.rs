@@ -178,7 +178,7 @@ impl Orchestrator for World {
         let mut state = self.orchestrator()?;
         state.heartbeats_seen += 1;
         match state.heartbeats.pop_front().unwrap_or(Ok(false)) {
-            Ok(cancelled) => Ok(proto::HeartbeatResponse { cancelled, lease: None }),
+            Ok(cancelled) => Ok(proto::HeartbeatResponse { cancelled, lease: None, others_wait: false }),
             Err(code) => Err(Error::new(code, "the test wants it so")),
         }
     }
