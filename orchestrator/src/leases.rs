@@ -55,21 +55,17 @@ pub enum Beat {
 /// Gives the worker the first published task of the topic of `id`, or says why there is none.
 ///
 /// A record is worth one claim, whichever task it names: partitions are read one after another, so
-/// the order of records is not the order of priority. A worker that claims holds nothing: its process
-/// does one thing at a time, so an attempt of its own that still runs, or the answer to its claim,
-/// was lost.
+/// the order of records is not the order of priority. A worker that claims the task it holds gets a
+/// new epoch: its process does one thing at a time, so the older attempt, or the answer to its claim,
+/// was lost. What else it holds is left alone: the news of its end may still be on the bus.
 pub async fn claim(context: &Context, id: &TaskId, worker_id: &str) -> Result<Claim> {
     let now_ms = context.now_ms();
     let mut tx = context.database.begin().await?;
     let Some(named) = tasks::find(&mut tx, id).await? else {
         return Ok(Claim::NotClaimable(Reason::UnknownTask));
     };
-    for held in tasks::held_by(&mut tx, worker_id, now_ms).await? {
-        lose(context, &mut tx, &held, "claimed again by the same worker: the attempt was given up").await?;
-        context.wakers.job_changed(&held.job_id);
-    }
     let job = jobs::get(&mut tx, &named.job_id).await?;
-    let open = can_lease(context, &mut tx, &job, id).await?;
+    let open = can_lease(context, &mut tx, &job, id, worker_id).await?;
     let before = if open.is_ok() { Some(&named) } else { None };
     let chosen = match (tasks::first_queued(&mut tx, &named.topic, before).await?, open) {
         (Some(first), _) => first,
@@ -97,6 +93,7 @@ async fn can_lease(
     conn: &mut Connection,
     job: &Job,
     id: &TaskId,
+    worker_id: &str,
 ) -> Result<std::result::Result<(), Claim>> {
     let refuse = |reason| Ok(Err(Claim::NotClaimable(reason)));
     match job.state {
@@ -117,11 +114,16 @@ async fn can_lease(
         TaskState::Ready | TaskState::Queued => Ok(Ok(())),
         TaskState::Leased => {
             let left_ms = task.lease_until_ms.unwrap_or(now_ms) - now_ms;
-            if left_ms > 0 {
+            if left_ms > 0 && task.worker() != worker_id {
                 let wait = Duration::from_millis(left_ms.unsigned_abs()).max(MIN_RETRY);
                 return Ok(Err(Claim::RetryAfter(wait)));
             }
-            if lose(context, conn, &task, &expired(context)).await? == Fate::JobFailed {
+            let reason = if left_ms > 0 {
+                "claimed again by the same worker: the attempt was given up".to_owned()
+            } else {
+                expired(context)
+            };
+            if lose(context, conn, &task, &reason).await? == Fate::JobFailed {
                 context.wakers.job_changed(&task.job_id);
                 return refuse(Reason::Failed);
             }

@@ -18,7 +18,7 @@ use retort_core::{
 use retort_llama::{Architecture, Config, Model};
 use retort_student::{
     batch::Limits,
-    evenly_spaced,
+    kept_layers,
     example::Example,
     trainer::{Options, Trainer},
 };
@@ -54,7 +54,7 @@ fn main() -> Result<(), Box<dyn std::error::Error>> {
     let (model, rows): (Model, Vec<(usize, usize)>) = match &args.model {
         Some(folder) => {
             let teacher = Model::load(folder, Device::Cpu, kind)?;
-            let kept = evenly_spaced(teacher.config().num_hidden_layers as usize, args.layers);
+            let kept = kept_layers(teacher.config().num_hidden_layers as usize, args.layers);
             (teacher.prune_layers(&kept)?, (0..8).map(|i| (40 + 7 * i % 20, 60 + 23 * i % 69)).collect())
         }
         None => (Model::init(peer_shape(), Device::Cpu, kind, 0)?, vec![(1, 512); 4]),

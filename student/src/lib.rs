@@ -35,7 +35,7 @@ pub mod trainer;
 mod workspace;
 
 pub use handler::Student;
-pub use init::{Teacher, evenly_spaced};
+pub use init::{Teacher, kept_layers};
 pub use settings::{Settings, Threads};
 
 #[cfg(test)]

@@ -3,7 +3,7 @@
 mod validate;
 mod yaml;
 
-use serde::{Deserialize, Serialize};
+use serde::{Deserialize, Deserializer, Serialize};
 
 pub use validate::{MAX_DRAWS, MAX_HEAD};
 pub use yaml::parse_yaml;
@@ -20,9 +20,9 @@ pub struct JobSpec {
     pub prompts: Prompts,
     pub teacher: Teacher,
     pub student: Student,
-    #[serde(default)]
+    #[serde(default, deserialize_with = "section")]
     pub train: Train,
-    #[serde(default)]
+    #[serde(default, deserialize_with = "section")]
     pub gates: Gates,
 }
 
@@ -49,9 +49,9 @@ pub struct Teacher {
     pub pool: String,
     #[serde(default)]
     pub mode: TeacherMode,
-    #[serde(default)]
+    #[serde(default, deserialize_with = "section")]
     pub sampling: Sampling,
-    #[serde(default)]
+    #[serde(default, deserialize_with = "section")]
     pub soft_targets: SoftTargets,
 }
 
@@ -108,7 +108,7 @@ pub struct Student {
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case", deny_unknown_fields)]
 pub enum Init {
-    /// This many of the teacher's layers, evenly spaced, the first and the last included.
+    /// This many of the teacher's layers: seven tenths of them its first ones, the others its last.
     Prune { layers: u32 },
     /// A Hugging Face folder with the teacher's vocabulary.
     Checkpoint { model: String },
@@ -166,6 +166,11 @@ pub struct Gates {
     pub min_top1_agreement: Option<f64>,
     /// Student over teacher perplexity on the held-out completions, at most.
     pub max_perplexity_ratio: Option<f64>,
+}
+
+/// A section whose keys are all left out, the heading left in, has its defaults.
+fn section<'de, D: Deserializer<'de>, T: Deserialize<'de> + Default>(deserializer: D) -> Result<T, D::Error> {
+    Ok(Option::deserialize(deserializer)?.unwrap_or_default())
 }
 
 fn default_held_out_fraction() -> f64 {

@@ -85,18 +85,6 @@ pub async fn expired(conn: &mut Connection, now_ms: i64) -> Result<Vec<Task>> {
     rows.iter().map(read).collect()
 }
 
-/// What a worker has leased and not let run out.
-pub async fn held_by(conn: &mut Connection, worker_id: &str, now_ms: i64) -> Result<Vec<Task>> {
-    let rows =
-        sqlx::query("SELECT * FROM tasks WHERE state = 'leased' AND worker_id = ? AND lease_until_ms > ? ORDER BY id")
-            .bind(worker_id)
-            .bind(now_ms)
-            .fetch_all(conn)
-            .await
-            .db()?;
-    rows.iter().map(read).collect()
-}
-
 /// The first published task of a topic that nobody has claimed: by priority, then oldest job, then
 /// shard. With `before`, only one that comes before that task.
 pub async fn first_queued(conn: &mut Connection, topic: &str, before: Option<&Task>) -> Result<Option<TaskId>> {
