@@ -39,10 +39,10 @@ pub struct ClusterArgs {
     #[arg(long, value_name = "HOST:PORT", requires = "no_broker")]
     pub brokers: Option<String>,
     /// Where workers compute: auto, cpu, cuda:0
-    #[arg(long, value_name = "DEVICE")]
+    #[arg(long, value_name = "DEVICE", value_parser = device)]
     pub device: Option<String>,
     /// Number format of the workers: auto, f32, bf16
-    #[arg(long, value_name = "DTYPE")]
+    #[arg(long, value_name = "DTYPE", value_parser = ["auto", "f32", "bf16"])]
     pub dtype: Option<String>,
     /// Folder of retort-broker, retort-orchestrator, retort-teacher and retort-student [default: that of this program]
     #[arg(long, env = "RETORT_PROGRAMS", value_name = "DIR")]
@@ -50,6 +50,15 @@ pub struct ClusterArgs {
     /// How long a process may take to be ready, seconds
     #[arg(long, value_name = "SECONDS", default_value_t = 60, value_parser = clap::value_parser!(u64).range(1..=3600))]
     pub ready_timeout: u64,
+}
+
+/// Whether the device is there, only a worker can say.
+fn device(text: &str) -> Result<String, String> {
+    let index = text.strip_prefix("cuda:").map(str::parse::<u32>);
+    match (text, index) {
+        ("auto" | "cpu", _) | (_, Some(Ok(_))) => Ok(text.to_owned()),
+        _ => Err("say auto, cpu or cuda:0".to_owned()),
+    }
 }
 
 /// What a particular cluster is for, beside its flags.

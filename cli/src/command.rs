@@ -16,7 +16,7 @@ use retort_process::{LogArgs, LogFormat};
 use crate::{
     client::Client,
     home::Home,
-    outcome::{Outcome, fail},
+    outcome::{Outcome, fail, incomplete},
     output::Output,
 };
 
@@ -89,9 +89,10 @@ impl Cli {
         let result = runtime.block_on(self.command.run(&context));
         // A blocking read (a confirmation, an import) must not hold the exit back.
         runtime.shutdown_background();
-        match result {
-            Ok(outcome) => outcome.exit_code(),
-            Err(error) => fail(&context.output, &error),
+        match (result, context.output.lost()) {
+            (Ok(outcome), None) => outcome.exit_code(),
+            (Ok(_), Some(error)) => incomplete(&error),
+            (Err(error), _) => fail(&context.output, &error),
         }
     }
 }
@@ -124,10 +125,10 @@ impl HomeArg {
 }
 
 /// How to reach an orchestrator: `--address`, `$RETORT_ADDRESS`, the retort that is up in the
-/// home, or the default port of this machine.
+/// home, or, where no home was named, the default port of this machine.
 #[derive(Clone, Debug, Args)]
 pub struct Connection {
-    /// The orchestrator [default: that of the retort that is up in the home, else http://127.0.0.1:7474]
+    /// The orchestrator [default: that of the retort that is up in the home; without --home also http://127.0.0.1:7474]
     #[arg(long, env = "RETORT_ADDRESS", value_name = "URL")]
     pub address: Option<String>,
     #[command(flatten)]
@@ -138,7 +139,7 @@ impl Connection {
     pub fn address(&self) -> Result<String> {
         match &self.address {
             Some(address) => Ok(address.clone()),
-            None => Ok(self.home.resolve()?.address()),
+            None => self.home.resolve()?.address(),
         }
     }
 

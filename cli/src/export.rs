@@ -1,16 +1,19 @@
 //! Copies a model's Hugging Face folder out of the store.
 
+mod target;
+
 use std::path::{Component, Path, PathBuf};
 
-use retort_artifact::{Store, paths};
+use retort_artifact::{Entry, Store, paths};
 use retort_core::{Code, Error, Result};
 use retort_proto as proto;
 use serde::{Deserialize, Serialize};
 
-use crate::home::{create_folder, read_small};
+use crate::home::create_folder;
+use target::{Receipt, Staging};
 
-/// Says where an exported folder came from; its presence lets a later export replace the folder.
-const RECEIPT: &str = "retort-export.json";
+pub use target::check_target;
+
 /// Most files of one model.
 const MAX_FILES: usize = 10_000;
 
@@ -81,13 +84,31 @@ impl Source {
     }
 }
 
-/// Copies the folder to `out`: all or nothing.
+/// Copies the folder to `out`: all or nothing. An earlier export there gives way once the new one
+/// is complete.
 ///
-/// Errors: `ObjectExists` when `out` holds something that is no earlier export and `force` is not
-/// given; `ModelNotFound` when the store has no such folder; what the store and the disk say.
+/// Errors: those of [`check_target`]; `ModelNotFound` when the store has no such folder; what the
+/// store and the disk say.
 pub async fn export(store: &Store, source: &Source, out: &Path, force: bool) -> Result<Exported> {
     let out = std::path::absolute(out).map_err(|error| Error::io(out, error))?;
     check_target(&out, force)?;
+    let entries = files(store, source).await?;
+    let staging = Staging::beside(&out)?;
+    let mut receipt = Receipt::of(source);
+    for entry in &entries {
+        let name = relative(&source.key, &entry.key)?;
+        let file = staging.folder().join(&name);
+        create_folder(file.parent().unwrap_or(staging.folder()))?;
+        store.get_to_file(&entry.key, &file).await?;
+        receipt.files.insert(name);
+    }
+    receipt.write(staging.folder())?;
+    staging.replace(&out)?;
+    Ok(Exported { path: out, files: entries.len(), bytes: entries.iter().map(|entry| entry.size).sum() })
+}
+
+/// What lies in the model's folder.
+async fn files(store: &Store, source: &Source) -> Result<Vec<Entry>> {
     let entries = store.list(&source.key).await?;
     if entries.is_empty() {
         return Err(Error::new(Code::ModelNotFound, format!("nothing lies at {} in the store", source.key)));
@@ -98,53 +119,7 @@ pub async fn export(store: &Store, source: &Source, out: &Path, force: bool) -> 
             format!("{} holds {} files; no model has so many", source.key, entries.len()),
         ));
     }
-    let parent = out.parent().unwrap_or(Path::new("/"));
-    create_folder(parent)?;
-    let staging = tempfile::Builder::new()
-        .prefix(".retort-export-")
-        .tempdir_in(parent)
-        .map_err(|error| Error::io(parent, error))?;
-    let folder = staging.path().join("model");
-    create_folder(&folder)?;
-    let mut bytes = 0;
-    for entry in &entries {
-        let file = folder.join(relative(&source.key, &entry.key)?);
-        create_folder(file.parent().unwrap_or(&folder))?;
-        store.get_to_file(&entry.key, &file).await?;
-        bytes += entry.size;
-    }
-    let receipt = serde_json::to_vec_pretty(source)
-        .map_err(|error| Error::internal(format!("cannot write a receipt: {error}")))?;
-    let receipt_path = folder.join(RECEIPT);
-    std::fs::write(&receipt_path, receipt).map_err(|error| Error::io(&receipt_path, error))?;
-    if out.exists() {
-        std::fs::remove_dir_all(&out).map_err(|error| Error::io(&out, error))?;
-    }
-    std::fs::rename(&folder, &out).map_err(|error| Error::io(&out, error))?;
-    Ok(Exported { path: out, files: entries.len(), bytes })
-}
-
-/// Whether an export may go there: nothing, an empty folder, or an earlier export.
-pub fn check_target(out: &Path, force: bool) -> Result<()> {
-    let refuse = |what: &str| {
-        Err(Error::new(
-            Code::ObjectExists,
-            format!("{} {what}; name another folder with --out, or remove it", out.display()),
-        ))
-    };
-    match std::fs::read_dir(out) {
-        Ok(mut entries) => {
-            let earlier = read_small(&out.join(RECEIPT))?.is_some();
-            if force || earlier || entries.next().is_none() {
-                Ok(())
-            } else {
-                refuse("holds files that are no earlier export")
-            }
-        }
-        Err(error) if error.kind() == std::io::ErrorKind::NotFound => Ok(()),
-        Err(error) if error.kind() == std::io::ErrorKind::NotADirectory => refuse("is a file"),
-        Err(error) => Err(Error::io(out, error)),
-    }
+    Ok(entries)
 }
 
 fn parse(text: &str) -> Result<(String, Option<u32>)> {

@@ -1,6 +1,8 @@
 //! The `retort` command. Each subcommand is one file under `command/`; what several of them share
 //! lies beside it: the supervisor of child processes, the gRPC client, live progress, the report.
 
+#![deny(clippy::print_stdout, clippy::print_stderr)] // they panic on a stream that is full or closed
+
 mod client;
 mod cluster;
 mod command;
@@ -11,6 +13,7 @@ mod json;
 mod outcome;
 mod output;
 mod progress;
+mod promoted;
 mod report;
 mod request;
 mod signals;
@@ -23,5 +26,8 @@ use std::process::ExitCode;
 use clap::Parser as _;
 
 fn main() -> ExitCode {
-    command::Cli::parse().execute()
+    match command::Cli::try_parse() {
+        Ok(cli) => cli.execute(),
+        Err(message) => outcome::say(&message),
+    }
 }

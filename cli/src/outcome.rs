@@ -1,12 +1,15 @@
 //! How a command ended, as an exit code.
 
-use std::process::ExitCode;
+use std::{
+    io::{ErrorKind, Write as _},
+    process::ExitCode,
+};
 
 use retort_core::{Code, Error, Result};
 use retort_process::{EXIT_REJECTED, exit_with};
 use retort_proto as proto;
 
-use crate::output::Output;
+use crate::output::{Output, lost};
 
 /// A job that failed: the command itself did what it was asked.
 const EXIT_FAILED: u8 = 4;
@@ -72,6 +75,20 @@ pub fn fail(output: &Output, error: &Error) -> ExitCode {
             ExitCode::from(2)
         }
         _ => exit_with(error),
+    }
+}
+
+/// Ends a command that did its work but could not say all of it.
+pub fn incomplete(error: &Error) -> ExitCode {
+    exit_with(error);
+    ExitCode::FAILURE
+}
+
+/// Prints what the command line's parser answers: help on standard output, or what is wrong.
+pub fn say(message: &clap::Error) -> ExitCode {
+    match message.print().and_then(|()| std::io::stdout().flush()) {
+        Err(error) if !message.use_stderr() && error.kind() != ErrorKind::BrokenPipe => incomplete(&lost(error.kind())),
+        _ => ExitCode::from(u8::try_from(message.exit_code()).unwrap_or(2)),
     }
 }
 

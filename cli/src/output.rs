@@ -1,14 +1,13 @@
 //! Where a command's words go. Results go to standard output, remarks to standard error; a reader
-//! that has gone away ends neither with a panic.
+//! that has gone away ends neither with a panic. What standard output did not take for any other
+//! reason (its disk is full) is remembered: the command then fails, whatever else it did.
 
 use std::{
     io::{ErrorKind, IsTerminal as _, Write as _},
-    sync::{
-        Arc,
-        atomic::{AtomicBool, Ordering},
-    },
+    sync::{Arc, Mutex, PoisonError},
 };
 
+use retort_core::{Code, Error};
 use serde_json::Value;
 
 /// Columns used when the terminal does not say how many it has.
@@ -17,12 +16,13 @@ const DEFAULT_WIDTH: usize = 100;
 #[derive(Clone, Debug)]
 pub struct Output {
     json: bool,
-    closed: Arc<AtomicBool>,
+    /// Why standard output first refused to take a line.
+    refused: Arc<Mutex<Option<ErrorKind>>>,
 }
 
 impl Output {
     pub fn new(json: bool) -> Self {
-        Self { json, closed: Arc::default() }
+        Self { json, refused: Arc::default() }
     }
 
     /// Whether `--json` was asked for.
@@ -32,7 +32,18 @@ impl Output {
 
     /// Whether the reader of standard output has gone.
     pub fn is_closed(&self) -> bool {
-        self.closed.load(Ordering::Relaxed)
+        self.refused() == Some(ErrorKind::BrokenPipe)
+    }
+
+    /// Whether standard output took every line.
+    pub fn is_whole(&self) -> bool {
+        self.refused().is_none()
+    }
+
+    /// The error that ends a command whose output is incomplete. A reader that has gone asked for
+    /// no more, so that is none.
+    pub fn lost(&self) -> Option<Error> {
+        self.refused().filter(|kind| *kind != ErrorKind::BrokenPipe).map(lost)
     }
 
     /// Text for people; silent in JSON mode.
@@ -56,16 +67,28 @@ impl Output {
 
     /// The same output, as JSON lines.
     pub fn as_json(&self) -> Self {
-        Self { json: true, closed: self.closed.clone() }
+        Self { json: true, refused: self.refused.clone() }
+    }
+
+    fn refused(&self) -> Option<ErrorKind> {
+        *self.refused.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
     fn write(&self, text: &str) {
         let mut out = std::io::stdout().lock();
-        match writeln!(out, "{}", text.trim_end_matches('\n')).and_then(|()| out.flush()) {
-            Err(error) if error.kind() == ErrorKind::BrokenPipe => self.closed.store(true, Ordering::Relaxed),
-            _ => {}
+        if let Err(error) = writeln!(out, "{}", text.trim_end_matches('\n')).and_then(|()| out.flush()) {
+            self.refused.lock().unwrap_or_else(PoisonError::into_inner).get_or_insert(error.kind());
         }
     }
+}
+
+/// What standard output refused for this reason is not where the user wanted it.
+pub fn lost(kind: ErrorKind) -> Error {
+    let code = match kind {
+        ErrorKind::StorageFull | ErrorKind::QuotaExceeded => Code::DiskFull,
+        _ => Code::FileUnreadable,
+    };
+    Error::new(code, format!("the output is incomplete: standard output could not be written ({kind})"))
 }
 
 /// Columns of standard output, between 40 and 160.

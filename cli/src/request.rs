@@ -21,13 +21,16 @@ pub struct Request {
     pub request_id: String,
     /// `jobs/{job}`, once created.
     pub job: Option<String>,
+    /// Its report was printed and its model exported.
+    #[serde(default)]
+    pub delivered: bool,
 }
 
 /// The job that a run follows.
 #[derive(Debug)]
 pub struct Submitted {
     pub job: proto::Job,
-    /// It was under way before.
+    /// An earlier run began it: it is under way, or has ended and its result is still owed.
     pub resumed: bool,
 }
 
@@ -58,12 +61,15 @@ impl Remembered {
         replace_file(&self.0, &text)
     }
 
-    /// Goes on with the unfinished job of this spec, or creates one; `new` always creates one.
+    /// Goes on with the job of this spec that is unfinished, or whose result was not delivered;
+    /// else creates one. `new` always creates one.
     pub async fn submit(&self, client: &mut Client, spec: &JobSpec, new: bool) -> Result<Submitted> {
         let earlier = if new { None } else { self.load()? };
         let mut request = match earlier {
-            Some(Request { job: Some(name), .. }) => match client.get_job(&name).await {
-                Ok(job) if is_open(&job) => return Ok(Submitted { job, resumed: true }),
+            Some(Request { job: Some(name), delivered, .. }) => match client.get_job(&name).await {
+                Ok(job) if is_open(&job) || (!delivered && has_result(&job)) => {
+                    return Ok(Submitted { job, resumed: true });
+                }
                 Ok(_) => self.fresh()?,
                 Err(error) if error.kind() == Kind::NotFound => self.fresh()?,
                 Err(error) => return Err(error),
@@ -74,7 +80,7 @@ impl Remembered {
         };
         let mut created = client.create_job(job_spec_to_proto(spec), &request.request_id, false).await;
         let spent = match &created {
-            Ok(job) => !is_open(job),
+            Ok(job) => !is_open(job) && !has_result(job),
             Err(error) => error.code == Code::RequestReused,
         };
         if spent {
@@ -84,12 +90,20 @@ impl Remembered {
         let job = created?;
         request.job = Some(job.name.clone());
         self.save(&request)?;
-        Ok(Submitted { job, resumed: false })
+        Ok(Submitted { resumed: !is_open(&job), job })
+    }
+
+    /// The job's result has reached the user: from here on the same spec is another job.
+    pub fn delivered(&self, job: &str) -> Result<()> {
+        match self.load()? {
+            Some(request) if request.job.as_deref() == Some(job) => self.save(&Request { delivered: true, ..request }),
+            _ => Ok(()),
+        }
     }
 
     /// A request nobody made before, kept before it is sent.
     pub fn fresh(&self) -> Result<Request> {
-        let request = Request { request_id: uuid::Uuid::new_v4().to_string(), job: None };
+        let request = Request { request_id: uuid::Uuid::new_v4().to_string(), job: None, delivered: false };
         self.save(&request)?;
         Ok(request)
     }
@@ -98,6 +112,11 @@ impl Remembered {
 /// Whether there is still something to follow.
 pub fn is_open(job: &proto::Job) -> bool {
     job_state_from_proto(job.state).is_none_or(|state| !state.is_final())
+}
+
+/// Whether the job ended with something to deliver; one that failed or was cancelled did not.
+fn has_result(job: &proto::Job) -> bool {
+    matches!(job.state(), proto::JobState::Succeeded | proto::JobState::Rejected)
 }
 
 #[cfg(test)]
@@ -117,6 +136,10 @@ mod tests {
         request.job = Some("jobs/x".to_owned());
         remembered.save(&request).unwrap();
         assert_eq!(Remembered::of(&home, &spec).unwrap().load().unwrap(), Some(request));
+        remembered.delivered("jobs/another").unwrap();
+        assert!(!remembered.load().unwrap().unwrap().delivered);
+        remembered.delivered("jobs/x").unwrap();
+        assert!(remembered.load().unwrap().unwrap().delivered);
         spec.seed = 1;
         assert_eq!(Remembered::of(&home, &spec).unwrap().load().unwrap(), None);
         // Edited prompts are another job.

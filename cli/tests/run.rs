@@ -126,6 +126,80 @@ fn a_run_that_was_stopped_goes_on_with_its_job() {
 }
 
 #[test]
+fn a_result_that_was_not_delivered_is_delivered_and_not_redone() {
+    let job = "jobs/00000000000000000000000000000001";
+    for (signal, reject) in [(Signal::INT, false), (Signal::KILL, false), (Signal::INT, true)] {
+        let bench = bench();
+        let hold = bench.folder.path().join("hold");
+        fs::write(&hold, "").unwrap();
+        let mut run = bench.start(&["run", &spec(&bench), "--plain"]);
+        run.until_printed("redone");
+        // The job ends, and the run is stopped before it hears of it.
+        if reject {
+            fs::write(bench.folder.path().join("reject"), "").unwrap();
+        }
+        fs::write(bench.folder.path().join("final"), job).unwrap();
+        fs::create_dir_all(bench.home().join("store").join(job)).unwrap();
+        fs::write(bench.home().join("store").join(job).join("report.json"), "{}").unwrap();
+        run.signal(signal);
+        run.ended();
+        if signal == Signal::INT {
+            assert!(run.stderr().contains(&format!("{job} has just ended")), "{}", run.stderr());
+        }
+        fs::remove_file(&hold).unwrap();
+
+        let mut run = bench.start(&["run", &spec(&bench), "--plain"]);
+        assert_eq!(run.ended().code(), Some(if reject { 3 } else { 0 }), "{}\n{}", run.stdout(), run.stderr());
+        for expected in [&format!("{job} has ended, and this is its result"), "KL is 25.0 % of what it was"] {
+            assert!(run.stdout().contains(expected), "{expected:?} in\n{}", run.stdout());
+        }
+        assert!(bench.home().join("exports/support/config.json").exists());
+        assert_eq!(bench.notes("requests").len(), 1);
+
+        // Delivered, it is over: the same command is another job.
+        bench.start(&["run", &spec(&bench), "--plain"]).ended();
+        assert_eq!(bench.notes("requests").len(), 2);
+    }
+}
+
+#[test]
+fn a_report_that_could_not_be_written_is_not_delivered() {
+    let bench = bench();
+    let full = fs::File::options().write(true).open("/dev/full").unwrap();
+    let output = bench.retort(&["run", &spec(&bench), "--plain"]).stdout(full).output().unwrap();
+    let stderr = String::from_utf8_lossy(&output.stderr).into_owned();
+    assert_eq!(output.status.code(), Some(1), "{stderr}");
+    assert!(stderr.contains("error[disk-full]: the output is incomplete"), "{stderr}");
+    let mut run = bench.start(&["run", &spec(&bench), "--plain"]);
+    assert_eq!(run.ended().code(), Some(0), "{}", run.stderr());
+    assert!(run.stdout().contains("SUCCEEDED"), "{}", run.stdout());
+    assert_eq!(bench.notes("requests").len(), 1);
+}
+
+#[test]
+fn a_job_that_failed_is_begun_anew() {
+    let bench = bench();
+    fs::write(bench.folder.path().join("fail"), "").unwrap();
+    for jobs in [1, 2] {
+        let mut run = bench.start(&["run", &spec(&bench), "--plain"]);
+        assert_eq!(run.ended().code(), Some(4), "{}\n{}", run.stdout(), run.stderr());
+        assert_eq!(bench.notes("requests").len(), jobs);
+    }
+}
+
+#[test]
+fn a_run_file_that_a_killed_retort_left_is_not_believed() {
+    let bench = bench();
+    let stale = r#"{"command":"up","pid":1,"address":"http://127.0.0.1:1","brokers":"127.0.0.1:1","store":"/s"}"#;
+    fs::create_dir_all(bench.home()).unwrap();
+    fs::write(bench.home().join("lock"), "1\n").unwrap();
+    fs::write(bench.home().join("run.json"), stale).unwrap();
+    let mut run = bench.start(&["run", &spec(&bench), "--plain"]);
+    assert_eq!(run.ended().code(), Some(0), "{}\n{}", run.stdout(), run.stderr());
+    bench.assert_nothing_left();
+}
+
+#[test]
 fn new_begins_another_job() {
     let bench = bench();
     fs::write(bench.folder.path().join("hold"), "").unwrap();
@@ -185,6 +259,12 @@ fn bad_input_is_refused_before_anything_starts() {
     fs::write(at("typo.yaml"), "name: a\npromts: {}\n").unwrap();
     assert_eq!(check(&["run", &at("typo.yaml"), "--json"], "error[spec-unknown-key]: "), Some(2));
     assert_eq!(check(&["run", &at("no.yaml"), "--json"], "error[file-not-found]: "), Some(2));
+    for flag in ["--teachers", "--students"] {
+        let expected = format!("error[request-invalid]: {flag} 0: ");
+        assert_eq!(check(&["run", &spec(&bench), "--json", flag, "0"], &expected), Some(2));
+    }
+    let cloud = ["run", &spec(&bench), "--json", "--store", "s3://bucket"];
+    assert_eq!(check(&cloud, "error[store-unsupported]: --store \"s3://bucket\""), Some(2));
     fs::remove_file(at("prompts.jsonl")).unwrap();
     assert_eq!(check(&["run", &spec(&bench), "--json"], "error[file-not-found]: "), Some(2));
     fs::create_dir_all(at("full")).unwrap();

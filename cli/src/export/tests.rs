@@ -54,6 +54,68 @@ async fn exports_replace_their_own_kind_only() {
     assert!(!left.iter().any(|name| name.to_string_lossy().contains("retort-export")), "{left:?}");
 }
 
+fn names(folder: &Path) -> Vec<String> {
+    let entries = std::fs::read_dir(folder).unwrap().flatten();
+    let mut names: Vec<String> = entries.map(|entry| entry.file_name().to_string_lossy().into_owned()).collect();
+    names.sort();
+    names
+}
+
+#[tokio::test]
+async fn files_that_no_export_wrote_are_kept() {
+    let folder = tempfile::tempdir().unwrap();
+    let files = [("models/a/000001/config.json", "{}"), ("models/a/000001/extra/old.json", "{}")];
+    let store = store_with(&folder.path().join("store"), &files).await;
+    let source = Source { name: "a".to_owned(), version: Some(1), key: "models/a/000001/".to_owned() };
+    let out = folder.path().join("out");
+    export(&store, &source, &out, false).await.unwrap();
+    std::fs::write(out.join("extra/my-notes.txt"), "mine").unwrap();
+    let error = export(&store, &source, &out, false).await.unwrap_err();
+    assert_eq!(error.code, Code::ObjectExists);
+    assert!(error.message.contains("extra/my-notes.txt"), "{}", error.message);
+    assert_eq!(std::fs::read_to_string(out.join("extra/my-notes.txt")).unwrap(), "mine");
+
+    // Force replaces an export, but no folder that never was one.
+    store_with(&folder.path().join("store"), &[("models/a/000002/config.json", "new")]).await;
+    let newer = Source { version: Some(2), key: "models/a/000002/".to_owned(), ..source };
+    export(&store, &newer, &out, true).await.unwrap();
+    assert_eq!(names(&out), ["config.json", "retort-export.json"]);
+    assert_eq!(std::fs::read_to_string(out.join("config.json")).unwrap(), "new");
+    let home = folder.path().join("home");
+    std::fs::create_dir(&home).unwrap();
+    std::fs::write(home.join("thesis.tex"), "mine").unwrap();
+    assert_eq!(export(&store, &newer, &home, true).await.unwrap_err().code, Code::ObjectExists);
+    assert_eq!(names(&home), ["thesis.tex"]);
+}
+
+#[tokio::test]
+async fn what_a_killed_export_left_is_swept_and_what_a_living_one_holds_is_not() {
+    let folder = tempfile::tempdir().unwrap();
+    let store = store_with(&folder.path().join("store"), &[("models/a/000001/config.json", "{}")]).await;
+    let source = Source { name: "a".to_owned(), version: Some(1), key: "models/a/000001/".to_owned() };
+    let beside = folder.path().join("exports");
+    std::fs::create_dir_all(beside.join(".retort-export-dead/model")).unwrap();
+    let living = Staging::beside(&beside.join("b")).unwrap();
+    export(&store, &source, &beside.join("a"), false).await.unwrap();
+    let held = living.folder().parent().unwrap().file_name().unwrap().to_string_lossy().into_owned();
+    assert_eq!(names(&beside), [held, "a".to_owned()]);
+    drop(living);
+    assert_eq!(names(&beside), ["a"]);
+}
+
+#[tokio::test]
+async fn an_export_that_cannot_take_its_place_leaves_the_earlier_one() {
+    let folder = tempfile::tempdir().unwrap();
+    let out = folder.path().join("out");
+    std::fs::create_dir(&out).unwrap();
+    std::fs::write(out.join("config.json"), "old").unwrap();
+    let staging = Staging::beside(&out).unwrap();
+    std::fs::remove_dir(staging.folder()).unwrap();
+    staging.replace(&out).unwrap_err();
+    assert_eq!(std::fs::read_to_string(out.join("config.json")).unwrap(), "old");
+    assert_eq!(names(folder.path()), ["out"]);
+}
+
 #[test]
 fn a_job_leaves_its_promoted_model_or_its_candidate() {
     let spec = proto::JobSpec { name: "support".to_owned(), ..Default::default() };

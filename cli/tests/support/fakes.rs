@@ -119,9 +119,15 @@ impl Bench {
         self.run_json()?["processes"][name].as_i64()
     }
 
-    /// Asserts that no process that wrote down its pid is left.
+    /// Asserts that no process that wrote down its pid is left. The kernel takes a moment to clear
+    /// away what was killed.
     pub fn assert_nothing_left(&self) {
-        let left: Vec<String> = self.notes("pids").into_iter().filter(|pid| alive(pid)).collect();
+        let left = || -> Vec<String> { self.notes("pids").into_iter().filter(|pid| alive(pid)).collect() };
+        let deadline = Instant::now() + Duration::from_secs(5);
+        while Instant::now() < deadline && !left().is_empty() {
+            std::thread::yield_now();
+        }
+        let left = left();
         assert!(left.is_empty(), "still running: {left:?}");
         assert!(!self.home().join("run.json").exists(), "run.json is left");
     }

@@ -20,7 +20,7 @@ pub const EVENTS: u64 = 6;
 #[derive(Clone, Debug)]
 pub struct Fake {
     /// Notes: `requests` (one `id job` a line), `final` (jobs that ended), and, put there by a test:
-    /// `crash` (die once in mid-watch), `hold` (tell no further than event 3), `reject`.
+    /// `crash` (die once in mid-watch), `hold` (tell no further than event 3), `reject`, `fail`.
     pub notes: PathBuf,
     pub store: PathBuf,
 }
@@ -57,10 +57,15 @@ impl Fake {
     }
 
     fn state(&self, name: &str) -> proto::JobState {
-        match (self.lines("final").iter().any(|done| done == name), self.has("reject")) {
-            (false, _) => proto::JobState::Running,
-            (true, false) => proto::JobState::Succeeded,
-            (true, true) => proto::JobState::Rejected,
+        if self.lines("final").iter().any(|done| done == name) { self.last() } else { proto::JobState::Running }
+    }
+
+    /// How every job ends.
+    fn last(&self) -> proto::JobState {
+        match (self.has("reject"), self.has("fail")) {
+            (true, _) => proto::JobState::Rejected,
+            (_, true) => proto::JobState::Failed,
+            _ => proto::JobState::Succeeded,
         }
     }
 
@@ -196,7 +201,7 @@ impl JobService for Fake {
     ) -> Result<Response<Self::WatchJobStream>, Status> {
         let request = request.into_inner();
         let fake = self.clone();
-        let last = if self.has("reject") { proto::JobState::Rejected } else { proto::JobState::Succeeded };
+        let last = self.last();
         let stream = tokio_stream::iter(request.after_sequence + 1..=EVENTS).then(move |sequence| {
             let (fake, name) = (fake.clone(), request.name.clone());
             async move {

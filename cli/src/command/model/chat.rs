@@ -4,14 +4,13 @@ use std::{
 };
 
 use clap::Args;
-use retort_artifact::Store;
 use retort_core::{Code, Error, Result};
 
 use crate::{
     cluster::{missing, program_folder},
     command::{Context, HomeArg},
     export::{Source, export},
-    home::local_folder,
+    home::{local_folder, open_store},
     outcome::Outcome,
 };
 
@@ -81,7 +80,7 @@ impl Chat {
         }
         let home = self.home.resolve()?;
         let location = home.store_or(self.store.as_deref())?;
-        let store = Store::open(&location)?;
+        let store = open_store(&location)?;
         let source = Source::resolve(&store, &self.model).await?;
         match local_folder(&location) {
             Some(folder) => Ok(folder.join(&source.key)),

@@ -1,13 +1,13 @@
 use std::path::PathBuf;
 
 use clap::Args;
-use retort_artifact::Store;
 use retort_core::Result;
 use serde_json::json;
 
 use crate::{
     command::{Context, HomeArg},
     export::{Source, export},
+    home::open_store,
     outcome::Outcome,
     text::bytes,
 };
@@ -23,7 +23,7 @@ pub struct Export {
     /// The folder to write
     #[arg(long, value_name = "DIR")]
     out: PathBuf,
-    /// Replace what is in that folder
+    /// Replace an earlier export even though files that it did not write lie in its folder
     #[arg(long)]
     force: bool,
     /// Object store: a folder or a URL [default: that of the home]
@@ -35,7 +35,7 @@ pub struct Export {
 
 impl Export {
     pub async fn run(self, context: &Context) -> Result<Outcome> {
-        let store = Store::open(&self.home.resolve()?.store_or(self.store.as_deref())?)?;
+        let store = open_store(&self.home.resolve()?.store_or(self.store.as_deref())?)?;
         let source = Source::resolve(&store, &self.model).await?;
         let exported = export(&store, &source, &self.out, self.force).await?;
         context.output.json(&json!({

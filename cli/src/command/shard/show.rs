@@ -42,14 +42,19 @@ impl Show {
 
 fn read(path: &Path, max_bytes: u64) -> Result<Vec<u8>> {
     let io = |error| Error::io(path, error);
-    let file = std::fs::File::open(path).map_err(io)?;
-    let size = file.metadata().map_err(io)?.len();
+    // Asked before it is opened: opening a pipe waits for its other end.
+    let metadata = std::fs::metadata(path).map_err(io)?;
+    if !metadata.is_file() {
+        return Err(Error::new(Code::FileUnreadable, format!("{}: a shard is a regular file", path.display())));
+    }
+    let size = metadata.len();
     if size > max_bytes {
         let message =
             format!("{}: {} are more than a shard may have ({})", path.display(), bytes(size), bytes(max_bytes));
         return Err(Error::new(Code::FileUnreadable, message));
     }
     let mut content = Vec::new();
+    let file = std::fs::File::open(path).map_err(io)?;
     file.take(max_bytes).read_to_end(&mut content).map_err(io)?;
     Ok(content)
 }
