@@ -2,7 +2,10 @@
 
 mod target;
 
-use std::path::{Component, Path, PathBuf};
+use std::{
+    collections::BTreeSet,
+    path::{Component, Path, PathBuf},
+};
 
 use retort_artifact::{Entry, Store, paths};
 use retort_core::{Code, Error, Result};
@@ -94,15 +97,15 @@ pub async fn export(store: &Store, source: &Source, out: &Path, force: bool) -> 
     check_target(&out, force)?;
     let entries = files(store, source).await?;
     let staging = Staging::beside(&out)?;
-    let mut receipt = Receipt::of(source);
+    let mut names = BTreeSet::new();
     for entry in &entries {
         let name = relative(&source.key, &entry.key)?;
         let file = staging.folder().join(&name);
         create_folder(file.parent().unwrap_or(staging.folder()))?;
         store.get_to_file(&entry.key, &file).await?;
-        receipt.files.insert(name);
+        names.insert(name);
     }
-    receipt.write(staging.folder())?;
+    Receipt::new(source, names).write(staging.folder())?;
     staging.replace(&out)?;
     Ok(Exported { path: out, files: entries.len(), bytes: entries.iter().map(|entry| entry.size).sum() })
 }

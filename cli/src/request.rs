@@ -21,9 +21,9 @@ pub struct Request {
     pub request_id: String,
     /// `jobs/{job}`, once created.
     pub job: Option<String>,
-    /// Its report was printed and its model exported.
+    /// Its report is still to be printed, or its model to be exported.
     #[serde(default)]
-    pub delivered: bool,
+    pub owed: bool,
 }
 
 /// The job that a run follows.
@@ -66,8 +66,8 @@ impl Remembered {
     pub async fn submit(&self, client: &mut Client, spec: &JobSpec, new: bool) -> Result<Submitted> {
         let earlier = if new { None } else { self.load()? };
         let mut request = match earlier {
-            Some(Request { job: Some(name), delivered, .. }) => match client.get_job(&name).await {
-                Ok(job) if is_open(&job) || (!delivered && has_result(&job)) => {
+            Some(Request { job: Some(name), owed, .. }) => match client.get_job(&name).await {
+                Ok(job) if is_open(&job) || (owed && has_result(&job)) => {
                     return Ok(Submitted { job, resumed: true });
                 }
                 Ok(_) => self.fresh()?,
@@ -96,14 +96,14 @@ impl Remembered {
     /// The job's result has reached the user: from here on the same spec is another job.
     pub fn delivered(&self, job: &str) -> Result<()> {
         match self.load()? {
-            Some(request) if request.job.as_deref() == Some(job) => self.save(&Request { delivered: true, ..request }),
+            Some(request) if request.job.as_deref() == Some(job) => self.save(&Request { owed: false, ..request }),
             _ => Ok(()),
         }
     }
 
     /// A request nobody made before, kept before it is sent.
     pub fn fresh(&self) -> Result<Request> {
-        let request = Request { request_id: uuid::Uuid::new_v4().to_string(), job: None, delivered: false };
+        let request = Request { request_id: uuid::Uuid::new_v4().to_string(), job: None, owed: true };
         self.save(&request)?;
         Ok(request)
     }
@@ -137,9 +137,9 @@ mod tests {
         remembered.save(&request).unwrap();
         assert_eq!(Remembered::of(&home, &spec).unwrap().load().unwrap(), Some(request));
         remembered.delivered("jobs/another").unwrap();
-        assert!(!remembered.load().unwrap().unwrap().delivered);
+        assert!(remembered.load().unwrap().unwrap().owed);
         remembered.delivered("jobs/x").unwrap();
-        assert!(remembered.load().unwrap().unwrap().delivered);
+        assert!(!remembered.load().unwrap().unwrap().owed);
         spec.seed = 1;
         assert_eq!(Remembered::of(&home, &spec).unwrap().load().unwrap(), None);
         // Edited prompts are another job.

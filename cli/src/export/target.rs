@@ -29,15 +29,13 @@ const STAGING: &str = ".retort-export-";
 pub struct Receipt {
     #[serde(flatten)]
     source: Source,
-    /// Relative to the folder.
-    #[serde(default)]
-    pub files: BTreeSet<PathBuf>,
+    /// Relative to the folder. `None` in receipts of before they were listed: then all are its own.
+    files: Option<BTreeSet<PathBuf>>,
 }
 
 impl Receipt {
-    /// Of no files yet.
-    pub fn of(source: &Source) -> Self {
-        Self { source: source.clone(), files: BTreeSet::new() }
+    pub fn new(source: &Source, files: BTreeSet<PathBuf>) -> Self {
+        Self { source: source.clone(), files: Some(files) }
     }
 
     pub fn write(&self, folder: &Path) -> Result<()> {
@@ -52,7 +50,7 @@ impl Receipt {
     }
 
     fn covers(&self, file: &Path) -> bool {
-        file == Path::new(RECEIPT) || self.files.contains(file)
+        file == Path::new(RECEIPT) || self.files.as_ref().is_none_or(|files| files.contains(file))
     }
 }
 

@@ -73,7 +73,13 @@ async fn files_that_no_export_wrote_are_kept() {
     let error = export(&store, &source, &out, false).await.unwrap_err();
     assert_eq!(error.code, Code::ObjectExists);
     assert!(error.message.contains("extra/my-notes.txt"), "{}", error.message);
+    check_target(&out, true).unwrap();
     assert_eq!(std::fs::read_to_string(out.join("extra/my-notes.txt")).unwrap(), "mine");
+
+    // A receipt of before files were listed.
+    let unlisted = serde_json::to_string(&source).unwrap();
+    std::fs::write(out.join("retort-export.json"), unlisted).unwrap();
+    check_target(&out, false).unwrap();
 
     // Force replaces an export, but no folder that never was one.
     store_with(&folder.path().join("store"), &[("models/a/000002/config.json", "new")]).await;
