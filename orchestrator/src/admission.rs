@@ -14,8 +14,9 @@ use retort_core::{
     Code, Error, Result,
     spec::{Init, JobSpec, TeacherMode},
 };
+use retort_model::Config;
 
-use self::model::{Folder, Shape};
+use self::model::Folder;
 use crate::{
     context::Context,
     planner::{self, Plan, PlannedTask},
@@ -46,7 +47,7 @@ pub async fn admit(context: &Context, spec: &JobSpec) -> Result<Admitted> {
 
 /// A prompt file as it was read.
 pub struct PromptFile {
-    /// As errors call it.
+    /// As errors call it: its path, as the spec has it.
     pub name: String,
     pub text: Bytes,
 }
@@ -55,7 +56,7 @@ pub struct PromptFile {
 fn check(spec: &JobSpec, file: &PromptFile) -> Result<Admitted> {
     let mut rows = prompt_sets::parse(&file.name, &file.text)?;
     if spec.teacher.mode == TeacherMode::Score {
-        prompt_sets::require_completions(&file.name, &rows)?;
+        prompt_sets::require_completions(&file.name, &file.text, &rows)?;
     }
     prompt_sets::assign_splits(&mut rows, spec.prompts.held_out_fraction, spec.seed);
     prompt_sets::check_splits(&file.name, &rows)?;
@@ -64,18 +65,18 @@ fn check(spec: &JobSpec, file: &PromptFile) -> Result<Admitted> {
     weights::check(teacher.path())?;
     let (student, positions) = student(spec, &teacher)?;
     let counts = prompts::measure(spec, file, &rows, teacher.tokenizer(), positions)?;
-    let (plan, tasks) = planner::plan(spec, &counts, teacher.shape.parameters(), student.parameters())?;
+    let (plan, tasks) = planner::plan(spec, &counts, teacher.config.parameters(), student.parameters())?;
     let prompt_set = Bytes::from(prompt_sets::to_jsonl(&rows));
     Ok(Admitted { prompt_set_sha256: sha256_hex(&prompt_set), prompt_set, plan, tasks })
 }
 
 /// The student's shape, and the positions that teacher and student both have.
-fn student(spec: &JobSpec, teacher: &Folder) -> Result<(Shape, u64)> {
-    let positions = teacher.shape.max_position_embeddings;
+fn student(spec: &JobSpec, teacher: &Folder) -> Result<(Config, u64)> {
+    let positions = teacher.positions();
     match &spec.student.init {
         Init::Prune { layers } => {
-            let has = teacher.shape.num_hidden_layers;
-            if u64::from(*layers) > has {
+            let has = teacher.config.num_hidden_layers;
+            if i64::from(*layers) > has {
                 return Err(Error::new(
                     Code::SpecInvalid,
                     format!(
@@ -84,26 +85,26 @@ fn student(spec: &JobSpec, teacher: &Folder) -> Result<(Shape, u64)> {
                     ),
                 ));
             }
-            Ok((Shape { num_hidden_layers: (*layers).into(), ..teacher.shape.clone() }, positions))
+            Ok((Config { num_hidden_layers: (*layers).into(), ..teacher.config.clone() }, positions))
         }
         Init::Checkpoint { model } => {
             let student = Folder::open("student.init.checkpoint.model", model)?;
-            if student.shape.vocab_size != teacher.shape.vocab_size {
+            if student.config.vocab_size != teacher.config.vocab_size {
                 return Err(Error::new(
                     Code::VocabularyMismatch,
                     format!(
                         "the student {} has a vocabulary of {} tokens, the teacher {} one of {}; a student learns the teacher's distribution token by token, so both must be the same",
                         student.path().display(),
-                        student.shape.vocab_size,
+                        student.config.vocab_size,
                         teacher.path().display(),
-                        teacher.shape.vocab_size
+                        teacher.config.vocab_size
                     ),
                 ));
             }
             student.require_same_tokens(teacher)?;
             weights::check(student.path())?;
-            let positions = positions.min(student.shape.max_position_embeddings);
-            Ok((student.shape, positions))
+            let positions = positions.min(student.positions());
+            Ok((student.config, positions))
         }
         Init::Config {
             hidden_size,
@@ -112,16 +113,16 @@ fn student(spec: &JobSpec, teacher: &Folder) -> Result<(Shape, u64)> {
             num_attention_heads,
             num_key_value_heads,
         } => {
-            let shape = Shape {
+            let config = Config {
                 hidden_size: (*hidden_size).into(),
                 intermediate_size: (*intermediate_size).into(),
                 num_hidden_layers: (*num_hidden_layers).into(),
                 num_attention_heads: (*num_attention_heads).into(),
                 num_key_value_heads: (*num_key_value_heads).into(),
-                head_dim: u64::from(hidden_size / num_attention_heads),
-                ..teacher.shape.clone()
+                head_dim: (hidden_size / num_attention_heads).into(),
+                ..teacher.config.clone()
             };
-            Ok((shape, positions))
+            Ok((config, positions))
         }
     }
 }

@@ -104,7 +104,7 @@ fn core_seconds() -> f64 {
     text.split(' ').next().and_then(|nanos| nanos.parse::<f64>().ok()).unwrap_or(0.0) * 1e-9
 }
 
-fn wrong(error: retort_llama::Error) -> Error {
+fn wrong(error: impl std::fmt::Display) -> Error {
     Error::internal(error.to_string())
 }
 

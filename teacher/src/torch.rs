@@ -18,13 +18,15 @@ pub(crate) fn torch(error: TchError) -> Error {
 }
 
 /// What went wrong inside the model crate, in the words the rest of the system knows.
-pub(crate) fn model(error: retort_llama::Error) -> Error {
+pub(crate) fn model(error: impl Into<retort_llama::Error>) -> Error {
     use retort_llama::Error as Llama;
+    let error = error.into();
     if error.is_disk_full() {
         return Error::new(Code::DiskFull, error.to_string());
     }
     let code = match error {
         Llama::Torch(error) => return torch(error),
+        Llama::Folder(error) => return error,
         Llama::NotFound { .. } => Code::FileNotFound,
         Llama::Io { .. } => Code::FileUnreadable,
         Llama::Truncated { .. } => Code::WeightsTruncated,
@@ -32,7 +34,6 @@ pub(crate) fn model(error: retort_llama::Error) -> Error {
         Llama::Unsupported { .. } => Code::ModelUnsupported,
         Llama::TooLong(_) => Code::PromptTooLong,
         Llama::Device(_) => Code::DeviceUnavailable,
-        Llama::Template(_) => Code::PromptMalformed,
         _ => Code::Internal,
     };
     Error::new(code, error.to_string())

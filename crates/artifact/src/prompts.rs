@@ -10,12 +10,13 @@
 mod overlap;
 mod parse;
 mod split;
+mod text;
 
 use retort_core::{Code, Error, Result};
 use serde::Serialize;
 
 pub use overlap::{NGRAM_WORDS, Overlap, overlaps};
-pub use parse::{MAX_FILE_BYTES, MAX_LINE_BYTES, parse, parse_line, read};
+pub use parse::{MAX_FILE_BYTES, MAX_LINE_BYTES, line_of, parse, parse_line, read};
 pub use retort_core::state::Split;
 pub use split::{assign_splits, check_splits};
 
@@ -90,16 +91,17 @@ pub fn to_jsonl(rows: &[Row]) -> Vec<u8> {
     text
 }
 
-/// Refuses a prompt set for score mode in which a row has no completion.
-pub fn require_completions(name: &str, rows: &[Row]) -> Result<()> {
-    match rows.iter().find(|row| row.completion.is_none()) {
+/// Refuses a prompt set for score mode in which a row has no completion. `text` is what the rows
+/// were parsed from.
+pub fn require_completions(name: &str, text: &[u8], rows: &[Row]) -> Result<()> {
+    match rows.iter().position(|row| row.completion.is_none()) {
         None => Ok(()),
         Some(row) => Err(Error::new(
             Code::PromptMalformed,
             format!(
-                "{name}: row {:?} has no \"completion\", which the teacher is to score; add one to every row, or set \
-                 teacher.mode to generate",
-                row.id
+                "{name} line {}: there is no \"completion\", which the teacher is to score; add one to every row, or \
+                 set teacher.mode to generate",
+                line_of(text, row)
             ),
         )),
     }

@@ -8,6 +8,7 @@ use std::os::unix::fs::FileExt;
 use std::path::Path;
 
 use retort_core::{Code, Error, Result};
+use retort_model::{Config, Tokenizer};
 use serde_json::Value;
 
 use crate::layout::Layout;
@@ -38,8 +39,11 @@ const CHUNK: u64 = 4 << 20;
 
 pub(crate) fn import(source: &Path, out: &Path, progress: &mut dyn FnMut(Progress)) -> Result<Imported> {
     let texts = texts(source)?;
+    // As the workers will read them.
+    let config = Config::from_dir(source)?;
+    Tokenizer::from_dir(source)?.require_fits(config.vocab_size)?;
     let files = weight_files(source)?;
-    let model = plan(source, &texts[CONFIG], &files)?;
+    let model = plan(source, &config, &files)?;
 
     let source_sha256 = hash(source, &texts, &files, progress)?;
     let format = Format::HuggingFace { weight_files: files.len() as u32 };
@@ -48,7 +52,7 @@ pub(crate) fn import(source: &Path, out: &Path, progress: &mut dyn FnMut(Progres
         source: source.file_name().map_or_else(|| ".".into(), |name| name.to_string_lossy().into_owned()),
         source_format: format.to_string(),
         source_sha256,
-        architecture: model.layout.family.architecture().to_owned(),
+        architecture: model.layout.architecture.class_name().to_owned(),
         parameters: model.tensors.iter().map(|tensor| tensor.entry.elements()).sum(),
         tensors: model.tensors.len() as u64,
         files: Vec::new(),
@@ -187,9 +191,8 @@ fn is_plain(file: &str) -> bool {
 }
 
 /// Every tensor that the configuration asks for, where it lies, in the order it is written.
-fn plan(source: &Path, config: &[u8], files: &BTreeMap<String, Vec<Stored>>) -> Result<Model> {
-    let path = source.join(CONFIG);
-    let layout = Layout::from_config(&parse(&path, config)?, &path.display().to_string())?;
+fn plan(source: &Path, config: &Config, files: &BTreeMap<String, Vec<Stored>>) -> Result<Model> {
+    let layout = Layout::from_config(config, &source.join(CONFIG).display().to_string())?;
     let malformed = |what: String| Error::new(Code::ModelMalformed, format!("{}: {what}", source.display()));
 
     let mut held = BTreeMap::<&str, (&str, &Stored)>::new();
@@ -234,7 +237,7 @@ fn plan(source: &Path, config: &[u8], files: &BTreeMap<String, Vec<Stored>>) -> 
             format!(
                 "{}: tensor \"{name}\" is none of a {}'s; importing without it would change the model",
                 source.display(),
-                layout.family.architecture()
+                layout.architecture.class_name()
             ),
         ));
     }

@@ -15,6 +15,7 @@ use std::io::BufReader;
 use std::path::Path;
 
 use retort_core::{Error, Result};
+use retort_model::{Config, Tokenizer};
 use serde_json::Value;
 
 use crate::stage::{self, Found, IMPORTER, Receipt, Stage};
@@ -36,11 +37,19 @@ pub(crate) fn import(source: &Path, out: &Path, progress: &mut dyn FnMut(Progres
     let scaling = config::rope_scaling(&gguf, &file, source, &layout)?;
     let plan = tensors::plan(&gguf, &layout)?;
     let dtype = tensors::main_dtype(&plan);
+    let config = config::config(&gguf.metadata, &layout, &vocabulary, scaling, dtype)?;
+    let generation = config::generation_config(&vocabulary);
+    let tokenizer = tokenizer::tokenizer(&vocabulary, &gguf.metadata)?;
+    let tokenizer_config = tokenizer::tokenizer_config(&vocabulary, &gguf.metadata)?;
+    // As the workers will read them.
+    let mut read = Config::from_json(&place, &config)?;
+    read.add_end_tokens(&place, &generation)?;
+    Tokenizer::from_parts(&place, &tokenizer, &tokenizer_config)?.require_fits(read.vocab_size)?;
     let texts = [
-        ("config.json", pretty(&config::config(&gguf.metadata, &layout, &vocabulary, scaling, dtype)?)?),
-        ("generation_config.json", pretty(&config::generation_config(&vocabulary))?),
-        ("tokenizer.json", tokenizer::tokenizer(&vocabulary, &gguf.metadata)?),
-        ("tokenizer_config.json", pretty(&tokenizer::tokenizer_config(&vocabulary, &gguf.metadata)?)?),
+        ("config.json", pretty(&config)?),
+        ("generation_config.json", pretty(&generation)?),
+        ("tokenizer.json", tokenizer),
+        ("tokenizer_config.json", pretty(&tokenizer_config)?),
     ];
 
     let mut done = 0;
@@ -54,7 +63,7 @@ pub(crate) fn import(source: &Path, out: &Path, progress: &mut dyn FnMut(Progres
         source: source.file_name().unwrap_or_default().to_string_lossy().into_owned(),
         source_format: format.to_string(),
         source_sha256,
-        architecture: layout.family.architecture().to_owned(),
+        architecture: layout.architecture.class_name().to_owned(),
         parameters: plan.iter().map(|tensor| tensor.entry.elements()).sum(),
         tensors: plan.len() as u64,
         files: Vec::new(),

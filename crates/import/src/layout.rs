@@ -1,43 +1,16 @@
 //! Which tensors a Llama-family model has, and their shapes, from its configuration.
 
 use retort_core::{Code, Error, Result};
-use serde_json::Value;
+use retort_model::{Architecture, Config};
 
 /// Beyond every model there is; keeps a hostile configuration from asking for endless names.
 const MAX_LAYERS: u64 = 4096;
 const MAX_DIM: u64 = 1 << 24;
 
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(crate) enum Family {
-    Llama,
-    Mistral,
-    Qwen2,
-}
-
-impl Family {
-    const ALL: [Family; 3] = [Family::Llama, Family::Mistral, Family::Qwen2];
-
-    pub(crate) fn architecture(self) -> &'static str {
-        match self {
-            Family::Llama => "LlamaForCausalLM",
-            Family::Mistral => "MistralForCausalLM",
-            Family::Qwen2 => "Qwen2ForCausalLM",
-        }
-    }
-
-    pub(crate) fn model_type(self) -> &'static str {
-        match self {
-            Family::Llama => "llama",
-            Family::Mistral => "mistral",
-            Family::Qwen2 => "qwen2",
-        }
-    }
-}
-
 /// The numbers that tensors' shapes follow from.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub(crate) struct Layout {
-    pub(crate) family: Family,
+    pub(crate) architecture: Architecture,
     pub(crate) hidden: u64,
     pub(crate) intermediate: u64,
     pub(crate) layers: u64,
@@ -61,40 +34,27 @@ pub(crate) struct Expected {
 }
 
 impl Layout {
-    /// From a Hugging Face `config.json`; `place` names it in errors.
-    pub(crate) fn from_config(config: &Value, place: &str) -> Result<Self> {
-        let family = family(config, place)?;
-        let number = |key: &str| {
-            config.get(key).and_then(Value::as_u64).ok_or_else(|| {
-                Error::new(Code::ModelMalformed, format!("{place}: \"{key}\" must be a whole number, and is not there"))
-            })
-        };
-        let optional = |key: &str| match config.get(key) {
-            None | Some(Value::Null) => Ok(None),
-            Some(_) => number(key).map(Some),
-        };
-        let flag = |key: &str| config.get(key).and_then(Value::as_bool).unwrap_or(false);
-        refuse_unsupported(config, place)?;
-        let (hidden, heads) = (number("hidden_size")?, number("num_attention_heads")?);
-        let head_dim = match optional("head_dim")? {
-            Some(head_dim) => head_dim,
-            None => hidden.checked_div(heads).unwrap_or(0),
-        };
-        let layout = Self {
-            family,
-            hidden,
-            intermediate: number("intermediate_size")?,
-            layers: number("num_hidden_layers")?,
-            heads,
-            kv_heads: optional("num_key_value_heads")?.unwrap_or(heads),
-            head_dim,
-            vocab: number("vocab_size")?,
-            tied: flag("tie_word_embeddings"),
-            qkv_bias: family == Family::Qwen2 || (family == Family::Llama && flag("attention_bias")),
-            output_bias: family == Family::Llama && flag("attention_bias"),
-        };
-        layout.check(Code::ModelMalformed, place)?;
-        Ok(layout)
+    /// Of a model that retort computes; `place` names its `config.json` in errors.
+    pub(crate) fn from_config(config: &Config, place: &str) -> Result<Self> {
+        if config.mlp_bias {
+            return Err(Error::new(
+                Code::ModelUnsupported,
+                format!("{place}: \"mlp_bias\" is true, which retort does not import"),
+            ));
+        }
+        Ok(Self {
+            architecture: config.architecture,
+            hidden: config.hidden_size.unsigned_abs(),
+            intermediate: config.intermediate_size.unsigned_abs(),
+            layers: config.num_hidden_layers.unsigned_abs(),
+            heads: config.num_attention_heads.unsigned_abs(),
+            kv_heads: config.num_key_value_heads.unsigned_abs(),
+            head_dim: config.head_dim.unsigned_abs(),
+            vocab: config.vocab_size.unsigned_abs(),
+            tied: config.tie_word_embeddings,
+            qkv_bias: config.qkv_bias,
+            output_bias: config.output_bias,
+        })
     }
 
     /// Every number in range, and fitting the others; else an error of `code`.
@@ -159,48 +119,14 @@ impl Layout {
     }
 }
 
-fn family(config: &Value, place: &str) -> Result<Family> {
-    let named = config.pointer("/architectures/0").and_then(Value::as_str);
-    let model_type = config.get("model_type").and_then(Value::as_str);
-    let found = match named {
-        Some(named) => Family::ALL.into_iter().find(|family| family.architecture() == named),
-        None => Family::ALL.into_iter().find(|family| Some(family.model_type()) == model_type),
-    };
-    found.ok_or_else(|| {
-        let said = named.or(model_type).unwrap_or("none");
-        let known = Family::ALL.map(Family::architecture).join(", ");
-        Error::new(Code::ModelUnsupported, format!("{place}: the architecture is {said}; retort reads {known}"))
-    })
-}
-
-fn refuse_unsupported(config: &Value, place: &str) -> Result<()> {
-    let refuse = |what: String| Err(Error::new(Code::ModelUnsupported, format!("{place}: {what}")));
-    let present = |key: &str| config.get(key).is_some_and(|value| !value.is_null());
-    if present("quantization_config") {
-        return refuse("the weights are quantised (\"quantization_config\"); import the unquantised folder".into());
-    }
-    if config.get("mlp_bias").and_then(Value::as_bool) == Some(true) {
-        return refuse("\"mlp_bias\" is true, which no Llama-family model of retort has".into());
-    }
-    if let Some(act) = config.get("hidden_act").and_then(Value::as_str)
-        && act != "silu"
-    {
-        return refuse(format!("\"hidden_act\" is {act}; retort computes silu"));
-    }
-    for key in ["rope_scaling", "rope_parameters"] {
-        let Some(rope) = config.get(key).and_then(Value::as_object) else { continue };
-        let kind = rope.get("rope_type").or_else(|| rope.get("type")).and_then(Value::as_str).unwrap_or("default");
-        if !matches!(kind, "default" | "llama3") {
-            return refuse(format!("\"{key}\" is of type {kind}; retort computes default and llama3"));
-        }
-    }
-    Ok(())
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;
-    use serde_json::json;
+    use serde_json::{Value, json};
+
+    fn layout(config: &Value) -> Result<Layout> {
+        Layout::from_config(&Config::from_json(&"config.json", config)?, "config.json")
+    }
 
     fn config() -> Value {
         json!({"architectures": ["LlamaForCausalLM"], "hidden_size": 8, "intermediate_size": 16,
@@ -210,26 +136,21 @@ mod tests {
     #[test]
     fn shapes_follow_from_the_configuration() {
         let mut config = config();
-        let layout = Layout::from_config(&config, "config.json").unwrap();
-        assert_eq!((layout.head_dim, layout.tied), (2, false));
-        let tensors = layout.tensors();
+        let sound = layout(&config).unwrap();
+        assert_eq!((sound.head_dim, sound.tied), (2, false));
+        let tensors = sound.tensors();
         assert_eq!(tensors.len(), 2 * 9 + 3);
         let key = tensors.iter().find(|tensor| tensor.name == "model.layers.1.self_attn.k_proj.weight").unwrap();
         assert_eq!(key.shape, [4, 8]);
 
         config["tie_word_embeddings"] = json!(true);
         config["attention_bias"] = json!(true);
-        let names: Vec<String> = Layout::from_config(&config, "config.json")
-            .unwrap()
-            .tensors()
-            .into_iter()
-            .map(|tensor| tensor.name)
-            .collect();
+        let names: Vec<String> = layout(&config).unwrap().tensors().into_iter().map(|tensor| tensor.name).collect();
         assert_eq!(names.len(), 2 * 13 + 2);
         assert!(names.contains(&"model.layers.0.self_attn.o_proj.bias".to_owned()));
 
         config["architectures"] = json!(["Qwen2ForCausalLM"]);
-        assert_eq!(Layout::from_config(&config, "config.json").unwrap().tensors().len(), 2 * 12 + 2);
+        assert_eq!(layout(&config).unwrap().tensors().len(), 2 * 12 + 2);
     }
 
     #[test]
@@ -252,7 +173,7 @@ mod tests {
         for (key, value, code) in cases {
             let mut config = config();
             config[key] = value;
-            assert_eq!(Layout::from_config(&config, "config.json").unwrap_err().code, code, "{key}");
+            assert_eq!(layout(&config).unwrap_err().code, code, "{key}");
         }
     }
 }

@@ -28,9 +28,9 @@ pub enum Error {
     Invalid(String),
     #[error("{0}")]
     Device(String),
-    /// The chat template refused the messages, or is itself at fault.
-    #[error("chat template: {0}")]
-    Template(String),
+    /// A folder's config, tokenizer or chat template: the code says what is wrong with it.
+    #[error(transparent)]
+    Folder(#[from] retort_core::Error),
     /// libtorch refused, most often for want of memory.
     #[error("libtorch: {}", first_line(.0))]
     Torch(#[from] tch::TchError),
@@ -56,7 +56,11 @@ impl Error {
     /// Whether room on a disk is what is missing; the same call may succeed later.
     pub fn is_disk_full(&self) -> bool {
         use std::io::ErrorKind::{QuotaExceeded, StorageFull};
-        matches!(self, Self::Io { source, .. } if matches!(source.kind(), StorageFull | QuotaExceeded))
+        match self {
+            Self::Io { source, .. } => matches!(source.kind(), StorageFull | QuotaExceeded),
+            Self::Folder(error) => error.code == retort_core::Code::DiskFull,
+            _ => false,
+        }
     }
 }
 

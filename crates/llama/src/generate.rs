@@ -4,7 +4,7 @@ use std::ops::ControlFlow;
 
 use tch::{Device, Kind, Tensor};
 
-use crate::{Error, KvCache, Model, Result, Tokenizer};
+use crate::{Error, KvCache, Model, Result};
 
 /// How to choose and when to stop.
 #[derive(Clone, Debug)]
@@ -127,53 +127,6 @@ impl Sampler {
 
 fn token_id(id: i64) -> Result<u32> {
     u32::try_from(id).map_err(|_| Error::Invalid(format!("token id {id} is out of range")))
-}
-
-/// Turns tokens into text as they come, holding back a character until its last byte is there.
-#[derive(Debug)]
-pub struct TextStream<'a> {
-    tokenizer: &'a Tokenizer,
-    /// Tokens whose text is not final, after enough before them to decode alike.
-    ids: Vec<u32>,
-    /// How many of them have been told.
-    told: usize,
-}
-
-impl<'a> TextStream<'a> {
-    pub fn new(tokenizer: &'a Tokenizer) -> Self {
-        Self { tokenizer, ids: Vec::new(), told: 0 }
-    }
-
-    /// The text that a token completes, often one word, sometimes nothing yet.
-    pub fn push(&mut self, token: u32) -> Result<String> {
-        self.ids.push(token);
-        let text = self.pending()?;
-        if text.is_empty() || text.ends_with(char::REPLACEMENT_CHARACTER) {
-            return Ok(String::new());
-        }
-        // What was new now only gives the next tokens their surroundings.
-        self.ids.drain(..self.told);
-        self.told = self.ids.len();
-        Ok(text)
-    }
-
-    /// What is still held back, when no more will come.
-    pub fn finish(self) -> Result<String> {
-        self.pending()
-    }
-
-    fn pending(&self) -> Result<String> {
-        let before = self.tokenizer.decode(&self.ids[..self.told], true)?;
-        let all = self.tokenizer.decode(&self.ids, true)?;
-        // Where a token changes how those before it decode, what was told cannot be taken back.
-        let same: usize = before
-            .chars()
-            .zip(all.chars())
-            .take_while(|(one, other)| one == other)
-            .map(|(one, _)| one.len_utf8())
-            .sum();
-        Ok(all[same..].to_owned())
-    }
 }
 
 #[cfg(test)]

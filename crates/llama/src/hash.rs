@@ -18,13 +18,5 @@ pub fn folder_sha256(dir: &Path) -> Result<String> {
         hasher.update(format!("{} {:?} ", entry.dtype.name(), entry.shape));
         hasher.update(bytes);
     }
-    Ok(hex(&hasher.finalize()))
-}
-
-pub(crate) fn sha256_hex(bytes: &[u8]) -> String {
-    hex(&Sha256::digest(bytes))
-}
-
-fn hex(bytes: &[u8]) -> String {
-    bytes.iter().map(|byte| format!("{byte:02x}")).collect()
+    Ok(hasher.finalize().iter().map(|byte| format!("{byte:02x}")).collect())
 }

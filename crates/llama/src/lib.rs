@@ -12,23 +12,20 @@
 
 mod attention;
 mod cache;
-mod chat_template;
-mod config;
 mod device;
 mod error;
 mod generate;
 mod hash;
 mod model;
 mod rope;
-mod tokenizer;
 mod weights;
 
 pub use cache::KvCache;
-pub use chat_template::{ChatMessage, ChatTemplate};
-pub use config::{Architecture, Config, Llama3Scaling};
 pub use device::{device_from_flag, dtype_from_flag};
 pub use error::{Error, Result};
-pub use generate::{GenerateOptions, Sampler, TextStream, generate, greedy};
+pub use generate::{GenerateOptions, Sampler, generate, greedy};
 pub use hash::folder_sha256;
 pub use model::Model;
-pub use tokenizer::{Tokenizer, copy_text_files};
+pub use retort_model::{
+    Architecture, ChatMessage, ChatTemplate, Config, Llama3Scaling, TextStream, Tokenizer, copy_text_files,
+};

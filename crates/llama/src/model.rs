@@ -9,7 +9,7 @@ use crate::{
     Config, Error, KvCache, Result,
     attention::{self, Mask},
     rope::Rope,
-    weights::{self, Folder, safetensors},
+    weights::{Folder, safetensors},
 };
 
 mod block;
@@ -20,7 +20,7 @@ use block::{Block, norm};
 #[derive(Debug)]
 pub struct Model {
     config: Config,
-    /// In the order of [`weights::table`]; the fields below share their storage.
+    /// In the order of [`Config::tensors`]; the fields below share their storage.
     named: Vec<(String, Tensor)>,
     embedding_vh: Tensor,
     blocks: Vec<Block>,
@@ -38,7 +38,7 @@ impl Model {
     pub fn load(dir: &Path, device: Device, kind: Kind) -> Result<Self> {
         let config = Config::from_dir(dir)?;
         let folder = Folder::open(dir)?;
-        let table = weights::table(&config);
+        let table = config.tensors();
         for (name, shape) in &table {
             let Some((entry, _, place)) = folder.get(name) else {
                 return Err(Error::malformed(folder.place(), format!("lacks tensor {name:?} of shape {shape:?}")));
@@ -80,7 +80,7 @@ impl Model {
             };
             Ok((name, tensor))
         };
-        let table = weights::table(&config);
+        let table = config.tensors();
         let named = tch::no_grad(|| table.into_iter().map(draw).collect::<Result<_>>())?;
         Self::assemble(config, named, device, kind)
     }
@@ -104,7 +104,7 @@ impl Model {
             copy.f_copy_(tensor)?;
             Ok((name, copy))
         };
-        let table = weights::table(&config);
+        let table = config.tensors();
         let copies = tch::no_grad(|| table.into_iter().map(copy).collect::<Result<_>>())?;
         Self::assemble(config, copies, self.device, self.kind)
     }

@@ -7,7 +7,7 @@ use std::{
 
 use serde_json::Value;
 
-use crate::{Config, Error, Result};
+use crate::{Error, Result};
 
 pub(crate) mod safetensors;
 #[cfg(test)]
@@ -19,40 +19,6 @@ const SINGLE: &str = "model.safetensors";
 const INDEX: &str = "model.safetensors.index.json";
 const MAX_INDEX_BYTES: u64 = 1 << 26;
 const MAX_FILES: usize = 4096;
-
-/// Every tensor a model of this shape has, by its name in Hugging Face checkpoints and in the
-/// order of [`crate::Model::parameters`]. A weight is `[outputs, inputs]`.
-pub(crate) fn table(config: &Config) -> Vec<(String, Vec<i64>)> {
-    let (hidden, inner) = (config.hidden_size, config.intermediate_size);
-    let queries = config.num_attention_heads * config.head_dim;
-    let keys = config.num_key_value_heads * config.head_dim;
-    let mut table = vec![("model.embed_tokens.weight".to_owned(), vec![config.vocab_size, hidden])];
-    for layer in 0..config.num_hidden_layers {
-        let mut add = |name: &str, shape: Vec<i64>| table.push((format!("model.layers.{layer}.{name}"), shape));
-        let projections = [
-            ("self_attn.q_proj", queries, hidden, config.qkv_bias),
-            ("self_attn.k_proj", keys, hidden, config.qkv_bias),
-            ("self_attn.v_proj", keys, hidden, config.qkv_bias),
-            ("self_attn.o_proj", hidden, queries, config.output_bias),
-            ("mlp.gate_proj", inner, hidden, config.mlp_bias),
-            ("mlp.up_proj", inner, hidden, config.mlp_bias),
-            ("mlp.down_proj", hidden, inner, config.mlp_bias),
-        ];
-        add("input_layernorm.weight", vec![hidden]);
-        for (name, outputs, inputs, bias) in projections {
-            add(&format!("{name}.weight"), vec![outputs, inputs]);
-            if bias {
-                add(&format!("{name}.bias"), vec![outputs]);
-            }
-        }
-        add("post_attention_layernorm.weight", vec![hidden]);
-    }
-    table.push(("model.norm.weight".to_owned(), vec![hidden]));
-    if !config.tie_word_embeddings {
-        table.push(("lm_head.weight".to_owned(), vec![config.vocab_size, hidden]));
-    }
-    table
-}
 
 /// The open weights of a folder, checked but not read.
 pub(crate) struct Folder {

@@ -38,11 +38,12 @@ pub async fn read_prompts(store: &Store, text: &str) -> Result<PromptFile> {
     }
     let path = local("prompts.path", text)?;
     let read = tokio::task::spawn_blocking(move || read(&path)).await;
-    read.map_err(|error| Error::internal(format!("reading the prompt file failed: {error}")))?
+    let read = read.map_err(|error| Error::internal(format!("reading the prompt file failed: {error}")))?;
+    Ok(PromptFile { name: text.to_owned(), text: read? })
 }
 
 /// Blocks.
-fn read(path: &Path) -> Result<PromptFile> {
+fn read(path: &Path) -> Result<Bytes> {
     let failed = |error| Error::io(path, error);
     let file = File::open(path).map_err(failed)?;
     if !file.metadata().map_err(failed)?.is_file() {
@@ -56,8 +57,7 @@ fn read(path: &Path) -> Result<PromptFile> {
             format!("{}: it takes more than {MAX_FILE_BYTES} bytes; split it into several jobs", path.display()),
         ));
     }
-    let name = path.file_name().unwrap_or(path.as_os_str()).to_string_lossy().into_owned();
-    Ok(PromptFile { name, text: Bytes::from(text) })
+    Ok(Bytes::from(text))
 }
 
 fn shown(text: &str) -> String {

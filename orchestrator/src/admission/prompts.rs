@@ -1,11 +1,11 @@
 //! How long the prompts are, in the teacher's tokens.
 
-use retort_artifact::prompts::{Row, Split};
+use retort_artifact::prompts::{Row, Split, line_of};
 use retort_core::{
     Code, Error, Result,
     spec::{JobSpec, TeacherMode},
 };
-use tokenizers::Tokenizer;
+use retort_model::Tokenizer;
 
 use super::PromptFile;
 use crate::planner::RowCounts;
@@ -49,14 +49,11 @@ pub fn measure(
 }
 
 fn tokens(tokenizer: &Tokenizer, text: &str) -> Result<u64> {
-    let encoding = tokenizer.encode_fast(text, false).map_err(|error| {
-        Error::new(Code::ModelMalformed, format!("the teacher's tokenizer cannot read a prompt: {error}"))
-    })?;
-    Ok(encoding.len() as u64)
+    Ok(tokenizer.encode(text, false)?.len() as u64)
 }
 
 fn too_long(spec: &JobSpec, file: &PromptFile, index: usize, prompt: u64, target: u64, positions: u64) -> Error {
-    let place = line_of(file, index).map_or_else(|| format!("row {}", index + 1), |line| format!("line {line}"));
+    let line = line_of(&file.text, index);
     let (what, way_out) = match spec.teacher.mode {
         TeacherMode::Generate => ("max_new_tokens", "shorten the prompt or lower teacher.sampling.max_new_tokens"),
         TeacherMode::Score => ("its completion's", "shorten the prompt or its completion"),
@@ -64,18 +61,8 @@ fn too_long(spec: &JobSpec, file: &PromptFile, index: usize, prompt: u64, target
     Error::new(
         Code::PromptTooLong,
         format!(
-            "{} {place}: the prompt has {prompt} tokens; with {what} {target} it exceeds the model's context of {positions}: {way_out}",
+            "{} line {line}: the prompt has {prompt} tokens; with {what} {target} it exceeds the model's context of {positions}: {way_out}",
             file.name
         ),
     )
-}
-
-/// The line of the nth row: blank lines hold no row.
-fn line_of(file: &PromptFile, row: usize) -> Option<usize> {
-    file.text
-        .split(|&byte| byte == b'\n')
-        .enumerate()
-        .filter(|(_, line)| !line.iter().all(u8::is_ascii_whitespace))
-        .nth(row)
-        .map(|(index, _)| index + 1)
 }

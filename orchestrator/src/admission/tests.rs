@@ -77,8 +77,12 @@ async fn paths_that_lead_nowhere_are_named() {
         spec.teacher.model = folder.join("no-teacher").display().to_string();
     })
     .await;
-    check(Code::FileNotFound, "config.json", |folder, _| {
+    check(Code::FileNotFound, "is no model folder, it has no config.json", |folder, _| {
         std::fs::remove_file(folder.join("teacher/config.json")).unwrap()
+    })
+    .await;
+    check(Code::FileNotFound, "student.init.checkpoint.model: ", |folder, spec| {
+        spec.student.init = Init::Checkpoint { model: folder.display().to_string() };
     })
     .await;
     check(Code::FileNotFound, "tokenizer.json", |folder, _| {
@@ -103,7 +107,14 @@ async fn prompt_files_are_refused_by_line() {
     })
     .await;
     check(Code::PromptSetTooSmall, "prompts.jsonl", |folder, _| write(folder, &prompts(1))).await;
-    check(Code::PromptMalformed, "completion", |_, spec| spec.teacher.mode = TeacherMode::Score).await;
+    check(Code::PromptMalformed, "prompts.jsonl line 1: there is no \"completion\"", |_, spec| {
+        spec.teacher.mode = TeacherMode::Score;
+    })
+    .await;
+    let (world, spec) = inputs().await;
+    write(world.folder.path(), "{");
+    let place = format!("{} line 1: ", spec.prompts.path);
+    check_refused(&world, &spec, Code::PromptMalformed, &place).await;
 }
 
 #[tokio::test]
@@ -148,20 +159,24 @@ async fn teachers_that_cannot_be_run_are_refused() {
     };
     check(
         Code::ModelUnsupported,
-        "GPT2LMHeadModel; supported are LlamaForCausalLM",
+        "\"GPT2LMHeadModel\" is not supported; supported are LlamaForCausalLM",
         change("architectures", json!(["GPT2LMHeadModel"])),
     )
     .await;
-    check(Code::ModelUnsupported, "quantised (gptq)", change("quantization_config", json!({"quant_method": "gptq"})))
-        .await;
-    check(Code::ModelMalformed, "num_hidden_layers is missing", change("num_hidden_layers", json!(null))).await;
-    check(Code::ModelMalformed, "hidden_size is -8", change("hidden_size", json!(-8))).await;
-    check(Code::ModelMalformed, "num_key_value_heads (3)", change("num_key_value_heads", json!(3))).await;
+    check(
+        Code::ModelUnsupported,
+        "quantised (\"gptq\")",
+        change("quantization_config", json!({"quant_method": "gptq"})),
+    )
+    .await;
+    check(Code::ModelMalformed, "lacks \"num_hidden_layers\"", change("num_hidden_layers", json!(null))).await;
+    check(Code::ModelMalformed, "\"hidden_size\" is -8", change("hidden_size", json!(-8))).await;
+    check(Code::ModelMalformed, "\"num_key_value_heads\" is 3", change("num_key_value_heads", json!(3))).await;
     check(Code::ModelMalformed, "config.json", |folder, _| {
         std::fs::write(folder.join("teacher/config.json"), "{").unwrap();
     })
     .await;
-    check(Code::ModelMalformed, "it is no tokenizer", |folder, _| {
+    check(Code::ModelMalformed, "tokenizer.json: is no tokenizer", |folder, _| {
         std::fs::write(folder.join("teacher/tokenizer.json"), "{}").unwrap();
     })
     .await;
@@ -169,6 +184,44 @@ async fn teachers_that_cannot_be_run_are_refused() {
         write_model(&folder.join("teacher"), &config(16), 20);
     })
     .await;
+}
+
+/// What no worker could load is not admitted: both read the folder with the same code.
+#[tokio::test]
+async fn configs_that_no_worker_loads_are_refused() {
+    for (name, value, says) in [
+        ("rms_norm_eps", json!(0), "\"rms_norm_eps\" is 0"),
+        ("rms_norm_eps", json!("x"), "\"rms_norm_eps\" is \"x\""),
+        ("rope_theta", json!(-1), "\"rope_theta\" is -1"),
+        ("rope_scaling", json!({"rope_type": "llama3"}), "llama3 rope scaling lacks \"factor\""),
+        ("max_position_embeddings", json!(0), "\"max_position_embeddings\" is 0"),
+        ("eos_token_id", json!(-3), "\"eos_token_id\" is -3"),
+        ("eos_token_id", json!(16), "\"eos_token_id\" is 16, but the vocabulary has 16 tokens"),
+    ] {
+        check(Code::ModelMalformed, says, |folder, _| {
+            let mut config = config(16);
+            config[name] = value;
+            write_model(&folder.join("teacher"), &config, 2);
+        })
+        .await;
+    }
+}
+
+#[tokio::test]
+async fn chat_templates_that_do_not_work_are_refused() {
+    let template = |text: &'static str| {
+        move |folder: &Path, _: &mut JobSpec| {
+            std::fs::write(folder.join("teacher/chat_template.jinja"), text).unwrap();
+        }
+    };
+    check(Code::ModelMalformed, "chat_template.jinja: the chat template does not work: syntax", template("{% if"))
+        .await;
+    let hostile =
+        "{% set n = namespace(x='aaaaaaaaaa') %}{% for i in range(40) %}{% set n.x = n.x ~ n.x %}{% endfor %}";
+    check(Code::ModelMalformed, "chat_template.jinja: the chat template does not work: ", template(hostile)).await;
+    let (world, spec) = inputs().await;
+    template("{{ raise_exception('I want a system turn') }}")(world.folder.path(), &mut spec.clone());
+    admit(&world.context, &spec).await.unwrap();
 }
 
 #[tokio::test]

@@ -5,7 +5,10 @@ use std::{collections::HashMap, fs::File, io::Read, path::Path};
 use retort_core::{Code, Error, Result};
 use serde_json::{Map, Value};
 
-use super::{Message, Role, Row, Split};
+use super::{
+    Message, Role, Row, Split,
+    text::{Unique, is_blank, without_nul},
+};
 
 /// Longest line, bytes.
 pub const MAX_LINE_BYTES: usize = 1 << 20;
@@ -31,8 +34,7 @@ pub fn read(path: &Path) -> Result<Vec<Row>> {
             format!("{}: it takes more than {MAX_FILE_BYTES} bytes; split it into several jobs", path.display()),
         ));
     }
-    let name = path.file_name().unwrap_or(path.as_os_str()).to_string_lossy();
-    parse(&name, &text)
+    parse(&path.display().to_string(), &text)
 }
 
 /// Reads all rows of a prompt file; `name` stands before every message.
@@ -74,6 +76,13 @@ pub fn parse(name: &str, text: &[u8]) -> Result<Vec<Row>> {
     Ok(rows)
 }
 
+/// The line of the nth row, both counted as [`parse`] counts them: rows from 0, lines from 1.
+pub fn line_of(text: &[u8], row: usize) -> usize {
+    let blank = |line: &[u8]| line.iter().all(u8::is_ascii_whitespace);
+    let mut lines = text.split(|&byte| byte == b'\n').enumerate().filter(|(_, line)| !blank(line));
+    lines.nth(row).map_or(0, |(index, _)| index + 1)
+}
+
 /// Reads one row; `line_no` counts from 1.
 pub fn parse_line(name: &str, line_no: usize, line: &str) -> Result<Row> {
     let place = format!("{name} line {line_no}");
@@ -81,10 +90,14 @@ pub fn parse_line(name: &str, line_no: usize, line: &str) -> Result<Row> {
         return Err(too_long(&place, line.len()));
     }
     let bad = |why: String| malformed(&place, why);
-    let value: Value = serde_json::from_str(line).map_err(|error| {
+    let Unique(value) = serde_json::from_str(line).map_err(|error| {
         let text = error.to_string();
         let what = text.split(" at line ").next().unwrap_or(&text);
-        bad(format!("not JSON at column {}: {what}", error.column()))
+        if error.is_data() {
+            bad(what.to_owned())
+        } else {
+            bad(format!("not JSON at column {}: {what}", error.column()))
+        }
     })?;
     let Value::Object(mut object) = value else {
         return Err(bad("it must be a JSON object, like {\"messages\": [...]}".to_owned()));
@@ -102,13 +115,13 @@ pub fn parse_line(name: &str, line_no: usize, line: &str) -> Result<Row> {
         split: split(object.remove("split")).map_err(bad)?,
         completion: match object.remove("completion") {
             None | Some(Value::Null) => None,
-            Some(Value::String(text)) if text.trim().is_empty() => {
+            Some(Value::String(text)) if is_blank(&text) => {
                 return Err(Error::new(
                     Code::PromptEmpty,
                     format!("{place}: \"completion\" is empty; leave it out or fill it"),
                 ));
             }
-            Some(Value::String(text)) => Some(text),
+            Some(Value::String(text)) => Some(without_nul("\"completion\"", text).map_err(bad)?),
             Some(other) => return Err(bad(format!("\"completion\" must be a string, it is {}", kind(&other)))),
         },
     })
@@ -144,9 +157,10 @@ fn messages(place: &str, list: Vec<Value>) -> Result<Vec<Message>> {
             Some(other) => return Err(bad(format!("messages[{i}].content must be a string, it is {}", kind(&other)))),
             None => return Err(bad(format!("messages[{i}].content is missing"))),
         };
-        if content.trim().is_empty() {
+        if is_blank(&content) {
             return Err(Error::new(Code::PromptEmpty, format!("{place}: messages[{i}].content is empty")));
         }
+        let content = without_nul(&format!("messages[{i}].content"), content).map_err(bad)?;
         if role == Role::System && i > 0 {
             return Err(bad(format!("messages[{i}] is a system turn; only the first message may be one")));
         }
@@ -194,7 +208,7 @@ fn optional_text(object: &mut Map<String, Value>, key: &str) -> Result<Option<St
 
 /// A short text on one line.
 fn name(what: &str, text: String) -> Result<String, String> {
-    if text.trim().is_empty() {
+    if is_blank(&text) {
         Err(format!("{what} is empty"))
     } else if text.len() > MAX_NAME_BYTES {
         Err(format!("{what} takes {} bytes, at most {MAX_NAME_BYTES}", text.len()))

@@ -61,7 +61,7 @@ pub fn check_splits(name: &str, rows: &[Row]) -> Result<()> {
             Code::PromptSetTooSmall,
             format!(
                 "{name}: {train} rows to train on and {held_out} held out; each side needs at least one row that does \
-                 not repeat the other's"
+                 not repeat the other's: add prompts, or say \"split\": \"held_out\" in some rows and \"train\" in others"
             ),
         ));
     }

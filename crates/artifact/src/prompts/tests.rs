@@ -45,6 +45,16 @@ fn each_malformed_line_has_its_message() {
             r#"{"mesages": []}"#,
             r#"unknown key "mesages", did you mean "messages"?; known are id, messages, tags, split, completion"#,
         ),
+        (r#"{"messages": [], "messages": []}"#, r#"the key "messages" is there twice"#),
+        (r#"{"messages": [{"role": "user", "content": "a", "content": "b"}]}"#, r#"the key "content" is there twice"#),
+        (
+            r#"{"messages": [{"role": "user", "content": "a\u0000b"}]}"#,
+            "messages[0].content has the character U+0000 in it; remove it",
+        ),
+        (
+            r#"{"messages": [{"role": "user", "content": "a"}], "completion": "\u0000b"}"#,
+            r#""completion" has the character U+0000 in it; remove it"#,
+        ),
         (r#"{"zzz": 1}"#, r#"unknown key "zzz"; known are id, messages, tags, split, completion"#),
         (r#"{"id": "a"}"#, r#""messages" is missing"#),
         (r#"{"messages": "hi"}"#, r#""messages" must be a list, it is a string"#),
@@ -110,6 +120,8 @@ fn each_malformed_line_has_its_message() {
     let empty = [
         (r#"{"messages": []}"#, r#""messages" is empty"#),
         (r#"{"messages": [{"role": "user", "content": " \n"}]}"#, "messages[0].content is empty"),
+        (r#"{"messages": [{"role": "user", "content": "\u200b\ufeff \u2060"}]}"#, "messages[0].content is empty"),
+        (r#"{"messages": [{"role": "user", "content": "\u0000\u0007"}]}"#, "messages[0].content is empty"),
         (
             r#"{"messages": [{"role": "user", "content": "a"}], "completion": ""}"#,
             r#""completion" is empty; leave it out or fill it"#,
@@ -184,16 +196,17 @@ fn one_prompt_in_both_splits_is_refused() {
 
 #[test]
 fn a_missing_completion_is_named_in_score_mode() {
+    let text = b"\n{\"messages\":...}\n  \n{\"messages\":...}";
     let mut rows = vec![row("a", "x", None), row("b", "y", None)];
     rows[0].completion = Some("z".to_owned());
-    let error = require_completions("prompts.jsonl", &rows).unwrap_err();
+    let error = require_completions("prompts.jsonl", text, &rows).unwrap_err();
     assert_eq!(
         error.message,
-        "prompts.jsonl: row \"b\" has no \"completion\", which the teacher is to score; add one to every row, or set \
+        "prompts.jsonl line 4: there is no \"completion\", which the teacher is to score; add one to every row, or set \
          teacher.mode to generate"
     );
     rows[1].completion = Some("z".to_owned());
-    require_completions("prompts.jsonl", &rows).unwrap();
+    require_completions("prompts.jsonl", text, &rows).unwrap();
 }
 
 #[test]
@@ -224,7 +237,7 @@ fn a_file_is_read_and_named() {
     let path = folder.path().join("my prompts.jsonl");
     assert_eq!(read(&path).unwrap_err().code, Code::FileNotFound);
     std::fs::write(&path, "{}").unwrap();
-    assert_eq!(read(&path).unwrap_err().message, "my prompts.jsonl line 1: \"messages\" is missing");
+    assert_eq!(read(&path).unwrap_err().message, format!("{} line 1: \"messages\" is missing", path.display()));
     assert_eq!(read(folder.path()).unwrap_err().code, Code::FileUnreadable);
 }
 
@@ -344,7 +357,8 @@ fn assigned_splits_never_leak() {
     assert_eq!(error.code, Code::PromptSetTooSmall);
     assert_eq!(
         error.message,
-        "prompts.jsonl: 2 rows to train on and 0 held out; each side needs at least one row that does not repeat the other's"
+        "prompts.jsonl: 2 rows to train on and 0 held out; each side needs at least one row that does not repeat the other's: \
+         add prompts, or say \"split\": \"held_out\" in some rows and \"train\" in others"
     );
 }
 

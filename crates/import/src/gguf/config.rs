@@ -6,13 +6,14 @@ use std::os::unix::fs::FileExt;
 use std::path::Path;
 
 use retort_core::{Code, Error, Result};
+use retort_model::Architecture;
 use serde_json::{Map, Value, json};
 
 use super::metadata::Metadata;
 use super::quant::Kind;
 use super::reader::Gguf;
 use super::vocabulary::Vocabulary;
-use crate::layout::{Family, Layout};
+use crate::layout::Layout;
 use crate::weights::Dtype;
 
 /// Llama 3.1's scaling of rotary frequencies, as `config.json` states it.
@@ -32,9 +33,9 @@ pub(crate) fn layout(gguf: &Gguf, tokens: u64) -> Result<Layout> {
     let metadata = &gguf.metadata;
     let architecture = metadata.required("general.architecture", metadata.string("general.architecture"))?;
     let family = match architecture {
-        "llama" if metadata.contains("llama.attention.sliding_window") => Family::Mistral,
-        "llama" => Family::Llama,
-        "qwen2" => Family::Qwen2,
+        "llama" if metadata.contains("llama.attention.sliding_window") => Architecture::Mistral,
+        "llama" => Architecture::Llama,
+        "qwen2" => Architecture::Qwen2,
         other => {
             return Err(metadata
                 .unsupported(format!("the architecture is {other}; retort reads llama (with Mistral) and qwen2")));
@@ -56,7 +57,7 @@ pub(crate) fn layout(gguf: &Gguf, tokens: u64) -> Result<Layout> {
         return Err(metadata.malformed(format!("{tokens} tokens do not fit an embedding of {vocab} rows")));
     }
     let layout = Layout {
-        family,
+        architecture: family,
         hidden,
         intermediate: number("feed_forward_length")?,
         layers: number("block_count")?,
@@ -65,10 +66,10 @@ pub(crate) fn layout(gguf: &Gguf, tokens: u64) -> Result<Layout> {
         head_dim,
         vocab,
         tied: !gguf.tensors.contains_key("output.weight"),
-        qkv_bias: family == Family::Qwen2 || gguf.tensors.contains_key("blk.0.attn_q.bias"),
-        output_bias: family != Family::Qwen2 && gguf.tensors.contains_key("blk.0.attn_output.bias"),
+        qkv_bias: family == Architecture::Qwen2 || gguf.tensors.contains_key("blk.0.attn_q.bias"),
+        output_bias: family != Architecture::Qwen2 && gguf.tensors.contains_key("blk.0.attn_output.bias"),
     };
-    if layout.qkv_bias != layout.output_bias && family != Family::Qwen2 {
+    if layout.qkv_bias != layout.output_bias && family != Architecture::Qwen2 {
         return Err(metadata.unsupported("only some attention projections have a bias, which no llama model has"));
     }
     layout.check(Code::GgufMalformed, metadata.place())?;
@@ -105,7 +106,7 @@ pub(crate) fn rope_scaling(gguf: &Gguf, file: &File, path: &Path, layout: &Layou
     if divisors.iter().all(|divisor| *divisor == 1.0) {
         return Ok(None);
     }
-    let theta = rope_theta(metadata, layout.family)?;
+    let theta = rope_theta(metadata, layout.architecture)?;
     // The lowest frequency is divided by the whole factor. Only the context's ratio to the two
     // frequency factors matters, and those are the same in every published model.
     let factor = f64::from(divisors.iter().copied().fold(1.0, f32::max));
@@ -151,17 +152,21 @@ pub(crate) fn config(
     scaling: Option<Llama3Scaling>,
     dtype: Dtype,
 ) -> Result<Value> {
-    let architecture = if layout.family == Family::Qwen2 { "qwen2" } else { "llama" };
+    let architecture = if layout.architecture == Architecture::Qwen2 { "qwen2" } else { "llama" };
     let key = |name: &str| format!("{architecture}.{name}");
     let epsilon_key = key("attention.layer_norm_rms_epsilon");
     let epsilon = metadata.required(&epsilon_key, metadata.float(&epsilon_key))?;
     if epsilon <= 0.0 {
         return Err(metadata.malformed(format!("{epsilon_key} is {epsilon}, not above 0")));
     }
-    let context = metadata.required(&key("context_length"), metadata.unsigned(&key("context_length")))?;
+    let context_key = key("context_length");
+    let context = metadata.required(&context_key, metadata.unsigned(&context_key))?;
+    if context == 0 {
+        return Err(metadata.malformed(format!("{context_key} is 0, not above 0")));
+    }
     let mut config = json!({
-        "architectures": [layout.family.architecture()],
-        "model_type": layout.family.model_type(),
+        "architectures": [layout.architecture.class_name()],
+        "model_type": layout.architecture.model_type(),
         "attention_dropout": 0.0,
         "hidden_act": "silu",
         "hidden_size": layout.hidden,
@@ -179,25 +184,25 @@ pub(crate) fn config(
             "high_freq_factor": HIGH_FREQ_FACTOR,
             "original_max_position_embeddings": scaling.original_context,
         })),
-        "rope_theta": rope_theta(metadata, layout.family)?,
+        "rope_theta": rope_theta(metadata, layout.architecture)?,
         "tie_word_embeddings": layout.tied,
         "torch_dtype": dtype.torch_name(),
         "use_cache": true,
         "vocab_size": layout.vocab,
     });
     let object = object(&mut config)?;
-    match layout.family {
-        Family::Llama => {
+    match layout.architecture {
+        Architecture::Llama => {
             object.insert("attention_bias".into(), json!(layout.qkv_bias));
             object.insert("mlp_bias".into(), json!(false));
             object.insert("head_dim".into(), json!(layout.head_dim));
         }
-        Family::Mistral => {
+        Architecture::Mistral => {
             object.insert("head_dim".into(), json!(layout.head_dim));
             let window = metadata.unsigned(&key("attention.sliding_window"))?.filter(|window| *window > 0);
             object.insert("sliding_window".into(), json!(window));
         }
-        Family::Qwen2 => {
+        Architecture::Qwen2 => {
             if layout.head_dim * layout.heads != layout.hidden {
                 return Err(metadata.unsupported(format!(
                     "{} heads of {} values do not make the hidden size {}, as qwen2 needs",
@@ -235,8 +240,8 @@ fn object(value: &mut Value) -> Result<&mut Map<String, Value>> {
     value.as_object_mut().ok_or_else(|| Error::internal("a configuration is not an object"))
 }
 
-fn rope_theta(metadata: &Metadata, family: Family) -> Result<f64> {
-    let key = if family == Family::Qwen2 { "qwen2.rope.freq_base" } else { "llama.rope.freq_base" };
+fn rope_theta(metadata: &Metadata, family: Architecture) -> Result<f64> {
+    let key = if family == Architecture::Qwen2 { "qwen2.rope.freq_base" } else { "llama.rope.freq_base" };
     let theta = metadata.float(key)?.unwrap_or(10_000.0);
     if theta < 1.0 { Err(metadata.malformed(format!("{key} is {theta}, below 1"))) } else { Ok(theta) }
 }

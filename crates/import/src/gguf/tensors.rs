@@ -9,11 +9,12 @@ use std::os::unix::fs::FileExt;
 use std::path::Path;
 
 use retort_core::{Error, Result};
+use retort_model::Architecture;
 
 use super::config::ROPE_FREQS;
 use super::quant::Kind;
 use super::reader::{Gguf, Tensor};
-use crate::layout::{Expected, Family, Layout};
+use crate::layout::{Expected, Layout};
 use crate::weights::{self, Dtype, Entry, Sink};
 
 /// About how many values are in memory at a time.
@@ -48,7 +49,7 @@ pub(crate) fn plan(gguf: &Gguf, layout: &Layout) -> Result<Vec<Planned>> {
             )));
         }
         let rotary = name.contains(".q_proj.") || name.contains(".k_proj.");
-        let interleaved = (rotary && layout.family != Family::Qwen2).then_some(layout.head_dim);
+        let interleaved = (rotary && layout.architecture != Architecture::Qwen2).then_some(layout.head_dim);
         if interleaved.is_some() && shape.len() == 1 && tensor.kind.block_values() > 1 {
             return Err(
                 metadata.unsupported(format!("tensor \"{theirs}\" is a quantised bias, {}", tensor.kind.name()))
@@ -59,7 +60,7 @@ pub(crate) fn plan(gguf: &Gguf, layout: &Layout) -> Result<Vec<Planned>> {
     if let Some(name) = left.keys().next() {
         return Err(metadata.unsupported(format!(
             "tensor \"{name}\" is none of a {}'s; importing without it would change the model",
-            layout.family.architecture()
+            layout.architecture.class_name()
         )));
     }
     weights::order(&mut plan, |planned: &Planned| planned.entry.dtype);

@@ -185,3 +185,29 @@ fn what_is_missing_or_wrong_is_named() {
         "where the index puts it",
     );
 }
+
+/// What comes out of an import is read by workers; both read with the same code.
+#[test]
+fn what_no_worker_loads_is_refused() {
+    for (key, value, said) in [
+        ("rms_norm_eps", json!(0), "\"rms_norm_eps\" is 0"),
+        ("rms_norm_eps", json!("x"), "\"rms_norm_eps\" is \"x\""),
+        ("rope_theta", json!(-1), "\"rope_theta\" is -1"),
+        ("rope_scaling", json!({"rope_type": "llama3"}), "llama3 rope scaling lacks \"factor\""),
+        ("max_position_embeddings", json!(0), "\"max_position_embeddings\" is 0"),
+        ("eos_token_id", json!(1_000_000_000_000u64), "\"eos_token_id\" is 1000000000000"),
+        ("eos_token_id", json!(269), "\"eos_token_id\" is 269, but the vocabulary has 269 tokens"),
+        ("eos_token_id", json!(-3), "\"eos_token_id\" is -3"),
+        ("eos_token_id", json!([1, "a"]), "\"eos_token_id\" is \"a\""),
+    ] {
+        refused(|source| set(source, key, value), Code::ModelMalformed, &format!("config.json: {said}"));
+    }
+    let write = |name: &'static str, text: &'static str| {
+        move |source: &std::path::Path| std::fs::write(source.join(name), text).unwrap()
+    };
+    refused(write("tokenizer.json", "{}"), Code::ModelMalformed, "tokenizer.json: is no tokenizer");
+    let template = "chat_template.jinja: the chat template does not work: ";
+    refused(write("chat_template.jinja", "{% endif %}"), Code::ModelMalformed, template);
+    refused(write("chat_template.jinja", "{{ nothing.more.here }}"), Code::ModelMalformed, template);
+    refused(|source| set(source, "vocab_size", json!(100)), Code::VocabularyMismatch, "its highest token is 268");
+}

@@ -152,6 +152,12 @@ fn metadata_that_retort_cannot_follow() {
     refused(&set("general.architecture", text("gemma2")), Code::ModelUnsupported, "gemma2");
     refused(&set("general.architecture", Value::U32(1)), Code::GgufMalformed, "not a string");
     refused(&set("general.type", text("adapter")), Code::ModelUnsupported, "adapter");
+    refused(&set("llama.context_length", Value::U32(0)), Code::GgufMalformed, "llama.context_length is 0");
+    refused(
+        &set("tokenizer.chat_template", text("{% if %}")),
+        Code::ModelMalformed,
+        "model.gguf: the chat template does not work: syntax error",
+    );
     refused(&set("split.count", Value::U32(3)), Code::ModelUnsupported, "3 files");
     refused(&set("llama.expert_count", Value::U32(8)), Code::ModelUnsupported, "8 experts");
     refused(&set("llama.rope.scaling.type", text("yarn")), Code::ModelUnsupported, "yarn");

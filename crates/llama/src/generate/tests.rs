@@ -1,22 +1,4 @@
 use super::*;
-use crate::tokenizer;
-
-#[test]
-fn a_stream_never_tells_half_a_character() {
-    let dir = tempfile::tempdir().unwrap();
-    tokenizer::tests::write(dir.path());
-    let tokenizer = Tokenizer::from_dir(dir.path()).unwrap();
-    let text = "a\u{e9}\u{4f60}\u{1f600}!";
-    let ids = tokenizer.encode(text, false).unwrap();
-    let mut stream = TextStream::new(&tokenizer);
-    let told: Vec<String> = ids.iter().map(|&id| stream.push(id).unwrap()).filter(|told| !told.is_empty()).collect();
-    assert_eq!(told, ["a", "\u{e9}", "\u{4f60}", "\u{1f600}", "!"]);
-    assert_eq!(stream.finish().unwrap(), "");
-
-    let mut stream = TextStream::new(&tokenizer);
-    assert!(ids[..2].iter().map(|&id| stream.push(id).unwrap()).collect::<String>() == "a");
-    assert_eq!(stream.finish().unwrap(), "\u{fffd}", "what never became a character");
-}
 
 #[test]
 fn samples_follow_temperature_and_mass() {

@@ -1,3 +1,4 @@
+use retort_core::Code;
 use serde_json::json;
 
 use super::*;
@@ -80,7 +81,13 @@ fn nonsense_is_named() {
             "rope scaling \"yarn\" is not supported; supported are default, llama3",
         ),
         ("rope_scaling", json!({ "rope_type": "llama3" }), "llama3 rope scaling lacks \"factor\""),
-        ("eos_token_id", json!("</s>"), "\"eos_token_id\" must be a token id or a list of them"),
+        ("eos_token_id", json!("</s>"), "\"eos_token_id\" is \"</s>\"; it must be a token id or a list of them"),
+        ("eos_token_id", json!(-3), "\"eos_token_id\" is -3; it must be a token id"),
+        ("eos_token_id", json!([1, "a"]), "\"eos_token_id\" is \"a\"; it must be a token id"),
+        ("eos_token_id", json!(1_000_000_000_000_u64), "\"eos_token_id\" is 1000000000000; it must be a token id"),
+        ("eos_token_id", json!(256), "\"eos_token_id\" is 256, but the vocabulary has 256 tokens"),
+        ("rms_norm_eps", json!("x"), "\"rms_norm_eps\" is \"x\"; it must be a number"),
+        ("max_position_embeddings", json!(0), "\"max_position_embeddings\" is 0; it must be 1 to"),
         ("hidden_act", json!("gelu"), "\"hidden_act\" is \"gelu\"; only \"silu\" is supported"),
         ("quantization_config", json!({ "quant_method": "gptq" }), "the weights are quantised (\"gptq\")"),
         ("attention_bias", json!("yes"), "\"attention_bias\" is \"yes\"; it must be true or false"),
@@ -106,17 +113,20 @@ fn end_tokens_of_both_files_count() {
     std::fs::write(dir.path().join("config.json"), sound().to_string()).unwrap();
     std::fs::write(dir.path().join("generation_config.json"), r#"{"eos_token_id": [2, 7]}"#).unwrap();
     assert_eq!(Config::from_dir(dir.path()).unwrap().eos_token_ids, [2, 7]);
+    std::fs::write(dir.path().join("generation_config.json"), r#"{"eos_token_id": 300}"#).unwrap();
+    let error = Config::from_dir(dir.path()).unwrap_err().to_string();
+    assert!(error.contains("generation_config.json: \"eos_token_id\" is 300"), "{error}");
 }
 
 #[test]
 fn a_missing_or_broken_file_is_named() {
     let dir = tempfile::tempdir().unwrap();
     let path = dir.path().join("config.json");
-    assert!(matches!(Config::from_dir(dir.path()).unwrap_err(), Error::NotFound { .. }));
+    assert_eq!(Config::from_dir(dir.path()).unwrap_err().code, Code::FileNotFound);
     std::fs::write(&path, "{\"hidden_size\": 64,").unwrap();
     let error = Config::from_dir(dir.path()).unwrap_err().to_string();
     assert!(error.contains("config.json: EOF while parsing"), "{error}");
     std::fs::File::create(&path).unwrap().set_len(1 << 30).unwrap();
     let error = Config::from_dir(dir.path()).unwrap_err().to_string();
-    assert!(error.contains("is too large for a config"), "{error}");
+    assert!(error.contains("config.json: is larger than 4194304 bytes"), "{error}");
 }

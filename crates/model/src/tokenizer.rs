@@ -1,11 +1,16 @@
 //! Text to token ids and back, and conversations to prompts, by the model's own files.
 
-use std::{fs, path::Path};
+use std::{collections::HashMap, fs, path::Path};
 
+use retort_core::{Code, Error, Result};
 use serde_json::Value;
+use sha2::{Digest as _, Sha256};
 use time::OffsetDateTime;
 
-use crate::{ChatMessage, ChatTemplate, Error, Result, chat_template, hash::sha256_hex};
+use crate::{
+    ChatMessage, ChatTemplate, chat_template,
+    file::{malformed, read, read_json_if_there},
+};
 
 /// Large vocabularies come to some twenty megabytes.
 const MAX_TOKENIZER_BYTES: u64 = 1 << 28;
@@ -33,49 +38,59 @@ pub struct Tokenizer {
 
 impl Tokenizer {
     /// Reads `tokenizer.json`, and, where there are any, `tokenizer_config.json`,
-    /// `special_tokens_map.json` and `chat_template.jinja`.
+    /// `special_tokens_map.json` and `chat_template.jinja`, and tries the template once.
     pub fn from_dir(dir: &Path) -> Result<Self> {
         let path = dir.join("tokenizer.json");
-        let place = path.display().to_string();
         let bytes = read(&path, MAX_TOKENIZER_BYTES)?;
-        let sha256 = sha256_hex(&bytes);
-        let mut inner = tokenizers::Tokenizer::from_bytes(&bytes)
-            .map_err(|error| Error::malformed(&place, format!("is no tokenizer: {error}")))?;
+        let config = read_json_if_there(&dir.join("tokenizer_config.json"), MAX_CONFIG_BYTES)?;
+        let map = read_json_if_there(&dir.join("special_tokens_map.json"), MAX_CONFIG_BYTES)?;
+        let source = chat_template::find_source(dir, &config)?;
+        Self::assemble(&path.display().to_string(), &bytes, special_tokens(&[&config, &map]), source)
+    }
+
+    /// As [`Tokenizer::from_dir`] of a folder with these two files, `tokenizer.json` and
+    /// `tokenizer_config.json`; errors call both `place`.
+    pub fn from_parts(place: &str, tokenizer: &[u8], config: &Value) -> Result<Self> {
+        let source = chat_template::source_in(place, config)?.map(|source| (place.to_owned(), source));
+        Self::assemble(place, tokenizer, special_tokens(&[config]), source)
+    }
+
+    /// `template` is the file it stands in, and its text.
+    fn assemble(
+        place: &str,
+        tokenizer: &[u8],
+        special_tokens: Vec<(String, String)>,
+        template: Option<(String, String)>,
+    ) -> Result<Self> {
+        let mut inner = tokenizers::Tokenizer::from_bytes(tokenizer)
+            .map_err(|error| malformed(place, format!("is no tokenizer: {error}")))?;
         // A tokenizer saved in training may pad or cut; texts here are taken whole.
         inner.with_padding(None);
-        inner.with_truncation(None).map_err(|error| Error::malformed(&place, error.to_string()))?;
+        inner.with_truncation(None).map_err(|error| malformed(place, error))?;
         let vocab_size = inner.get_vocab(true).into_values().max().map_or(0, |id| id.saturating_add(1));
-
-        let config = read_json(&dir.join("tokenizer_config.json"))?;
-        let special_tokens = special_tokens(&[&config, &read_json(&dir.join("special_tokens_map.json"))?]);
-        let template = match chat_template::find_source(dir, &config)? {
-            Some(source) => Some(ChatTemplate::compile(&source, special_tokens.clone(), None)?),
-            None => None,
-        };
-        Ok(Self { inner, template, special_tokens, place, vocab_size, sha256 })
+        let compile =
+            |(place, source): (String, String)| ChatTemplate::compile(&place, &source, special_tokens.clone(), None);
+        let template = template.map(compile).transpose()?;
+        template.as_ref().map(ChatTemplate::probe).transpose()?;
+        Ok(Self { inner, template, special_tokens, place: place.to_owned(), vocab_size, sha256: sha256_hex(tokenizer) })
     }
 
     /// Makes the chat template's date this one instead of the present.
     pub fn pin_date(&mut self, now: OffsetDateTime) -> Result<()> {
-        if let Some(template) = &self.template {
-            self.template = Some(ChatTemplate::compile(template.source(), self.special_tokens.clone(), Some(now))?);
-        }
+        self.template = self.template.as_ref().map(|template| template.at(Some(now))).transpose()?;
         Ok(())
     }
 
     /// Token ids of a text. `add_special` adds what the model expects around a plain text, such as
     /// a first token; a rendered chat has it already.
     pub fn encode(&self, text: &str, add_special: bool) -> Result<Vec<u32>> {
-        let encoding = self
-            .inner
-            .encode_fast(text, add_special)
-            .map_err(|error| Error::malformed(&self.place, error.to_string()))?;
+        let encoding = self.inner.encode_fast(text, add_special).map_err(|error| malformed(&self.place, error))?;
         Ok(encoding.get_ids().to_vec())
     }
 
     /// The text of token ids; bytes that are no UTF-8 become U+FFFD.
     pub fn decode(&self, ids: &[u32], skip_special: bool) -> Result<String> {
-        self.inner.decode(ids, skip_special).map_err(|error| Error::malformed(&self.place, error.to_string()))
+        self.inner.decode(ids, skip_special).map_err(|error| malformed(&self.place, error))
     }
 
     /// One more than the highest token id. A model's embedding may have more rows.
@@ -83,10 +98,31 @@ impl Tokenizer {
         self.vocab_size
     }
 
-    /// The prompt's text by the model's template.
+    /// Every token with its id.
+    pub fn vocabulary(&self) -> HashMap<String, u32> {
+        self.inner.get_vocab(true)
+    }
+
+    /// `VocabularyMismatch` when a token's id is beyond a model's `vocab_size`.
+    pub fn require_fits(&self, vocab_size: i64) -> Result<()> {
+        if i64::from(self.vocab_size) <= vocab_size {
+            return Ok(());
+        }
+        Err(Error::new(
+            Code::VocabularyMismatch,
+            format!(
+                "{}: its highest token is {}, but config.json beside it says a vocabulary of {vocab_size} tokens",
+                self.place,
+                self.vocab_size - 1
+            ),
+        ))
+    }
+
+    /// The prompt's text by the model's template. Control tokens that stand in a message become
+    /// what they are in the vocabulary, as with transformers.
     pub fn render_chat(&self, messages: &[ChatMessage], add_generation_prompt: bool) -> Result<String> {
         let template = self.template.as_ref().ok_or_else(|| {
-            Error::Template(format!("{} comes without one; put a chat_template.jinja beside it", self.place))
+            malformed(&self.place, "comes without a chat template; put a chat_template.jinja beside it")
         })?;
         template.render(messages, add_generation_prompt)
     }
@@ -152,20 +188,8 @@ fn special_tokens(files: &[&Value]) -> Vec<(String, String)> {
     tokens
 }
 
-fn read_json(path: &Path) -> Result<Value> {
-    if !path.exists() {
-        return Ok(Value::Null);
-    }
-    let bytes = read(path, MAX_CONFIG_BYTES)?;
-    serde_json::from_slice(&bytes).map_err(|error| Error::malformed(path.display(), error.to_string()))
-}
-
-fn read(path: &Path, most: u64) -> Result<Vec<u8>> {
-    let size = fs::metadata(path).map_err(|error| Error::io(path, error))?.len();
-    if size > most {
-        return Err(Error::malformed(path.display(), format!("{size} bytes is too large; at most {most}")));
-    }
-    fs::read(path).map_err(|error| Error::io(path, error))
+fn sha256_hex(bytes: &[u8]) -> String {
+    Sha256::digest(bytes).iter().map(|byte| format!("{byte:02x}")).collect()
 }
 
 #[cfg(test)]

@@ -8,14 +8,16 @@ use time::OffsetDateTime;
 
 /// Deeper than any tool schema; JSON here is written by recursion.
 const MAX_DEPTH: usize = 64;
+/// Bytes of a separator.
+const MAX_SEPARATOR: usize = 16;
 
 /// `json.dumps(value, ensure_ascii=False, indent=None, separators=None, sort_keys=False)`.
 pub(super) fn json_dumps(value: &Value, options: &Kwargs) -> Result<String, Error> {
     let indent: Option<usize> = options.get("indent")?;
     let separators: Option<Vec<String>> = options.get("separators")?;
     let (comma, colon) = match separators.as_deref() {
-        Some([comma, colon]) => (comma.clone(), colon.clone()),
-        Some(_) => return Err(invalid("tojson: separators must be two strings")),
+        Some([comma, colon]) if comma.len().max(colon.len()) <= MAX_SEPARATOR => (comma.clone(), colon.clone()),
+        Some(_) => return Err(invalid("tojson: separators must be two short strings")),
         None if indent.is_some() => (",".to_owned(), ": ".to_owned()),
         None => (", ".to_owned(), ": ".to_owned()),
     };

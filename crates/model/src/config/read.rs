@@ -1,27 +1,12 @@
 //! Reading `config.json` field by field, so that an error names the field.
 
-use std::{fmt::Display, path::Path};
+use std::fmt::Display;
 
+use retort_core::{Error, Result};
 use serde_json::{Map, Value};
 
 use super::{Architecture, Config, Llama3Scaling};
-use crate::{Error, Result};
-
-/// A model's JSON files are a few kilobytes; more than this is not one.
-const MAX_JSON_BYTES: u64 = 1 << 22;
-
-/// Reads a small JSON file.
-pub(super) fn json_file(path: &Path) -> Result<Value> {
-    let size = std::fs::metadata(path).map_err(|error| Error::io(path, error))?.len();
-    if size > MAX_JSON_BYTES {
-        return Err(Error::malformed(
-            path.display(),
-            format!("{size} bytes is too large for a config; at most {MAX_JSON_BYTES}"),
-        ));
-    }
-    let text = std::fs::read(path).map_err(|error| Error::io(path, error))?;
-    serde_json::from_slice(&text).map_err(|error| Error::malformed(path.display(), error.to_string()))
-}
+use crate::file::{malformed, unsupported};
 
 /// Reads what [`Config::check`] then checks.
 pub(super) fn config(place: &dyn Display, value: &Value) -> Result<Config> {
@@ -91,7 +76,7 @@ fn architecture(fields: &Fields) -> Result<Architecture> {
             let shown: String = name.chars().take(80).collect();
             format!("architecture {shown:?} is not supported")
         });
-        Error::unsupported(fields.place, format!("{named}; supported are {}", supported.join(", ")))
+        unsupported(fields.place, format!("{named}; supported are {}", supported.join(", ")))
     })
 }
 
@@ -100,14 +85,11 @@ fn refuse_variants(fields: &Fields) -> Result<()> {
     if let Some(activation) = fields.get("hidden_act")
         && activation.as_str() != Some("silu")
     {
-        return Err(Error::unsupported(
-            fields.place,
-            format!("\"hidden_act\" is {activation}; only \"silu\" is supported"),
-        ));
+        return Err(unsupported(fields.place, format!("\"hidden_act\" is {activation}; only \"silu\" is supported")));
     }
     if let Some(quantization) = fields.get("quantization_config") {
         let method = quantization.get("quant_method").unwrap_or(&Value::Null);
-        return Err(Error::unsupported(
+        return Err(unsupported(
             fields.place,
             format!("the weights are quantised ({method}); import the unquantised model or its GGUF"),
         ));
@@ -126,7 +108,7 @@ fn rope(fields: &Fields, max_position_embeddings: i64) -> Result<(f64, Option<Ll
     let theta = inner.number("rope_theta")?.or(theta).unwrap_or(10_000.0);
     let partial = inner.number("partial_rotary_factor")?.or(fields.number("partial_rotary_factor")?);
     if partial.is_some_and(|partial| partial != 1.0) {
-        return Err(Error::unsupported(fields.place, "\"partial_rotary_factor\" other than 1 is not supported"));
+        return Err(unsupported(fields.place, "\"partial_rotary_factor\" other than 1 is not supported"));
     }
     let kind = inner.get("rope_type").or_else(|| inner.get("type"));
     let scaling = match kind.map(|kind| kind.as_str().unwrap_or_default()) {
@@ -146,7 +128,7 @@ fn rope(fields: &Fields, max_position_embeddings: i64) -> Result<(f64, Option<Ll
         }
         Some(other) => {
             let shown: String = other.chars().take(80).collect();
-            return Err(Error::unsupported(
+            return Err(unsupported(
                 fields.place,
                 format!("rope scaling {shown:?} is not supported; supported are default, llama3"),
             ));
@@ -162,7 +144,7 @@ fn sliding_window(fields: &Fields, architecture: Architecture) -> Result<Option<
         Architecture::Mistral if !fields.has("sliding_window") => Ok(Some(4096)),
         Architecture::Mistral => fields.integer("sliding_window"),
         Architecture::Qwen2 if fields.flag("use_sliding_window")?.unwrap_or(false) => {
-            Err(Error::unsupported(fields.place, "\"use_sliding_window\" of Qwen2 is not supported"))
+            Err(unsupported(fields.place, "\"use_sliding_window\" of Qwen2 is not supported"))
         }
         Architecture::Qwen2 => Ok(None),
     }
@@ -176,14 +158,18 @@ pub(super) struct Fields<'a> {
 
 impl<'a> Fields<'a> {
     pub(super) fn new(place: &'a dyn Display, value: &'a Value) -> Result<Self> {
-        let map = value.as_object().ok_or_else(|| Error::malformed(place, "must be a JSON object"))?;
+        let map = value.as_object().ok_or_else(|| malformed(place, "must be a JSON object"))?;
         Ok(Self { place, map })
     }
 
     /// Token ids given as one number or as a list.
     pub(super) fn ids(&self, name: &str) -> Result<Vec<u32>> {
-        let wrong = || self.wrong(format!("\"{name}\" must be a token id or a list of them"));
-        let id = |value: &Value| value.as_u64().and_then(|id| u32::try_from(id).ok()).ok_or_else(wrong);
+        let id = |value: &Value| {
+            value
+                .as_u64()
+                .and_then(|id| u32::try_from(id).ok())
+                .ok_or_else(|| self.not("a token id or a list of them", name, value))
+        };
         match self.get(name) {
             None => Ok(Vec::new()),
             Some(Value::Array(ids)) => ids.iter().map(id).collect(),
@@ -225,7 +211,7 @@ impl<'a> Fields<'a> {
         self.wrong(format!("\"{name}\" is {shown}; it must be {wanted}"))
     }
 
-    fn wrong(&self, reason: impl Into<String>) -> Error {
-        Error::malformed(self.place, reason)
+    fn wrong(&self, reason: impl Display) -> Error {
+        malformed(self.place, reason)
     }
 }

@@ -2,7 +2,7 @@
 
 #![allow(clippy::unwrap_used)]
 
-use retort_llama::{ChatMessage, ChatTemplate};
+use retort_model::{ChatMessage, ChatTemplate};
 use serde_json::Value;
 use time::macros::datetime;
 
@@ -19,7 +19,8 @@ fn renderings_are_those_of_transformers() {
             .map(|(role, token)| (role.clone(), token.as_str().unwrap().to_owned()))
             .collect();
         let source = case["template"].as_str().unwrap();
-        let template = ChatTemplate::compile(source, special_tokens, Some(datetime!(2024-07-05 09:03:07 UTC))).unwrap();
+        let template =
+            ChatTemplate::compile(name, source, special_tokens, Some(datetime!(2024-07-05 09:03:07 UTC))).unwrap();
         for rendering in case["renderings"].as_array().unwrap() {
             let messages: Vec<_> = rendering["messages"]
                 .as_array()

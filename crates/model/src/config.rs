@@ -2,13 +2,17 @@
 
 use std::path::Path;
 
+use retort_core::Result;
 use serde_json::{Map, Value, json};
 
-use crate::{Error, Result};
+use crate::file::{malformed, read_json, read_json_if_there};
 
 mod read;
 #[cfg(test)]
 mod tests;
+
+/// A model's JSON files are a few kilobytes; more than this is not one.
+const MAX_BYTES: u64 = 1 << 22;
 
 /// The shape of a model. [`Config::validate`] holds for every one that [`Config::from_dir`] gives.
 #[derive(Clone, Debug, PartialEq)]
@@ -91,17 +95,23 @@ impl Config {
     /// `generation_config.json` where there is one.
     pub fn from_dir(dir: &Path) -> Result<Self> {
         let path = dir.join("config.json");
-        let mut config = Self::from_json(&path.display(), &read::json_file(&path)?)?;
+        let mut config = Self::from_json(&path.display(), &read_json(&path, MAX_BYTES)?)?;
         let path = dir.join("generation_config.json");
-        if path.exists() {
-            let generation = read::json_file(&path)?;
-            for id in read::Fields::new(&path.display(), &generation)?.ids("eos_token_id")? {
-                if !config.eos_token_ids.contains(&id) {
-                    config.eos_token_ids.push(id);
-                }
+        config.add_end_tokens(&path.display(), &read_json_if_there(&path, MAX_BYTES)?)?;
+        Ok(config)
+    }
+
+    /// Adds the end tokens of a `generation_config.json`, which errors call `place`; null has none.
+    pub fn add_end_tokens(&mut self, place: &dyn std::fmt::Display, generation: &Value) -> Result<()> {
+        if generation.is_null() {
+            return Ok(());
+        }
+        for id in read::Fields::new(place, generation)?.ids("eos_token_id")? {
+            if !self.eos_token_ids.contains(&id) {
+                self.eos_token_ids.push(id);
             }
         }
-        Ok(config)
+        self.check_end_tokens(place)
     }
 
     /// Reads the content of a `config.json`; errors call it `place`.
@@ -175,12 +185,43 @@ impl Config {
         value
     }
 
+    /// Every tensor of a model of this shape, by its name in Hugging Face checkpoints: embedding,
+    /// layers, last norm, head. A weight is `[outputs, inputs]`.
+    pub fn tensors(&self) -> Vec<(String, Vec<i64>)> {
+        let (hidden, inner) = (self.hidden_size, self.intermediate_size);
+        let queries = self.num_attention_heads * self.head_dim;
+        let keys = self.num_key_value_heads * self.head_dim;
+        let mut table = vec![("model.embed_tokens.weight".to_owned(), vec![self.vocab_size, hidden])];
+        for layer in 0..self.num_hidden_layers {
+            let mut add = |name: &str, shape: Vec<i64>| table.push((format!("model.layers.{layer}.{name}"), shape));
+            let projections = [
+                ("self_attn.q_proj", queries, hidden, self.qkv_bias),
+                ("self_attn.k_proj", keys, hidden, self.qkv_bias),
+                ("self_attn.v_proj", keys, hidden, self.qkv_bias),
+                ("self_attn.o_proj", hidden, queries, self.output_bias),
+                ("mlp.gate_proj", inner, hidden, self.mlp_bias),
+                ("mlp.up_proj", inner, hidden, self.mlp_bias),
+                ("mlp.down_proj", hidden, inner, self.mlp_bias),
+            ];
+            add("input_layernorm.weight", vec![hidden]);
+            for (name, outputs, inputs, bias) in projections {
+                add(&format!("{name}.weight"), vec![outputs, inputs]);
+                if bias {
+                    add(&format!("{name}.bias"), vec![outputs]);
+                }
+            }
+            add("post_attention_layernorm.weight", vec![hidden]);
+        }
+        table.push(("model.norm.weight".to_owned(), vec![hidden]));
+        if !self.tie_word_embeddings {
+            table.push(("lm_head.weight".to_owned(), vec![self.vocab_size, hidden]));
+        }
+        table
+    }
+
     /// Numbers in the model; a tied head counts once.
     pub fn parameters(&self) -> u64 {
-        crate::weights::table(self)
-            .iter()
-            .map(|(_, shape)| shape.iter().map(|&size| size.unsigned_abs()).product::<u64>())
-            .sum()
+        self.tensors().iter().map(|(_, shape)| shape.iter().map(|&size| size.unsigned_abs()).product::<u64>()).sum()
     }
 
     fn check(&self, place: &dyn std::fmt::Display) -> Result<()> {
@@ -188,7 +229,7 @@ impl Config {
             if (1..=most).contains(&value) {
                 Ok(())
             } else {
-                Err(Error::malformed(place, format!("\"{name}\" is {value}; it must be 1 to {most}")))
+                Err(malformed(place, format!("\"{name}\" is {value}; it must be 1 to {most}")))
             }
         };
         within("hidden_size", self.hidden_size, 1 << 17)?;
@@ -203,7 +244,7 @@ impl Config {
             within("sliding_window", window, 1 << 27)?;
         }
         if self.num_attention_heads % self.num_key_value_heads != 0 {
-            return Err(Error::malformed(
+            return Err(malformed(
                 place,
                 format!(
                     "\"num_attention_heads\" is {}, no multiple of \"num_key_value_heads\", {}",
@@ -212,29 +253,30 @@ impl Config {
             ));
         }
         if self.head_dim % 2 != 0 {
-            return Err(Error::malformed(
+            return Err(malformed(
                 place,
                 format!("\"head_dim\" is {}; rotary positions need an even one", self.head_dim),
             ));
         }
+        self.check_end_tokens(place)?;
         let positive = |name: &str, value: f64| {
             if value.is_finite() && value > 0.0 {
                 Ok(())
             } else {
-                Err(Error::malformed(place, format!("\"{name}\" is {value}; it must be a number above 0")))
+                Err(malformed(place, format!("\"{name}\" is {value}; it must be a number above 0")))
             }
         };
         positive("rms_norm_eps", self.rms_norm_eps)?;
         positive("rope_theta", self.rope_theta)?;
         if !(self.initializer_range.is_finite() && self.initializer_range >= 0.0) {
-            return Err(Error::malformed(place, "\"initializer_range\" must be a number of at least 0"));
+            return Err(malformed(place, "\"initializer_range\" must be a number of at least 0"));
         }
         if let Some(scaling) = &self.rope_scaling {
             positive("factor", scaling.factor)?;
             positive("low_freq_factor", scaling.low_freq_factor)?;
             within("original_max_position_embeddings", scaling.original_max_position_embeddings, 1 << 27)?;
             if !(scaling.high_freq_factor.is_finite() && scaling.high_freq_factor > scaling.low_freq_factor) {
-                return Err(Error::malformed(
+                return Err(malformed(
                     place,
                     format!(
                         "\"high_freq_factor\" is {}; it must be above \"low_freq_factor\", {}",
@@ -244,5 +286,17 @@ impl Config {
             }
         }
         Ok(())
+    }
+
+    /// A model never writes a token that its vocabulary lacks, so its answers would not end there.
+    fn check_end_tokens(&self, place: &dyn std::fmt::Display) -> Result<()> {
+        let has = |id: u32| i64::from(id) < self.vocab_size;
+        match self.eos_token_ids.iter().find(|id| !has(**id)) {
+            None => Ok(()),
+            Some(id) => Err(malformed(
+                place,
+                format!("\"eos_token_id\" is {id}, but the vocabulary has {} tokens", self.vocab_size),
+            )),
+        }
     }
 }

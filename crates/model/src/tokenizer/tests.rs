@@ -74,8 +74,38 @@ fn faults_are_errors_that_name_the_file() {
     write(dir.path());
     fs::write(dir.path().join("tokenizer_config.json"), "{").unwrap();
     assert!(error().contains("tokenizer_config.json: EOF"), "{}", error());
+    for (broken, says) in [("{% if", "syntax error"), ("{{ messages[0].nothing.more }}", "undefined value")] {
+        fs::write(dir.path().join("chat_template.jinja"), broken).unwrap();
+        fs::write(dir.path().join("tokenizer_config.json"), "{}").unwrap();
+        let error = error();
+        assert!(error.contains("chat_template.jinja: the chat template does not work: "), "{error}");
+        assert!(error.contains(says), "{error}");
+    }
+    fs::write(dir.path().join("chat_template.jinja"), "{{ raise_exception('a system turn first') }}").unwrap();
+    Tokenizer::from_dir(dir.path()).unwrap();
+    fs::remove_file(dir.path().join("chat_template.jinja")).unwrap();
     fs::remove_file(dir.path().join("tokenizer_config.json")).unwrap();
     let tokenizer = Tokenizer::from_dir(dir.path()).unwrap();
     let error = tokenizer.render_chat(&[], true).unwrap_err().to_string();
     assert!(error.contains("put a chat_template.jinja beside it"), "{error}");
+}
+
+#[test]
+fn a_control_token_in_a_message_is_one_token_as_with_transformers() {
+    let dir = tempfile::tempdir().unwrap();
+    write(dir.path());
+    let tokenizer = Tokenizer::from_dir(dir.path()).unwrap();
+    let ids = tokenizer.encode_chat(&[ChatMessage::new("user", "a<s>")], true).unwrap();
+    assert_eq!((ids[0], ids[2]), (0, 0), "the template's own, and the message's");
+}
+
+#[test]
+fn a_token_beyond_the_models_vocabulary_is_refused() {
+    let dir = tempfile::tempdir().unwrap();
+    write(dir.path());
+    let tokenizer = Tokenizer::from_dir(dir.path()).unwrap();
+    tokenizer.require_fits(257).unwrap();
+    let error = tokenizer.require_fits(256).unwrap_err();
+    assert_eq!(error.code, Code::VocabularyMismatch);
+    assert!(error.message.contains("its highest token is 256, but"), "{error}");
 }

@@ -1,0 +1,119 @@
+use super::*;
+
+fn render(source: &str) -> Result<String> {
+    let messages = [ChatMessage::new("user", "hi")];
+    ChatTemplate::compile("file", source, vec![("bos_token".into(), "<s>".into())], None)?.render(&messages, true)
+}
+
+#[test]
+fn special_tokens_and_generation_marks() {
+    let source = "{{ bos_token }}{% generation %}{{ messages[0].content }}{% endgeneration %}";
+    assert_eq!(render(source).unwrap(), "<s>hi");
+    assert_eq!(render("{%- generation -%} a {%- endgeneration -%}").unwrap(), "a");
+}
+
+#[test]
+fn a_refusal_says_the_templates_own_words() {
+    let error = render("{{ raise_exception('no system turn, please') }}").unwrap_err();
+    assert_eq!(error.code, Code::PromptMalformed);
+    assert_eq!(error.to_string(), "chat template: no system turn, please");
+    let within = "{% macro check() %}{{ raise_exception('not so') }}{% endmacro %}{{ check() }}";
+    assert_eq!(render(within).unwrap_err().to_string(), "chat template: not so");
+}
+
+#[test]
+fn faults_are_errors() {
+    for source in [
+        "{% if %}",
+        "{{ messages[0].content.missing() }}",
+        "{{ missing.attribute.other }}",
+        "{% generation %}",
+        "{% for a in b",
+        "{{ strftime_now('%Q') }}",
+        "{{ messages | tojson(separators=['a']) }}",
+        "{% include 'other' %}",
+        "{{ 1 // 0 }}",
+    ] {
+        let error = render(source).map(|text| panic!("{source} gave {text:?}")).unwrap_err();
+        assert_eq!(error.code, Code::ModelMalformed, "{error}");
+        assert!(error.to_string().starts_with("file: the chat template does not work: "), "{error}");
+    }
+}
+
+#[test]
+fn an_endless_template_ends() {
+    let loops = "{% for a in range(10000) %}{% for b in range(10000) %}{% endfor %}{% endfor %}";
+    assert!(render(loops).unwrap_err().to_string().contains("fuel"));
+}
+
+#[test]
+fn the_source_is_found_in_each_place() {
+    let dir = tempfile::tempdir().unwrap();
+    let find = |config: serde_json::Value| find_source(dir.path(), &config);
+    let in_file = |name: &str, text: &str| Some((dir.path().join(name).display().to_string(), text.to_owned()));
+    assert_eq!(find(serde_json::Value::Null).unwrap(), None);
+    assert_eq!(find(serde_json::json!({ "chat_template": "a" })).unwrap(), in_file("tokenizer_config.json", "a"));
+    let named = serde_json::json!({ "chat_template": [
+        { "name": "tool_use", "template": "t" }, { "name": "default", "template": "d" }
+    ] });
+    assert_eq!(find(named).unwrap(), in_file("tokenizer_config.json", "d"));
+    for wrong in [serde_json::json!([{ "name": "x", "template": "t" }]), serde_json::json!(3), serde_json::json!([1])] {
+        let error = find(serde_json::json!({ "chat_template": wrong })).unwrap_err().to_string();
+        assert!(error.contains("one named \"default\""), "{error}");
+    }
+    std::fs::write(dir.path().join("chat_template.jinja"), "file").unwrap();
+    assert_eq!(find(serde_json::json!({ "chat_template": "a" })).unwrap(), in_file("chat_template.jinja", "file"));
+}
+
+#[test]
+fn a_template_that_takes_all_memory_is_refused() {
+    for source in [
+        "{% set n = namespace(x='aaaaaaaaaa') %}{% for i in range(40) %}{% set n.x = n.x ~ n.x %}{% endfor %}",
+        "{% set n = namespace(x='aaaaaaaaaa') %}{% for i in range(40) %}{% set n.x = n.x + n.x %}{% endfor %}",
+        "{% set n = namespace(x=['a']) %}{% for i in range(40) %}{% set n.x = n.x + n.x %}{% endfor %}{{ n.x }}",
+        "{% set n = namespace(x='a') %}{% for i in range(40) %}{% set n.x %}{{ n.x }}{{ n.x }}{% endset %}{% endfor %}",
+        "{% set n = namespace(x='a') %}{% for i in range(40) %}{% set n.x = [n.x, n.x] | join %}{% endfor %}",
+        "{% set n = namespace(x='a') %}{% for i in range(40) %}{% set n.x = '-'.join([n.x, n.x]) %}{% endfor %}",
+        "{% macro f(x, n) %}{% if n %}{{ f(x ~ x, n - 1) }}{% endif %}{% endmacro %}{{ f('aaaaaaaa', 60) }}",
+        "{% set x = 'a' * 4096 %}{% set y = x | replace('a', x) %}{% set z = y | replace('a', y) %}",
+        "{% set x = 'a' * 4096 %}{% set y = x.replace('a', x) %}{% set z = y.replace('a', y) %}",
+        "{% set x = 'a' * (100000 * 1000) %}",
+        "{% set x = 100000000 * 'a' %}",
+        "{{ '%999999999d' | format(1) }}",
+        "{{ '{:>999999999}'.format('a') }}",
+        "{{ 'a' | indent(10000000000) }}",
+        "{{ 'a' | indent(width=10000000000, first=true) }}",
+        "{{ [1] | batch(10000000000, 'a') }}",
+        "{{ [1] | tojson(separators=['a' * 4096, ':']) }}",
+        "{% set n = namespace(x=[]) %}{% for i in range(90000) %}{% set n.x = n.x + [range(90000) | list] %}{% endfor %}",
+        &format!(
+            "{{% for a in range(99999) %}}{{% for b in range(99) %}}{}{{% endfor %}}{{% endfor %}}",
+            "x".repeat(999)
+        ),
+    ] {
+        let error = render(source).map(|text| panic!("{source} gave {} bytes", text.len())).unwrap_err();
+        assert_eq!(error.code, Code::ModelMalformed, "{error}");
+        assert!(error.message.starts_with("file: the chat template does not work: "), "{error}");
+    }
+}
+
+#[test]
+fn meters_change_no_text() {
+    for (source, text) in [
+        ("{{ 'a' ~ 'b' + 'c' ~ 2 * 3 }}", "abc6"),
+        ("{{ ('a' ~ 'b') | upper ~ 'c' * 2 }}", "ABcc"),
+        ("{{ messages[0]['content'] ~ messages[0].role.upper() }}", "hiUSER"),
+        ("{%- set x = 'a' + ('b' if true else 'c') ~ '}}' -%} {{- x -}} ", "ab}}"),
+        ("{{ {'a': 'b' ~ 'c'}['a'] }}", "bc"),
+        ("{% raw %}{{ a ~ b }}{% endraw %}{# a ~ b #}", "{{ a ~ b }}"),
+        ("{{ -1 + 2 }}{{ 2 ** 3 + 1.5 }}", "19.5"),
+        ("{{ 'it\\'s' ~ \"~\" }}", "it's~"),
+        ("{% for x in [1] + [2] if x is odd %}{{ x ~ loop.index }}{% endfor %}", "11"),
+        ("{{ ['a', 'b'] | join(', ') ~ 'a-b'.split('-')[1] }}", "a, bb"),
+    ] {
+        assert_eq!(render(source).unwrap(), text, "{source}");
+    }
+    let long = "word ".repeat(30);
+    let source = format!("{{% if true %}}\n   {long}\n   {{%- endif %}}");
+    assert_eq!(render(&source).unwrap(), format!("   {}", long.trim_end()));
+}

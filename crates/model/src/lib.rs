@@ -1,0 +1,18 @@
+//! A model's folder beside its weights: `config.json`, the tokenizer and the chat template.
+//!
+//! Import, admission and the workers all read through this crate, so a folder that one of them
+//! takes is a folder that the others take. Nothing here links libtorch.
+//!
+//! Errors are `FileNotFound`, `FileUnreadable`, `ModelMalformed` (naming the file) and
+//! `ModelUnsupported`; a chat template that refuses the messages it is given is `PromptMalformed`.
+
+mod chat_template;
+mod config;
+mod file;
+mod text_stream;
+mod tokenizer;
+
+pub use chat_template::{ChatMessage, ChatTemplate};
+pub use config::{Architecture, Config, Llama3Scaling};
+pub use text_stream::TextStream;
+pub use tokenizer::{Tokenizer, copy_text_files};
