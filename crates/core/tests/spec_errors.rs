@@ -92,6 +92,106 @@ fn shapes_that_do_not_divide_are_refused() {
 }
 
 #[test]
+fn a_value_of_the_wrong_kind_is_named_with_its_field_and_what_it_must_be() {
+    let whole = "it must be a whole number from 0 to 4294967295";
+    for (value, shown) in
+        [("-2", "-2"), ("two", "\"two\""), ("2.5", "2.5"), ("true", "true"), ("99999999999", "99999999999")]
+    {
+        check(
+            &format!("{GOOD}train:\n  passes: {value}\n"),
+            Code::SpecMalformed,
+            &format!("job.yaml line 11 column 11: train.passes is {shown}; {whole}"),
+        );
+    }
+    check(
+        &format!("{GOOD}train:\n  passes: [1]\n"),
+        Code::SpecMalformed,
+        "job.yaml line 11 column 11: train.passes is a list; it must be a single value",
+    );
+    check(
+        &GOOD.replace("  model: teachers/small", "  model: t\n  sampling: {temperature: hot}"),
+        Code::SpecMalformed,
+        "job.yaml line 6 column 27: teacher.sampling.temperature is \"hot\"; it must be a number",
+    );
+    check(
+        &GOOD.replace("name: support", "name: null"),
+        Code::SpecMalformed,
+        "job.yaml line 1 column 7: name is empty; it must be a text",
+    );
+    check(
+        &GOOD.replace("prompts:\n  path: prompts.jsonl", "prompts: 5"),
+        Code::SpecMalformed,
+        "job.yaml line 2 column 10: prompts is 5; it must be a section of keys",
+    );
+    check(
+        &GOOD.replace("    prune:\n      layers: 10", "    [prune]"),
+        Code::SpecMalformed,
+        "job.yaml line 8 column 5: student.init is a list; it must be one of prune, checkpoint and config, as in {prune: {layers: 8}}",
+    );
+}
+
+#[test]
+fn what_is_there_twice_is_named() {
+    check(
+        &format!("{GOOD}name: again\n"),
+        Code::SpecMalformed,
+        "job.yaml line 10 column 1: the key \"name\" is given twice",
+    );
+    check(
+        &format!("{GOOD}    checkpoint: {{model: small}}\n"),
+        Code::SpecMalformed,
+        "job.yaml line 10 column 5: student.init takes one of prune, checkpoint and config, not several",
+    );
+    check(
+        &format!("{GOOD}---\n{GOOD}"),
+        Code::SpecMalformed,
+        "job.yaml line 11 column 1: a spec is one document; remove \"---\" and what follows",
+    );
+}
+
+#[test]
+fn an_empty_file_has_no_spec_and_an_empty_section_its_defaults() {
+    for empty in ["", "\n", "# later\n"] {
+        check(
+            empty,
+            Code::SpecMalformed,
+            "job.yaml: there is no spec in it; one says name, prompts, teacher and student",
+        );
+    }
+    let spec = parse_yaml("job.yaml", &format!("{GOOD}train:\ngates:\n")).unwrap();
+    assert_eq!(spec, parse_yaml("job.yaml", GOOD).unwrap());
+    let spec = GOOD.replace("  model: teachers/small", "  model: t\n  sampling:\n  soft_targets: ~");
+    assert_eq!(parse_yaml("job.yaml", &spec).unwrap().teacher.soft_targets.head, 32);
+}
+
+#[test]
+fn no_message_speaks_of_the_library() {
+    let yaml = |lines: &str| format!("{GOOD}{lines}");
+    for text in [
+        GOOD.replace("name: support", "name: !!binary zz"),
+        GOOD.replace("name: support", "name: [support]"),
+        GOOD.replace("name: support", "name: *support"),
+        GOOD.replace("name: support", "name: {a: b}"),
+        GOOD.replace("layers: 10", "layers:"),
+        GOOD.replace("    prune:\n      layers: 10", "    prune"),
+        yaml("gates: [1]\n"),
+        yaml("train: 7\n"),
+        yaml("seed: -1\n"),
+        yaml("\tseed: 1\n"),
+        yaml("seed: {\n"),
+        "- 1".to_owned(),
+        "a: &x [*x]".to_owned(),
+        "[".repeat(100_000),
+    ] {
+        let message = parse_yaml("job.yaml", &text).unwrap_err().message;
+        for word in ["Option", "from_str", "u32", "u64", "struct", "serde", "variant", "deserialize"] {
+            assert!(!message.contains(word), "{message}");
+        }
+        assert_eq!(message.matches(" line ").count().max(1), 1, "{message}");
+    }
+}
+
+#[test]
 fn hostile_yaml_is_an_error_and_no_panic() {
     for yaml in [
         "",

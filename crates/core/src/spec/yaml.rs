@@ -1,7 +1,10 @@
 //! YAML -> [`JobSpec`], with errors that name the line and guess what was meant.
 
+mod outline;
+
 use serde_saphyr::Error as Yaml;
 
+use self::outline::{Field, field_at};
 use super::JobSpec;
 use crate::{Code, Error, Result};
 
@@ -16,31 +19,109 @@ pub fn parse_yaml(name: &str, text: &str) -> Result<JobSpec> {
             format!("{name}: {} bytes are more than a spec may have ({MAX_SPEC_BYTES})", text.len()),
         ));
     }
-    let spec: JobSpec = serde_saphyr::from_str(text).map_err(|error| explain(name, error.without_snippet()))?;
+    let spec: JobSpec = serde_saphyr::from_str(text).map_err(|error| explain(name, text, error.without_snippet()))?;
     spec.validate().map_err(|error| Error::new(error.code, format!("{name}: {}", error.message)))?;
     Ok(spec)
 }
 
-fn explain(name: &str, error: &Yaml) -> Error {
-    let place = error
-        .location()
-        .map_or_else(|| name.to_owned(), |at| format!("{name} line {} column {}", at.line(), at.column()));
-    match error {
+/// A library's error in the words of a spec: the place, the field, what it is and what it must be.
+fn explain(name: &str, text: &str, error: &Yaml) -> Error {
+    let at = error.location();
+    let place = at.map_or_else(|| name.to_owned(), |at| format!("{name} line {} column {}", at.line(), at.column()));
+    let new = |code: Code, what: String| Error::new(code, format!("{place}: {what}"));
+    match innermost(error) {
         Yaml::SerdeUnknownField { field, expected, .. } => {
-            Error::new(Code::SpecUnknownKey, format!("{place}: unknown key {field:?}; {}", suggest(field, expected)))
+            new(Code::SpecUnknownKey, format!("unknown key {field:?}; {}", suggest(field, expected)))
         }
-        Yaml::SerdeUnknownVariant { variant, expected, .. } => Error::new(
-            Code::SpecInvalid,
-            format!("{place}: {variant:?} is not known here; {}", suggest(variant, expected)),
+        Yaml::SerdeUnknownVariant { variant, expected, .. } => {
+            new(Code::SpecInvalid, format!("{variant:?} is not known here; {}", suggest(variant, expected)))
+        }
+        Yaml::SerdeMissingField { field, .. } => new(Code::SpecInvalid, format!("the key {field:?} is missing")),
+        Yaml::DuplicateMappingKey { key: Some(key), .. } => {
+            new(Code::SpecMalformed, format!("the key {key:?} is given twice"))
+        }
+        Yaml::DuplicateMappingKey { .. } => new(Code::SpecMalformed, "a key is given twice".to_owned()),
+        Yaml::MultipleDocuments { .. } => {
+            new(Code::SpecMalformed, "a spec is one document; remove \"---\" and what follows".to_owned())
+        }
+        Yaml::Eof { .. } => Error::new(
+            Code::SpecMalformed,
+            format!("{name}: there is no spec in it; one says name, prompts, teacher and student"),
         ),
-        Yaml::SerdeMissingField { field, .. } => {
-            Error::new(Code::SpecInvalid, format!("{place}: the key {field:?} is missing"))
+        Yaml::ExpectedMappingEndAfterEnumVariantValue { .. } => {
+            new(Code::SpecMalformed, format!("student.init takes one of {INITS}, not several"))
+        }
+        Yaml::Message { msg, .. } | Yaml::ExternalMessage { msg, .. } => new(Code::SpecMalformed, first_line(msg)),
+        Yaml::Budget { .. }
+        | Yaml::AliasReplayCounterOverflow { .. }
+        | Yaml::AliasReplayLimitExceeded { .. }
+        | Yaml::AliasExpansionLimitExceeded { .. }
+        | Yaml::AliasReplayStackDepthExceeded { .. } => {
+            new(Code::SpecMalformed, "it is nested too deeply, or grows too large, for a spec".to_owned())
         }
         other => {
-            let text = other.to_string();
-            Error::new(Code::SpecMalformed, format!("{place}: {}", text.lines().next().unwrap_or("not YAML")))
+            let field = at.and_then(|at| field_at(text, at.line(), at.column()));
+            new(Code::SpecMalformed, wrong_value(field.as_ref(), other))
         }
     }
+}
+
+const INITS: &str = "prune, checkpoint and config";
+
+/// The error itself, where it is about what an alias stands for.
+fn innermost(error: &Yaml) -> &Yaml {
+    match error {
+        Yaml::AliasError { error, .. } => innermost(error.without_snippet()),
+        other => other,
+    }
+}
+
+/// `train.passes is -2; it must be ...`, as far as either is known.
+fn wrong_value(field: Option<&Field>, error: &Yaml) -> String {
+    match (field, expected(field, error)) {
+        (Some(Field { path, value }), Some(expected)) => format!("{path} is {value}; it must be {expected}"),
+        (None, Some(expected)) => format!("it must be {expected}"),
+        (Some(Field { path, .. }), None) => format!("{path}: {}", first_line(&error.to_string())),
+        (None, None) => first_line(&error.to_string()),
+    }
+}
+
+/// What a field takes, told from the library's name for it.
+fn expected(field: Option<&Field>, error: &Yaml) -> Option<String> {
+    let kind = match error {
+        Yaml::InvalidScalar { ty, .. } => ty,
+        Yaml::NullIntoString { .. }
+        | Yaml::TaggedScalarCannotDeserializeIntoString { .. }
+        | Yaml::BinaryNotUtf8 { .. }
+        | Yaml::InvalidBinaryBase64 { .. } => "string",
+        Yaml::Unexpected { expected, .. } => expected,
+        Yaml::SerdeInvalidType { expected, .. } | Yaml::SerdeInvalidValue { expected, .. } => expected.as_str(),
+        Yaml::ExternallyTaggedEnumExpectedScalarOrMapping { .. }
+        | Yaml::ExpectedStringKeyForExternallyTaggedEnum { .. }
+        | Yaml::UnexpectedValueForUnitEnumVariant { .. } => "enum",
+        _ => return None,
+    };
+    let named = |name: &str| field.is_some_and(|field| field.path.ends_with(name));
+    Some(match kind {
+        _ if named("teacher.mode") => "generate or score".to_owned(),
+        _ if named("student.init") => format!("one of {INITS}, as in {{prune: {{layers: 8}}}}"),
+        "u32" | "i32" => format!("a whole number from 0 to {}", u32::MAX),
+        "u64" | "i64" => format!("a whole number from 0 to {}", u64::MAX),
+        "floating point" => "a number".to_owned(),
+        "boolean" => "true or false".to_owned(),
+        kind if kind.contains("mapping") || kind.contains("struct") || kind.contains("map") => {
+            "a section of keys".to_owned()
+        }
+        kind if kind.contains("scalar") => "a single value".to_owned(),
+        kind if kind.contains("string") => "a text".to_owned(),
+        _ => return None,
+    })
+}
+
+/// A message's first line, without the place that the library writes behind it.
+fn first_line(message: &str) -> String {
+    let line = message.lines().next().unwrap_or("it is not YAML");
+    line.split(" at line ").next().unwrap_or(line).to_owned()
 }
 
 /// `did you mean "x"?`, or the keys that exist.
