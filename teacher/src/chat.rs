@@ -28,6 +28,12 @@ pub struct Options {
 ///
 /// Answers stream as they are written. What is not an answer goes to standard error.
 pub fn run(dir: &Path, device: Device, kind: Kind, prompt: Option<String>, options: Options) -> Result<()> {
+    if !dir.join("config.json").is_file() {
+        return Err(Error::new(
+            Code::FileNotFound,
+            format!("{}: no model folder, there is no config.json in it; name a Hugging Face folder", dir.display()),
+        ));
+    }
     let tokenizer = Tokenizer::from_dir(dir).map_err(llama)?;
     let model = Model::load(dir, device, kind).map_err(llama)?;
     model.set_trainable(false);
@@ -62,6 +68,21 @@ pub fn run(dir: &Path, device: Device, kind: Kind, prompt: Option<String>, optio
             other => other?,
         }
     }
+}
+
+/// `--temperature`, as a spec bounds it.
+pub fn temperature(text: &str) -> Result<f64, String> {
+    number(text, 0.0, 10.0)
+}
+
+/// `--top-p`, as a spec bounds it.
+pub fn top_p(text: &str) -> Result<f64, String> {
+    number(text, 1e-6, 1.0)
+}
+
+fn number(text: &str, min: f64, max: f64) -> Result<f64, String> {
+    let value: f64 = text.parse().map_err(|_| "it must be a number".to_owned())?;
+    if (min..=max).contains(&value) { Ok(value) } else { Err(format!("it must lie between {min} and {max}")) }
 }
 
 struct Chat<'a> {

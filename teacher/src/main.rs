@@ -45,13 +45,13 @@ struct ChatArgs {
     #[arg(long, value_name = "TEXT")]
     system: Option<String>,
     /// Longest answer, tokens
-    #[arg(long, default_value_t = 256, value_name = "N")]
+    #[arg(long, default_value_t = 256, value_name = "N", value_parser = clap::value_parser!(u32).range(1..=131_072))]
     max_new_tokens: u32,
     /// 0 is greedy
-    #[arg(long, default_value_t = 0.7, value_name = "T")]
+    #[arg(long, default_value_t = 0.7, value_name = "T", allow_negative_numbers = true, value_parser = chat::temperature)]
     temperature: f64,
     /// Nucleus mass in (0, 1]
-    #[arg(long, default_value_t = 0.95, value_name = "P")]
+    #[arg(long, default_value_t = 0.95, value_name = "P", allow_negative_numbers = true, value_parser = chat::top_p)]
     top_p: f64,
     /// The same seed gives the same answers
     #[arg(long, default_value_t = 0, value_name = "N")]
@@ -118,4 +118,29 @@ fn computing(device: &str, dtype: &str) -> Result<(tch::Device, tch::Kind)> {
     let device = retort_llama::device_from_flag(device).map_err(wrong)?;
     let kind = retort_llama::dtype_from_flag(dtype, device).map_err(wrong)?;
     Ok((device, kind))
+}
+
+#[cfg(test)]
+mod tests {
+    use clap::error::ErrorKind;
+
+    use super::*;
+
+    #[test]
+    fn settings_out_of_bounds_are_refused_before_anything_is_read() {
+        for (flag, value) in [
+            ("--temperature", "nan"),
+            ("--temperature", "1e300"),
+            ("--temperature", "-1"),
+            ("--temperature", "warm"),
+            ("--top-p", "0"),
+            ("--top-p", "inf"),
+            ("--max-new-tokens", "0"),
+        ] {
+            let parsed = Cli::command().try_get_matches_from(["retort-teacher", "chat", "--model", "m", flag, value]);
+            let error = parsed.expect_err(value);
+            assert_eq!(error.kind(), ErrorKind::ValueValidation, "{flag} {value}: {error}");
+            assert_eq!(error.exit_code(), 2);
+        }
+    }
 }
