@@ -5,8 +5,6 @@ use retort_core::{Result, wire::timestamp_to_proto};
 use retort_proto as proto;
 use serde::Deserialize;
 
-/// Folder of all models and their pointers in the store.
-const MODELS: &str = "models";
 /// Largest pointer read, bytes.
 const MAX_POINTER_BYTES: u64 = 64 << 10;
 
@@ -37,7 +35,7 @@ struct Quality {
 /// orchestrator lists them.
 pub async fn list(store: &Store, limit: usize) -> Result<Vec<proto::Model>> {
     let mut versions: Vec<(String, u32, String)> =
-        store.list(MODELS).await?.into_iter().filter_map(|entry| version(entry.key)).collect();
+        store.list(&paths::models_prefix()).await?.into_iter().filter_map(|entry| version(entry.key)).collect();
     versions.sort_by(|a, b| a.0.cmp(&b.0).then(b.1.cmp(&a.1)));
     versions.truncate(limit);
     let mut models = Vec::new();

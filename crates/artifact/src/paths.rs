@@ -67,6 +67,11 @@ pub fn report(job: &str) -> String {
     format!("jobs/{job}/report.json")
 }
 
+/// Every promoted model.
+pub fn models_prefix() -> String {
+    "models/".to_owned()
+}
+
 /// All versions of a promoted model.
 pub fn model_versions_prefix(name: &str) -> String {
     format!("models/{name}/versions/")
