@@ -12,8 +12,8 @@ const MAX_BYTES: usize = 1 << 29;
 /// Most often that `*` repeats something, widest field of a format, largest batch.
 const MAX_TIMES: usize = 4096;
 const MAX_DEPTH: usize = 64;
-/// What an item of a list takes, beside its own text.
-const ITEM_BYTES: usize = 24;
+/// What an item of a list or map takes, beside its own text.
+const ITEM_BYTES: usize = 64;
 
 /// Filters whose output can be larger than their input, and need looking at before they run.
 const GROWING: [&str; 12] =
@@ -77,7 +77,7 @@ pub(super) fn spend(state: &mut State, bytes: usize) -> Result<(), Error> {
     let spent = state.get_or_insert_extension(Spent(0));
     spent.0 = spent.0.saturating_add(bytes);
     if spent.0 > MAX_BYTES {
-        return Err(too_much(format!("it makes more than {MAX_BYTES} bytes of text")));
+        return Err(too_much(format!("it makes more than {} MiB of text", MAX_BYTES >> 20)));
     }
     Ok(())
 }
