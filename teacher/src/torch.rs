@@ -50,3 +50,24 @@ pub(crate) fn host_i64(tensor: &Tensor) -> Result<Vec<i64>> {
     let flat = tensor.f_to_kind(Kind::Int64).and_then(|t| t.f_flatten(0, -1)).map_err(torch)?;
     Vec::<i64>::try_from(&flat).map_err(torch)
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_broken_template_is_the_models_fault_and_a_refusal_the_prompts() {
+        let folder = tempfile::tempdir().unwrap();
+        let message = [retort_llama::ChatMessage::new("user", "hi")];
+        let code = |source: &str| {
+            let template = retort_llama::ChatTemplate::compile("chat_template.jinja", source, Vec::new(), None);
+            let error = model(template.and_then(|template| template.render(&message, true)).unwrap_err());
+            (error.code, error.message.starts_with("chat_template.jinja: "))
+        };
+        assert_eq!(code("{% endif %}"), (Code::ModelMalformed, true));
+        assert_eq!(code("{{ nothing.more }}"), (Code::ModelMalformed, true));
+        assert_eq!(code("{{ raise_exception('a system turn first') }}"), (Code::PromptMalformed, false));
+        let missing = retort_llama::Tokenizer::from_dir(folder.path()).unwrap_err();
+        assert_eq!(model(missing).code, Code::FileNotFound);
+    }
+}

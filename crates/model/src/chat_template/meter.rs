@@ -51,7 +51,8 @@ pub(super) fn metered(source: &str) -> String {
 }
 
 fn next_tag(text: &str) -> Option<usize> {
-    ["{{", "{%", "{#"].iter().filter_map(|open| text.find(open)).min()
+    let opens = |pair: &[u8]| pair[0] == b'{' && matches!(pair[1], b'{' | b'%' | b'#');
+    text.as_bytes().windows(2).position(opens)
 }
 
 /// Text between tags, metered in its middle so that the tags' own rules on white space still hold.
@@ -246,8 +247,10 @@ impl<'a> Walk<'a> {
         self.tokens.get(at).map(|token| token.kind)
     }
 
+    /// The operator at a place. At either end of a tag stands a mark for its white space instead.
     fn sign(&self, at: usize) -> Option<&'a str> {
-        let token = self.tokens.get(at).filter(|token| token.kind == Kind::Operator)?;
+        let inside = at > 0 && at + 1 < self.tokens.len();
+        let token = self.tokens.get(at).filter(|token| inside && token.kind == Kind::Operator)?;
         Some(&self.tag[token.start..token.end])
     }
 

@@ -106,6 +106,7 @@ fn meters_change_no_text() {
         ("{%- set x = 'a' + ('b' if true else 'c') ~ '}}' -%} {{- x -}} ", "ab}}"),
         ("{{ {'a': 'b' ~ 'c'}['a'] }}", "bc"),
         ("{% raw %}{{ a ~ b }}{% endraw %}{# a ~ b #}", "{{ a ~ b }}"),
+        ("{%+ if true +%}a{%+ endif +%}", "a"),
         ("{{ -1 + 2 }}{{ 2 ** 3 + 1.5 }}", "19.5"),
         ("{{ 'it\\'s' ~ \"~\" }}", "it's~"),
         ("{% for x in [1] + [2] if x is odd %}{{ x ~ loop.index }}{% endfor %}", "11"),
