@@ -64,10 +64,26 @@ fn check(spec: &JobSpec, file: &PromptFile) -> Result<Admitted> {
     let teacher = Folder::open("teacher.model", &spec.teacher.model)?;
     weights::check(teacher.path())?;
     let (student, positions) = student(spec, &teacher)?;
+    no_larger(&student, &teacher.config)?;
     let counts = prompts::measure(spec, file, &rows, teacher.tokenizer(), positions)?;
     let (plan, tasks) = planner::plan(spec, &counts, teacher.config.parameters(), student.parameters())?;
     let prompt_set = Bytes::from(prompt_sets::to_jsonl(&rows));
     Ok(Admitted { prompt_set_sha256: sha256_hex(&prompt_set), prompt_set, plan, tasks })
+}
+
+/// A student that trains takes four times its weights; one larger than its teacher is a slip of a digit
+/// and would only be found out of memory, after the teacher has done its work.
+fn no_larger(student: &Config, teacher: &Config) -> Result<()> {
+    let (student, teacher) = (student.parameters(), teacher.parameters());
+    if student <= teacher {
+        return Ok(());
+    }
+    Err(Error::new(
+        Code::SpecInvalid,
+        format!(
+            "student.init makes a student of {student} parameters, its teacher has {teacher}; give it fewer or smaller layers"
+        ),
+    ))
 }
 
 /// The student's shape, and the positions that teacher and student both have.

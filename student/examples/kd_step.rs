@@ -18,8 +18,8 @@ use retort_core::{
 use retort_llama::{Architecture, Config, Model};
 use retort_student::{
     batch::Limits,
-    kept_layers,
     example::Example,
+    kept_layers,
     trainer::{Options, Trainer},
 };
 use serde_json::json;

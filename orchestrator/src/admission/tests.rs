@@ -283,13 +283,16 @@ async fn a_student_must_fit_its_teacher() {
     let (world, mut spec) = inputs().await;
     student(config(16), 2)(world.folder.path(), &mut spec);
     assert_eq!(admit(&world.context, &spec).await.unwrap().plan.student_parameters, 128 + 2 * 592 + 8);
-    spec.student.init = Init::Config {
-        hidden_size: 16,
-        intermediate_size: 16,
+    let of_width = |width| Init::Config {
+        hidden_size: width,
+        intermediate_size: width,
         num_hidden_layers: 1,
         num_attention_heads: 2,
         num_key_value_heads: 2,
     };
+    spec.student.init = of_width(8);
     let plan = admit(&world.context, &spec).await.unwrap().plan;
-    assert_eq!(plan.student_parameters, 16 * 16 + (4 * 16 * 16 + 3 * 16 * 16 + 32) + 16);
+    assert_eq!(plan.student_parameters, 16 * 8 + (4 * 8 * 8 + 3 * 8 * 8 + 16) + 8);
+    spec.student.init = of_width(16);
+    check_refused(&world, &spec, Code::SpecInvalid, "a student of 2096 parameters, its teacher has 1320").await;
 }
