@@ -3,7 +3,7 @@
 
 SHELL := /bin/bash
 .DEFAULT_GOAL := help
-.PHONY: help env setup build demo test test-rust test-parity lint fmt clippy deny layers clean-demo
+.PHONY: help env setup build demo test test-rust test-parity test-python lint fmt clippy deny layers clean-demo
 
 # Everything that is downloaded or built lives here, outside the checkout.
 export RETORT_CACHE ?= $(HOME)/.cache/retort
@@ -44,7 +44,7 @@ $(TEACHER)/retort-import.json: | build
 demo: build $(TEACHER)/retort-import.json ## Distil a 10-layer student from SmolLM2-135M on this machine
 	$(BIN)/retort run examples/support/job.yaml --home $(DEMO_HOME) $$([ -t 1 ] || echo --plain)
 
-test: test-rust test-parity ## Every test
+test: test-rust test-parity test-python ## Every test
 
 test-rust: build $(TEACHER)/retort-import.json ## Unit, property, golden, end-to-end and kill tests
 	cargo test --workspace --locked --no-fail-fast
@@ -52,6 +52,10 @@ test-rust: build $(TEACHER)/retort-import.json ## Unit, property, golden, end-to
 test-parity: build $(TEACHER)/retort-import.json ## An exported student against transformers
 	@$(FETCH) transformers
 	cargo test --workspace --locked --features retort-tests/transformers --test transformers
+
+test-python: ## retort-data, the reader in Python
+	@$(FETCH) retort-data
+	cd python && $(RETORT_CACHE)/venv-retort-data/bin/python -m pytest -q -p no:cacheprovider tests
 
 lint: fmt clippy layers deny ## Format, lints, dependency direction, licences
 

@@ -180,23 +180,34 @@ def deny():
 
 def transformers():
     """A Python environment with transformers, the other side of the parity tests."""
-    place = CACHE / "venv-transformers"
-    pins = SETUP / "transformers.txt"
+    environment("transformers", "the parity tests (torch with its own CUDA packages: about 3 GB)", ["torch"])
+
+
+def retort_data():
+    """A Python environment with what retort-data needs, and pytest."""
+    environment("retort-data", "retort-data's tests (60 MB)", [])
+
+
+def environment(name, what_for, wheels):
+    """Makes CACHE/venv-NAME from NAME.txt, anew when its pins change."""
+    place = CACHE / f"venv-{name}"
+    pins = SETUP / f"{name}.txt"
     stamp = place / "complete"
     if stamp.exists() and stamp.read_text() == pins.read_text():
         return
     shutil.rmtree(place, ignore_errors=True)
-    say("making the Python environment of the parity tests (torch with its own CUDA packages: about 3 GB)")
+    say(f"making the Python environment of {what_for}")
     subprocess.run([sys.executable, "-m", "venv", str(place)], check=True)
-    wheel("torch")
+    for package in wheels:
+        wheel(package)
     command = [str(place / "bin" / "python"), "-m", "pip", "install", "--quiet", "--disable-pip-version-check",
                f"--find-links={WHEELS}", "--requirement", str(pins)]
     if subprocess.run(command).returncode != 0:
-        fail("pip could not install transformers and torch")
+        fail(f"pip could not install what {pins.name} names")
     stamp.write_text(pins.read_text())
 
 
-PARTS = {"libtorch": libtorch, "teacher": teacher, "deny": deny, "transformers": transformers}
+PARTS = {"libtorch": libtorch, "teacher": teacher, "deny": deny, "transformers": transformers, "retort-data": retort_data}
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)

@@ -1,4 +1,4 @@
-//! Version 1 on disk. A file written once must read the same for ever; `tests/read_golden.py`
+//! Version 1 on disk. A file written once must read the same for ever; `python/tests/test_golden.py`
 //! reads it with pyarrow alone.
 
 use std::path::PathBuf;

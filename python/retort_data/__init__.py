@@ -1,0 +1,11 @@
+"""Reads retort's soft-target shards (docs/formats/soft-targets.md) with pyarrow and numpy.
+
+Shapes: T tokens of a sequence, P its target positions, E the entries of all their supports, V the
+vocabulary; in a batch b rows, t tokens after padding, n target positions, k the widest support.
+"""
+
+from .batches import batches
+from .shard import Sequence, Shard, ShardError, open
+from .targets import SparseTargets
+
+__all__ = ["Sequence", "Shard", "ShardError", "SparseTargets", "batches", "open"]
