@@ -378,6 +378,7 @@ pub fn write_model(folder: &Path, config: &serde_json::Value, words: usize) -> P
         "model": {"type": "WordLevel", "vocab": vocab, "unk_token": "<unk>"},
     });
     std::fs::write(folder.join("tokenizer.json"), tokenizer.to_string()).unwrap();
+    std::fs::write(folder.join("chat_template.jinja"), "{{ messages[0].content }}").unwrap();
     let data = vec![0u8; 64];
     let tensor = safetensors::tensor::TensorView::new(safetensors::Dtype::F32, vec![4, 4], &data).unwrap();
     let weights = safetensors::serialize([("model.norm.weight", tensor)], None).unwrap();

@@ -41,7 +41,9 @@ pub(crate) fn import(source: &Path, out: &Path, progress: &mut dyn FnMut(Progres
     let texts = texts(source)?;
     // As the workers will read them.
     let config = Config::from_dir(source)?;
-    Tokenizer::from_dir(source)?.require_fits(config.vocab_size)?;
+    let tokenizer = Tokenizer::from_dir(source)?;
+    tokenizer.require_fits(config.vocab_size)?;
+    tokenizer.probe_template()?;
     let files = weight_files(source)?;
     let model = plan(source, &config, &files)?;
 

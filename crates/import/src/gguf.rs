@@ -44,7 +44,9 @@ pub(crate) fn import(source: &Path, out: &Path, progress: &mut dyn FnMut(Progres
     // As the workers will read them.
     let mut read = Config::from_json(&place, &config)?;
     read.add_end_tokens(&place, &generation)?;
-    Tokenizer::from_parts(&place, &tokenizer, &tokenizer_config)?.require_fits(read.vocab_size)?;
+    let parsed = Tokenizer::from_parts(&place, &tokenizer, &tokenizer_config)?;
+    parsed.require_fits(read.vocab_size)?;
+    parsed.probe_template()?;
     let texts = [
         ("config.json", pretty(&config)?),
         ("generation_config.json", pretty(&generation)?),

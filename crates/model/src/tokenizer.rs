@@ -38,7 +38,7 @@ pub struct Tokenizer {
 
 impl Tokenizer {
     /// Reads `tokenizer.json`, and, where there are any, `tokenizer_config.json`,
-    /// `special_tokens_map.json` and `chat_template.jinja`, and tries the template once.
+    /// `special_tokens_map.json` and `chat_template.jinja`.
     pub fn from_dir(dir: &Path) -> Result<Self> {
         let path = dir.join("tokenizer.json");
         let bytes = read(&path, MAX_TOKENIZER_BYTES)?;
@@ -71,8 +71,12 @@ impl Tokenizer {
         let compile =
             |(place, source): (String, String)| ChatTemplate::compile(&place, &source, special_tokens.clone(), None);
         let template = template.map(compile).transpose()?;
-        template.as_ref().map(ChatTemplate::probe).transpose()?;
         Ok(Self { inner, template, special_tokens, place: place.to_owned(), vocab_size, sha256: sha256_hex(tokenizer) })
+    }
+
+    /// [`ChatTemplate::probe`] of the model's template, if it has one.
+    pub fn probe_template(&self) -> Result<()> {
+        self.template.as_ref().map_or(Ok(()), ChatTemplate::probe)
     }
 
     /// Makes the chat template's date this one instead of the present.
@@ -121,10 +125,14 @@ impl Tokenizer {
     /// The prompt's text by the model's template. Control tokens that stand in a message become
     /// what they are in the vocabulary, as with transformers.
     pub fn render_chat(&self, messages: &[ChatMessage], add_generation_prompt: bool) -> Result<String> {
-        let template = self.template.as_ref().ok_or_else(|| {
-            malformed(&self.place, "comes without a chat template; put a chat_template.jinja beside it")
-        })?;
-        template.render(messages, add_generation_prompt)
+        self.require_template()?.render(messages, add_generation_prompt)
+    }
+
+    /// `ModelMalformed` for a model without a chat template.
+    pub fn require_template(&self) -> Result<&ChatTemplate> {
+        self.template
+            .as_ref()
+            .ok_or_else(|| malformed(&self.place, "comes without a chat template; put a chat_template.jinja beside it"))
     }
 
     /// [`Tokenizer::render_chat`], encoded.

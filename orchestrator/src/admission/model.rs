@@ -44,9 +44,10 @@ impl Folder {
         self.config.max_position_embeddings.unsigned_abs()
     }
 
-    /// `file-not-found` for a teacher without one: it could not read a prompt.
+    /// `file-not-found` for a teacher without one, `model-malformed` for one without a chat template: it
+    /// could not read a prompt.
     pub fn tokenizer(&self) -> Result<&Tokenizer> {
-        self.tokenizer.as_ref().ok_or_else(|| {
+        let tokenizer = self.tokenizer.as_ref().ok_or_else(|| {
             Error::new(
                 Code::FileNotFound,
                 format!(
@@ -54,7 +55,9 @@ impl Folder {
                     self.path.join("tokenizer.json").display()
                 ),
             )
-        })
+        })?;
+        tokenizer.require_template()?;
+        Ok(tokenizer)
     }
 
     /// `tokenizer-mismatch` when both folders have a tokenizer and these differ in a token.

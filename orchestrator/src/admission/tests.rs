@@ -216,11 +216,15 @@ async fn chat_templates_that_do_not_work_are_refused() {
     };
     check(Code::ModelMalformed, "chat_template.jinja: the chat template does not work: syntax", template("{% if"))
         .await;
+    let missing = |folder: &Path, _: &mut JobSpec| {
+        std::fs::remove_file(folder.join("teacher/chat_template.jinja")).unwrap();
+    };
+    check(Code::ModelMalformed, "comes without a chat template", missing).await;
+    // Compiled, never run here: a template is its author's program.
+    let (world, spec) = inputs().await;
     let hostile =
         "{% set n = namespace(x='aaaaaaaaaa') %}{% for i in range(40) %}{% set n.x = n.x ~ n.x %}{% endfor %}";
-    check(Code::ModelMalformed, "chat_template.jinja: the chat template does not work: ", template(hostile)).await;
-    let (world, spec) = inputs().await;
-    template("{{ raise_exception('I want a system turn') }}")(world.folder.path(), &mut spec.clone());
+    template(hostile)(world.folder.path(), &mut spec.clone());
     admit(&world.context, &spec).await.unwrap();
 }
 

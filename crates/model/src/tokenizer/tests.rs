@@ -74,15 +74,17 @@ fn faults_are_errors_that_name_the_file() {
     write(dir.path());
     fs::write(dir.path().join("tokenizer_config.json"), "{").unwrap();
     assert!(error().contains("tokenizer_config.json: EOF"), "{}", error());
+    fs::write(dir.path().join("tokenizer_config.json"), "{}").unwrap();
+    let template = |text: &str| {
+        fs::write(dir.path().join("chat_template.jinja"), text).unwrap();
+        Tokenizer::from_dir(dir.path()).and_then(|tokenizer| tokenizer.probe_template())
+    };
     for (broken, says) in [("{% if", "syntax error"), ("{{ messages[0].nothing.more }}", "undefined value")] {
-        fs::write(dir.path().join("chat_template.jinja"), broken).unwrap();
-        fs::write(dir.path().join("tokenizer_config.json"), "{}").unwrap();
-        let error = error();
+        let error = template(broken).unwrap_err().to_string();
         assert!(error.contains("chat_template.jinja: the chat template does not work: "), "{error}");
         assert!(error.contains(says), "{error}");
     }
-    fs::write(dir.path().join("chat_template.jinja"), "{{ raise_exception('a system turn first') }}").unwrap();
-    Tokenizer::from_dir(dir.path()).unwrap();
+    template("{{ raise_exception('a system turn first') }}").unwrap();
     fs::remove_file(dir.path().join("chat_template.jinja")).unwrap();
     fs::remove_file(dir.path().join("tokenizer_config.json")).unwrap();
     let tokenizer = Tokenizer::from_dir(dir.path()).unwrap();
