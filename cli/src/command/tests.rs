@@ -44,6 +44,10 @@ fn the_lines_of_the_examples_parse() {
         "retort model import m.gguf --out o",
         "retort model chat support@2 --prompt hi --temperature 0",
         "retort shard show f.parquet --rows 3",
+        "retort shard stats a.parquet folder",
+        "retort shard verify folder --json",
+        "retort shard diff a.parquet b.parquet",
+        "retort shard export folder --out all.jsonl",
         "retort completions zsh",
     ] {
         if let Err(error) = parse(line) {

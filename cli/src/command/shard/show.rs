@@ -1,12 +1,10 @@
-use std::{
-    io::Read as _,
-    path::{Path, PathBuf},
-};
+use std::path::PathBuf;
 
 use clap::Args;
 use retort_artifact::soft_targets::{Description, Limits, describe};
-use retort_core::{Code, Error, Result};
+use retort_core::{Error, Result};
 
+use super::files;
 use crate::{
     command::Context,
     outcome::Outcome,
@@ -29,34 +27,14 @@ pub struct Show {
 
 impl Show {
     pub async fn run(self, context: &Context) -> Result<Outcome> {
-        let limits = Limits::default();
-        let shard = describe(read(&self.file, limits.max_bytes)?.into(), limits, self.rows)
-            .map_err(|error| Error::new(error.code, format!("{}: {}", self.file.display(), error.chain())))?;
+        let shard = describe(files::read(&self.file)?, Limits::default(), self.rows)
+            .map_err(|error| files::named(&self.file, &error))?;
         let value =
             serde_json::to_value(&shard).map_err(|error| Error::internal(format!("cannot write JSON: {error}")))?;
         context.output.json(&value);
         context.output.text(&render(&shard));
         Ok(Outcome::Done)
     }
-}
-
-fn read(path: &Path, max_bytes: u64) -> Result<Vec<u8>> {
-    let io = |error| Error::io(path, error);
-    // Asked before it is opened: opening a pipe waits for its other end.
-    let metadata = std::fs::metadata(path).map_err(io)?;
-    if !metadata.is_file() {
-        return Err(Error::new(Code::FileUnreadable, format!("{}: a shard is a regular file", path.display())));
-    }
-    let size = metadata.len();
-    if size > max_bytes {
-        let message =
-            format!("{}: {} are more than a shard may have ({})", path.display(), bytes(size), bytes(max_bytes));
-        return Err(Error::new(Code::FileUnreadable, message));
-    }
-    let mut content = Vec::new();
-    let file = std::fs::File::open(path).map_err(io)?;
-    file.take(max_bytes).read_to_end(&mut content).map_err(io)?;
-    Ok(content)
 }
 
 fn render(shard: &Description) -> String {
