@@ -55,9 +55,9 @@ pub enum Beat {
 /// Gives the worker the first published task of the topic of `id`, or says why there is none.
 ///
 /// A record is worth one claim, whichever task it names: partitions are read one after another, so
-/// the order of records is not the order of priority. A worker that claims the task it holds gets a
-/// new epoch: its process does one thing at a time, so the older attempt, or the answer to its claim,
-/// was lost. What else it holds is left alone: the news of its end may still be on the bus.
+/// the order of records is not the order of priority. What the worker holds already is not taken back:
+/// most likely it is done, and the news still on the bus. If the answer to its claim was lost instead,
+/// the lease runs out and the task is published again.
 pub async fn claim(context: &Context, id: &TaskId, worker_id: &str) -> Result<Claim> {
     let now_ms = context.now_ms();
     let mut tx = context.database.begin().await?;
@@ -114,16 +114,14 @@ async fn can_lease(
         TaskState::Ready | TaskState::Queued => Ok(Ok(())),
         TaskState::Leased => {
             let left_ms = task.lease_until_ms.unwrap_or(now_ms) - now_ms;
-            if left_ms > 0 && task.worker() != worker_id {
+            if left_ms > 0 && task.worker() == worker_id {
+                return refuse(Reason::Done);
+            }
+            if left_ms > 0 {
                 let wait = Duration::from_millis(left_ms.unsigned_abs()).max(MIN_RETRY);
                 return Ok(Err(Claim::RetryAfter(wait)));
             }
-            let reason = if left_ms > 0 {
-                "claimed again by the same worker: the attempt was given up".to_owned()
-            } else {
-                expired(context)
-            };
-            if lose(context, conn, &task, &reason).await? == Fate::JobFailed {
+            if lose(context, conn, &task, &expired(context)).await? == Fate::JobFailed {
                 context.wakers.job_changed(&task.job_id);
                 return refuse(Reason::Failed);
             }
