@@ -57,7 +57,7 @@ fn cost(job: &proto::Job, report: &proto::Report) -> String {
         row("prompts", format!("{} for training, {} held out", count(plan.train_rows), count(plan.held_out_rows)));
     }
     row("soft targets", format!("{} tokens", count(report.target_tokens)));
-    row("store", format!("{}, {} bytes per token", bytes(report.store_bytes), rate(report.bytes_per_token)));
+    row("stored in", format!("{}, {} bytes per token", bytes(report.store_bytes), rate(report.bytes_per_token)));
     row("teacher", format!("{} tokens/s", rate(report.teacher_tokens_per_second)));
     row(
         "student",

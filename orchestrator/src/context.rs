@@ -1,4 +1,8 @@
-use std::{sync::Arc, time::Duration};
+use std::{
+    collections::HashMap,
+    sync::{Arc, Mutex, MutexGuard, PoisonError},
+    time::Duration,
+};
 
 use retort_artifact::Store;
 use retort_core::{clock::Clock, id::JobId};
@@ -44,6 +48,27 @@ pub struct Context {
     pub prompt_sets: Arc<RwLock<()>>,
     /// Specs whose files are being checked.
     pub admissions: Arc<Semaphore>,
+    pub activity: Arc<Activity>,
+}
+
+/// When a worker of each topic was last heard of. Forgotten with the process: it only keeps
+/// remarks and second records from coming too early.
+#[derive(Debug, Default)]
+pub struct Activity(Mutex<HashMap<String, i64>>);
+
+impl Activity {
+    pub fn heard(&self, topic: &str, now_ms: i64) {
+        self.lock().insert(topic.to_owned(), now_ms);
+    }
+
+    /// Whether one was heard of after this time.
+    pub fn since(&self, topic: &str, time_ms: i64) -> bool {
+        self.lock().get(topic).is_some_and(|&heard_ms| heard_ms > time_ms)
+    }
+
+    fn lock(&self) -> MutexGuard<'_, HashMap<String, i64>> {
+        self.0.lock().unwrap_or_else(PoisonError::into_inner)
+    }
 }
 
 impl Context {
@@ -56,6 +81,7 @@ impl Context {
             wakers: Arc::new(Wakers::default()),
             prompt_sets: Arc::new(RwLock::new(())),
             admissions: Arc::new(Semaphore::new(1)),
+            activity: Arc::default(),
         }
     }
 

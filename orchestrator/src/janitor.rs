@@ -2,7 +2,7 @@
 
 use std::{collections::HashSet, time::Duration};
 
-use retort_artifact::paths;
+use retort_artifact::{checkpoint, paths};
 use retort_core::{Code, Result, id::JobId};
 use tokio_util::sync::CancellationToken;
 
@@ -54,6 +54,8 @@ async fn sweep_ended(context: &Context) -> Result<u64> {
     let mut removed = 0;
     for id in ended {
         removed += sweep_staged(context, &id).await?;
+        // One to go back to is of use only to a training that goes on.
+        removed += checkpoint::prune(&context.store, id.as_str(), 1).await?.len() as u64;
         let mut tx = context.database.begin().await?;
         jobs::set_cleaned(&mut tx, &id, context.now_ms()).await?;
         commit(tx).await?;

@@ -64,6 +64,7 @@ pub async fn claim(context: &Context, id: &TaskId, worker_id: &str) -> Result<Cl
     let Some(named) = tasks::find(&mut tx, id).await? else {
         return Ok(Claim::NotClaimable(Reason::UnknownTask));
     };
+    context.activity.heard(&named.topic, now_ms);
     let job = jobs::get(&mut tx, &named.job_id).await?;
     let open = can_lease(context, &mut tx, &job, id, worker_id).await?;
     let before = if open.is_ok() { Some(&named) } else { None };
@@ -138,6 +139,7 @@ pub async fn heartbeat(context: &Context, id: &TaskId, epoch: u64, worker_id: &s
         // The job was deleted.
         return Ok(Beat::Cancelled);
     };
+    context.activity.heard(&task.topic, now_ms);
     let job = jobs::get(&mut tx, &task.job_id).await?;
     if job.state.is_final() && task.state != TaskState::Done {
         return Ok(Beat::Cancelled);

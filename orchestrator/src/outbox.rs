@@ -64,7 +64,7 @@ pub async fn fill(context: &Context) -> Result<usize> {
     let now_ms = context.now_ms();
     // Most looks find nothing: those take no write lock.
     let mut snapshot = context.database.read().await?;
-    let mut due = outbox::unclaimed(&mut snapshot, now_ms, ms(context.settings.republish_after)).await?.len();
+    let mut due = lost_records(context, &mut snapshot).await?.len();
     for topic in outbox::ready_topics(&mut snapshot, now_ms).await? {
         due += usize::from(outbox::outstanding(&mut snapshot, &topic).await? < context.settings.window);
     }
@@ -76,14 +76,12 @@ pub async fn fill(context: &Context) -> Result<usize> {
     let mut tx = context.database.begin().await?;
     let mut queued = 0;
     let mut told = HashSet::new();
-    for task in outbox::unclaimed(&mut tx, now_ms, ms(context.settings.republish_after)).await? {
-        tracing::info!(task, "nobody has claimed this task; publishing it again");
-        if let Some(unserved) = outbox::first_time_unserved(&mut tx, &task).await?
-            && told.insert((unserved.job_id.clone(), unserved.kind))
-        {
-            tell_unserved(context, &mut tx, &unserved).await?;
+    for task in lost_records(context, &mut tx).await? {
+        tracing::info!(task = task.id.short(), "nobody has claimed this task; publishing it again");
+        if task.publishes == 1 && told.insert((task.job_id.clone(), task.kind)) {
+            tell_unserved(context, &mut tx, &task).await?;
         }
-        outbox::enqueue(&mut tx, &task, now_ms).await?;
+        outbox::enqueue(&mut tx, task.id.as_str(), now_ms).await?;
         queued += 1;
     }
     for topic in outbox::ready_topics(&mut tx, now_ms).await? {
@@ -95,6 +93,15 @@ pub async fn fill(context: &Context) -> Result<usize> {
     }
     commit(tx).await?;
     Ok(queued)
+}
+
+/// Tasks whose record seems to have reached nobody. While workers of a topic are heard of, its records
+/// just wait their turn: each gives the first task, so none is missed before the queue runs dry.
+async fn lost_records(context: &Context, conn: &mut Connection) -> Result<Vec<Task>> {
+    let (now_ms, after_ms) = (context.now_ms(), ms(context.settings.republish_after));
+    let mut unclaimed = outbox::unclaimed(conn, now_ms, after_ms).await?;
+    unclaimed.retain(|task| !context.activity.since(&task.topic, now_ms.saturating_sub(after_ms)));
+    Ok(unclaimed)
 }
 
 /// A job that waits for workers that are not there says so.

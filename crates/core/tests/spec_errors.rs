@@ -222,3 +222,15 @@ fn a_spec_survives_the_wire() {
     let back = retort_core::wire::job_spec_from_proto(retort_core::wire::job_spec_to_proto(&spec)).unwrap();
     assert_eq!(spec, back);
 }
+
+#[test]
+fn the_page_about_specs_shows_the_defaults() {
+    let page = std::fs::read_to_string("../../docs/formats/spec.md").unwrap();
+    let yaml = page.split("```").nth(1).unwrap().strip_prefix("yaml\n").unwrap();
+    let shown = parse_yaml("spec.md", yaml).unwrap();
+    let least = "name: support\nprompts: {path: prompts.jsonl}\nteacher: {model: smollm2}\nstudent: {init: {prune: {layers: 8}}}\n";
+    let mut plain = parse_yaml("least.yaml", least).unwrap();
+    assert!([shown.gates.max_kl, shown.gates.max_kl_ratio, shown.gates.min_top1_agreement].iter().all(Option::is_some));
+    plain.gates = shown.gates.clone();
+    assert_eq!(shown, plain);
+}

@@ -57,14 +57,11 @@ pub async fn next_ready(conn: &mut Connection, topic: &str, now_ms: i64, limit: 
 }
 
 /// Queued tasks that nobody has claimed: their record may be lost. The wait doubles with each record
-/// sent, from `after_ms` to sixteen times that; it is the longest at once while a worker of the
-/// topic is busy, since then the record most likely just waits its turn.
-pub async fn unclaimed(conn: &mut Connection, now_ms: i64, after_ms: i64) -> Result<Vec<String>> {
-    sqlx::query_scalar(
-        "SELECT id FROM tasks WHERE state = 'queued' AND publishes > 0
-             AND queued_ms <= ?1 - ?2 * CASE
-                 WHEN EXISTS (SELECT 1 FROM tasks AS busy WHERE busy.state = 'leased' AND busy.topic = tasks.topic) THEN 16
-                 ELSE 1 << min(publishes - 1, 4) END
+/// sent, from `after_ms` to sixteen times that.
+pub async fn unclaimed(conn: &mut Connection, now_ms: i64, after_ms: i64) -> Result<Vec<Task>> {
+    let rows = sqlx::query(
+        "SELECT * FROM tasks WHERE state = 'queued' AND publishes > 0
+             AND queued_ms <= ?1 - ?2 * (1 << min(publishes - 1, 4))
              AND id NOT IN (SELECT task_id FROM outbox)
          ORDER BY priority, job_id, shard LIMIT 1000",
     )
@@ -72,23 +69,8 @@ pub async fn unclaimed(conn: &mut Connection, now_ms: i64, after_ms: i64) -> Res
     .bind(after_ms)
     .fetch_all(conn)
     .await
-    .db()
-}
-
-/// The task, if its first record found nobody and no worker of its topic is busy.
-pub async fn first_time_unserved(conn: &mut Connection, task_id: &str) -> Result<Option<Task>> {
-    let unserved: Option<i64> = sqlx::query_scalar(
-        "SELECT 1 FROM tasks WHERE id = ? AND publishes = 1
-             AND NOT EXISTS (SELECT 1 FROM tasks AS busy WHERE busy.state = 'leased' AND busy.topic = tasks.topic)",
-    )
-    .bind(task_id)
-    .fetch_optional(&mut *conn)
-    .await
     .db()?;
-    match unserved {
-        Some(_) => tasks::find(conn, &parse_task_id(task_id)?).await,
-        None => Ok(None),
-    }
+    rows.iter().map(tasks::read).collect()
 }
 
 /// The task becomes `Queued` and its record due, both or neither.

@@ -29,6 +29,8 @@ pub struct Task {
     pub worker_id: Option<String>,
     pub lease_until_ms: Option<i64>,
     pub not_before_ms: i64,
+    /// Records sent since the last claim.
+    pub publishes: u32,
 }
 
 impl Task {
@@ -301,7 +303,7 @@ pub(super) fn parse_task_id(text: &str) -> Result<TaskId> {
     text.parse().map_err(|_| damaged(format!("task id {text:?}")))
 }
 
-fn read(row: &SqliteRow) -> Result<Task> {
+pub(super) fn read(row: &SqliteRow) -> Result<Task> {
     let text = |column: &str| row.try_get::<String, _>(column).db();
     let integer = |column: &str| row.try_get::<i64, _>(column).db();
     let optional = |column: &str| row.try_get::<Option<i64>, _>(column).db();
@@ -334,5 +336,6 @@ fn read(row: &SqliteRow) -> Result<Task> {
         worker_id: row.try_get("worker_id").db()?,
         lease_until_ms: optional("lease_until_ms")?,
         not_before_ms: integer("not_before_ms")?,
+        publishes: unsigned32("publishes", integer("publishes")?)?,
     })
 }
