@@ -30,11 +30,11 @@ fn a_job_outlives_a_full_home() {
     on_a_small_disk("full_home_body");
 }
 
-/// Runs one of the bodies below on a real file system of 96 MiB. Mounting one takes a namespace of its
+/// Runs one of the bodies below on a real file system of 256 MiB. Mounting one takes a namespace of its
 /// own.
 fn on_a_small_disk(body: &str) {
     let folder = tempfile::tempdir().unwrap();
-    let script = r#"mount -t tmpfs -o size=96m tmpfs "$1" && exec "$2" --exact "$3" --ignored --nocapture"#;
+    let script = r#"mount -t tmpfs -o size=256m tmpfs "$1" && exec "$2" --exact "$3" --ignored --nocapture"#;
     for namespace in [&["unshare", "--mount"][..], &["unshare", "--user", "--map-root-user", "--mount"][..]] {
         let in_namespace = || {
             let mut command = Command::new(namespace[0]);

@@ -13,7 +13,6 @@ use rdkafka::{
     config::RDKafkaLogLevel,
     consumer::{BaseConsumer, CommitMode, Consumer as _, ConsumerContext, Rebalance, StreamConsumer},
     error::{KafkaError, RDKafkaErrorCode},
-    message::OwnedMessage,
 };
 use retort_core::{Code, Error, Result};
 use retort_proto::TaskMessage;
@@ -37,8 +36,8 @@ const HEARTBEAT_MS: &str = "2000";
 const MAX_POLL_INTERVAL_MS: &str = "60000";
 /// A caller that has taken no task for this long is computing: fetching stops.
 const BUSY_AFTER: Duration = Duration::from_millis(200);
-/// With this many records being passed over, polling slows down.
-const MOST_ERRANDS: usize = 64;
+/// Longest that polling waits for a commit.
+const IN_PASSING: Duration = Duration::from_secs(1);
 /// How long a member without partitions waits before it joins anew, at first and at most.
 const STRANDED: RangeInclusive<Duration> = Duration::from_secs(4)..=Duration::from_secs(300);
 /// How long a commit is repeated while the broker is away.
@@ -124,7 +123,6 @@ impl TaskConsumer {
             brokers: brokers.to_owned(),
             topic: topic.to_owned(),
             stranded: Mutex::new(Stranded { since: None, patience: *STRANDED.start() }),
-            errands: Mutex::default(),
         };
         tasks.spawn(pump.run(sender));
         Ok(Self {
@@ -178,8 +176,6 @@ struct Pump {
     brokers: String,
     topic: String,
     stranded: Mutex<Stranded>,
-    /// End with the pump.
-    errands: Mutex<JoinSet<()>>,
 }
 
 /// Since when this member has had no partition.
@@ -245,9 +241,6 @@ impl Pump {
     /// Polls once: a task, or `None` when it was anything else.
     async fn receive(&self) -> Result<Option<Delivery>> {
         self.join_anew_if_stranded();
-        if self.errands().len() >= MOST_ERRANDS {
-            tokio::time::sleep(Duration::from_millis(200)).await;
-        }
         // The timeout lets the check above run while nothing arrives.
         let message = match tokio::time::timeout(Duration::from_secs(1), self.consumer.recv()).await {
             Err(_) => return Ok(None),
@@ -268,36 +261,26 @@ impl Pump {
             (Arrival::Finished, Ok(_)) => None,
             (_, Err(reason)) => Some(reason),
         };
-        self.pass_over(message.detach(), reason);
+        let buried = match &reason {
+            Some(reason) => dead_letter::bury(&self.producer, &message, reason).await,
+            None => Ok(()),
+        };
+        let committed = match buried {
+            Ok(()) => self.commit_in_passing(partition, offset).await,
+            Err(error) => Err(error),
+        };
+        if let Err(error) = committed {
+            tracing::warn!(partition, offset, "a record will come again: {}", error.chain());
+        }
         Ok(None)
     }
 
-    /// Commits a record that nobody is handed, after setting it aside when there is a reason to. Beside
-    /// the polling: a commit may have to wait for the group, and the group for the next poll.
-    fn pass_over(&self, message: OwnedMessage, reason: Option<Error>) {
-        let (consumer, producer) = (self.consumer.clone(), self.producer.clone());
-        let (brokers, topic) = (self.brokers.clone(), self.topic.clone());
-        let errand = async move {
-            let (partition, offset) = (message.partition(), message.offset());
-            let buried = match &reason {
-                Some(reason) => dead_letter::bury(&producer, &message, reason).await,
-                None => Ok(()),
-            };
-            let committed = match buried {
-                Ok(()) => commit(&consumer, &topic, &brokers, partition, offset).await,
-                Err(error) => Err(error),
-            };
-            if let Err(error) = committed {
-                tracing::warn!(partition, offset, "a record will come again: {}", error.chain());
-            }
-        };
-        self.errands().spawn(errand);
-    }
-
-    fn errands(&self) -> MutexGuard<'_, JoinSet<()>> {
-        let mut errands = self.errands.lock().unwrap_or_else(PoisonError::into_inner);
-        while errands.try_join_next().is_some() {}
-        errands
+    /// Commits a record that nobody is handed, without waiting for long: a commit may need the group to
+    /// come together again, and the group the next poll. What is not committed now is with the next
+    /// commit behind it.
+    async fn commit_in_passing(&self, partition: i32, offset: i64) -> Result<()> {
+        let committed = commit(&self.consumer, &self.topic, &self.brokers, partition, offset);
+        tokio::time::timeout(IN_PASSING, committed).await.unwrap_or(Ok(()))
     }
 
     /// A topic that was lost and created again between two looks of librdkafka leaves the group
