@@ -125,7 +125,11 @@ fn tags(report: &proto::Report) -> String {
     rows.extend(tags.iter().take(TAGS).map(|(tag, quality)| {
         vec![shorten(tag, 40), fixed(quality.kl), percent(quality.top1_agreement), count(quality.tokens)]
     }));
-    table(&rows, &[1, 2, 3])
+    let mut text = table(&rows, &[1, 2, 3]);
+    if tags.len() > TAGS {
+        text.push_str(&format!("and {} more, in the report\n", tags.len() - TAGS));
+    }
+    text
 }
 
 fn gates(report: &proto::Report) -> String {

@@ -14,8 +14,13 @@ use retort_tests::{
 
 const PATIENCE: Duration = Duration::from_secs(300);
 
-/// Kills `name` once `when` holds for an event of the job, then follows the job to its end.
-async fn survives(name: &str, when: impl Fn(&proto::JobEvent) -> bool) -> (proto::Job, Vec<proto::JobEvent>) {
+/// Kills `name` once `when` holds for an event of the job, and again after every third shard until it was
+/// killed `kills` times; then follows the job to its end.
+async fn survives(
+    name: &str,
+    kills: u32,
+    when: impl Fn(&proto::JobEvent) -> bool,
+) -> (proto::Job, Vec<proto::JobEvent>) {
     let folder = tempfile::tempdir().unwrap();
     teacher::tiny(&folder.path().join("teacher"), 4);
     let shape = Shape::default();
@@ -30,6 +35,10 @@ async fn survives(name: &str, when: impl Fn(&proto::JobEvent) -> bool) -> (proto
         "the job must still run when {name} is killed"
     );
     up.kill(name);
+    for kill in 1..kills {
+        up.follow(&job, PATIENCE, |_, event| shards_published(event) >= 3 + 3 * kill).await;
+        up.kill(name);
+    }
     let events = up.follow(&job, PATIENCE, |_, _| false).await;
 
     let end = up.jobs().await.get_job(proto::GetJobRequest { name: job.clone() }).await.unwrap().into_inner();
@@ -63,24 +72,25 @@ fn shards_published(event: &proto::JobEvent) -> u32 {
 
 #[tokio::test(flavor = "multi_thread")]
 async fn the_teacher() {
-    let (job, _) = survives("teacher-1", |event| shards_published(event) >= 3).await;
+    // Between two shards it holds none, and nothing is redone: so it is killed more than once.
+    let (job, _) = survives("teacher-1", 4, |event| shards_published(event) >= 3).await;
     let redone = job.report.unwrap().redone;
     assert!(redone.iter().any(|one| one.task.contains("shard-")), "the report names the shard redone: {redone:?}");
 }
 
 #[tokio::test(flavor = "multi_thread")]
 async fn the_student() {
-    let (job, _) = survives("student-1", |event| matches!(event.what, Some(What::CheckpointSaved(_)))).await;
+    let (job, _) = survives("student-1", 1, |event| matches!(event.what, Some(What::CheckpointSaved(_)))).await;
     let redone = job.report.unwrap().redone;
     assert!(redone.iter().any(|one| one.task.ends_with("train")), "the report names the train run: {redone:?}");
 }
 
 #[tokio::test(flavor = "multi_thread")]
 async fn the_broker() {
-    survives("broker", |event| shards_published(event) >= 3).await;
+    survives("broker", 1, |event| shards_published(event) >= 3).await;
 }
 
 #[tokio::test(flavor = "multi_thread")]
 async fn the_orchestrator() {
-    survives("orchestrator", |event| shards_published(event) >= 3).await;
+    survives("orchestrator", 1, |event| shards_published(event) >= 3).await;
 }
