@@ -88,7 +88,7 @@ sample 1 of 1: refund-3
                   its way.
 
 promoted                no
-exported (a candidate)  /home/me/exports/support
+exported (a candidate)  /data/exports/support
 checkpoint              /data/store/jobs/j/checkpoints/000040-1/
 shards                  /data/store/jobs/j/shards/
 ";
@@ -98,7 +98,7 @@ fn the_report_reads_like_this() {
     let around = Surroundings {
         width: 56,
         store: Some(PathBuf::from("/data/store")),
-        export: Some((PathBuf::from("/home/me/exports/support"), true)),
+        export: Some((PathBuf::from("/data/exports/support"), true)),
     };
     assert_eq!(render(&job(), &around), EXPECTED);
 }
