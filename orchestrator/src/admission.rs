@@ -66,7 +66,13 @@ fn check(spec: &JobSpec, file: &PromptFile) -> Result<Admitted> {
     let (student, positions) = student(spec, &teacher)?;
     no_larger(&student, &teacher.config)?;
     let counts = prompts::measure(spec, file, &rows, teacher.tokenizer(), positions)?;
-    let (plan, tasks) = planner::plan(spec, &counts, teacher.config.parameters(), student.parameters())?;
+    let (plan, tasks) = planner::plan(
+        spec,
+        &counts,
+        teacher.config.parameters(),
+        student.parameters(),
+        u32::try_from(teacher.config.vocab_size).unwrap_or(u32::MAX),
+    )?;
     let prompt_set = Bytes::from(prompt_sets::to_jsonl(&rows));
     Ok(Admitted { prompt_set_sha256: sha256_hex(&prompt_set), prompt_set, plan, tasks })
 }

@@ -8,13 +8,11 @@
 use retort_core::{
     Code, Error, Result,
     id::{JobId, TaskId},
-    spec::{JobSpec, SoftTargets},
+    spec::{Codec, HELD_OUT_CODEC, JobSpec},
     state::{Split, TaskKind, TaskState},
 };
 use serde::{Deserialize, Serialize};
 
-/// Soft targets of held-out shards, whatever the spec says: they judge, so they are captured finely.
-pub const HELD_OUT_SOFT_TARGETS: SoftTargets = SoftTargets { head: 256, draws: 128 };
 /// Most shards of one job.
 pub const MAX_SHARDS: u64 = 100_000;
 /// Answers of the held-out prompts that the evaluation writes out for the report.
@@ -117,6 +115,7 @@ pub fn plan(
     rows: &RowCounts,
     teacher_parameters: u64,
     student_parameters: u64,
+    vocab_size: u32,
 ) -> Result<(Plan, Vec<PlannedTask>)> {
     for (split, count) in [("training", rows.train), ("held-out", rows.held_out)] {
         if count == 0 {
@@ -157,7 +156,7 @@ pub fn plan(
         optimizer_steps,
         teacher_parameters,
         student_parameters,
-        max_store_bytes: max_store_bytes(spec, rows),
+        max_store_bytes: max_store_bytes(spec, rows, vocab_size),
     };
     let early = EARLY_HELD_OUT_ROWS.div_ceil(shard_rows.into()).min(EARLY_HELD_OUT_SHARDS.into());
     let mut tasks = Vec::with_capacity(train.len() + held_out.len() + 2);
@@ -187,11 +186,11 @@ fn cut(split: Split, first_shard: u32, first_row: u64, rows: u64, shard_rows: u3
 }
 
 /// An upper bound: every id and count before any compression.
-fn max_store_bytes(spec: &JobSpec, rows: &RowCounts) -> u64 {
-    // A kept entry: four bytes of id, one of log-probability; a draw has a count beside them.
-    let a_target = |soft: &SoftTargets| u64::from(soft.head) * 5 + u64::from(soft.draws) * 6 + 16;
-    let train = rows.train_target_tokens.saturating_mul(a_target(&spec.teacher.soft_targets));
-    let held_out = rows.held_out_target_tokens.saturating_mul(a_target(&HELD_OUT_SOFT_TARGETS));
+fn max_store_bytes(spec: &JobSpec, rows: &RowCounts, vocab_size: u32) -> u64 {
+    // A kept entry: four bytes of id, up to four of log-probability; a draw has a count beside them.
+    let a_target = |codec: Codec| u64::from(codec.max_head(vocab_size)) * 8 + u64::from(codec.max_draws()) * 6 + 64;
+    let train = rows.train_target_tokens.saturating_mul(a_target(spec.teacher.soft_targets.codec));
+    let held_out = rows.held_out_target_tokens.saturating_mul(a_target(HELD_OUT_CODEC));
     // Token ids of the text itself, and its mask.
     let texts = rows.prompt_tokens.saturating_add(rows.train_target_tokens).saturating_add(rows.held_out_target_tokens);
     train.saturating_add(held_out).saturating_add(texts.saturating_mul(5))

@@ -75,7 +75,7 @@ impl World {
 
     pub async fn job_of(&self, spec: JobSpec, rows: RowCounts) -> JobId {
         let id = JobId::generate();
-        let (plan, planned) = planner::plan(&spec, &rows, 1000, 100).unwrap();
+        let (plan, planned) = planner::plan(&spec, &rows, 1000, 100, 64).unwrap();
         let mut tx = self.context.database.begin().await.unwrap();
         let job = NewJob {
             id: &id,

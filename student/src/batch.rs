@@ -55,6 +55,8 @@ pub struct Targets {
     pub masses: Vec<f32>,
     /// Teacher's log-probability of each entry.
     pub logprobs: Vec<f32>,
+    /// Mass at each position that lies on all other tokens together.
+    pub residuals: Vec<f32>,
     /// The actual token at each position.
     pub labels: Vec<i64>,
     /// Teacher's most likely token at each position.
@@ -84,6 +86,7 @@ impl Targets {
         self.ids.extend(support.ids.iter().map(|&id| i64::from(id)));
         self.masses.extend_from_slice(&support.masses);
         self.logprobs.extend_from_slice(&support.logprobs);
+        self.residuals.extend_from_slice(&support.residuals);
         self.labels.extend((0..example.targets.len()).map(|p| i64::from(example.label(p))));
         self.top_ids.extend(support.top_ids.iter().map(|&id| i64::from(id)));
         self.label_logprobs.extend_from_slice(&support.label_logprobs);

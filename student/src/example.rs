@@ -20,7 +20,9 @@ impl Example {
     /// Checks what a decoder cannot: that the ids are the student's.
     pub fn from_sequence(sequence: DecodedSequence, vocab_size: u32) -> Result<Self> {
         let targets = (0u32..).zip(&sequence.target_mask).filter(|(_, target)| **target).map(|(at, _)| at).collect();
-        let example = Self { token_ids: sequence.token_ids, targets, support: sequence.targets };
+        let mut example = Self { token_ids: sequence.token_ids, targets, support: sequence.targets };
+        // The losses are at temperature 1.
+        example.support.log_sum_exps = Vec::new();
         example.check(vocab_size).map_err(|why| {
             Error::new(Code::ShardCorrupt, format!("row {:?} of a soft-target shard: {why}", sequence.row_id))
         })?;
@@ -40,7 +42,8 @@ impl Example {
     fn check(&self, vocab_size: u32) -> Result<(), String> {
         let support = &self.support;
         let positions = self.targets.len();
-        if support.label_logprobs.len() != positions || support.top_ids.len() != positions {
+        let per_position = [support.label_logprobs.len(), support.top_ids.len(), support.residuals.len()];
+        if per_position.iter().any(|&length| length != positions) {
             return Err(format!("{positions} target tokens, but soft targets for {}", support.label_logprobs.len()));
         }
         if support.offsets.len() != positions + 1 || support.offsets[0] != 0 || !support.offsets.is_sorted() {
@@ -75,7 +78,7 @@ impl Example {
         for words in [&self.token_ids, &self.targets, &support.offsets, &support.ids, &support.top_ids] {
             bytes.extend(words.iter().flat_map(|word| word.to_le_bytes()));
         }
-        for numbers in [&support.masses, &support.logprobs, &support.label_logprobs] {
+        for numbers in [&support.masses, &support.logprobs, &support.label_logprobs, &support.residuals] {
             bytes.extend(numbers.iter().flat_map(|number| number.to_le_bytes()));
         }
         bytes
@@ -95,13 +98,15 @@ impl Example {
                 masses: reader.numbers(entries)?,
                 logprobs: reader.numbers(entries)?,
                 label_logprobs: reader.numbers(positions)?,
+                residuals: reader.numbers(positions)?,
+                log_sum_exps: Vec::new(),
             },
         })
         .filter(|_| reader.bytes.is_empty())
     }
 
     fn spilled_bytes(&self) -> usize {
-        let words = self.token_ids.len() + 4 * self.targets.len() + 1 + 3 * self.support.ids.len();
+        let words = self.token_ids.len() + 5 * self.targets.len() + 1 + 3 * self.support.ids.len();
         3 * size_of::<u64>() + words * size_of::<u32>()
     }
 }
@@ -170,6 +175,7 @@ pub(crate) mod tests {
             example.support.ids.extend(ids);
             example.support.offsets.push(example.support.ids.len() as u32);
             example.support.top_ids.push(top);
+            example.support.residuals.push(0.0);
             example.support.label_logprobs.push(-1.0 - p as f32 / 100.0);
         }
         example

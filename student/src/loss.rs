@@ -7,6 +7,11 @@
 //! the gradients of the hidden states and of the head, and overwritten by the next chunk. Nothing of
 //! size positions x vocabulary ever lives.
 //!
+//! A target may keep the mass `r` of all tokens outside its support as one bucket, of which the
+//! student has `R = 1 - sum_support q`. That adds `r (log r - log R)` to the KL and, because the
+//! bucket's mass follows the student's own distribution inside it, `-(r / R) q` to the gradient of
+//! every token outside the support.
+//!
 //! Shape letters: `n` target positions (of a chunk, inside the loop), `e` support entries, `h`
 //! hidden size, `v` vocabulary.
 
@@ -108,10 +113,11 @@ impl ChunkedLoss {
                 let (student_e, labels_n) = chunk.gather(&logprobs_nv).map_err(&failed)?;
                 sums.kl += chunk.kl_n(targets, &student_e).iter().sum::<f64>();
                 sums.positions += labels_n.len();
+                let bucket = chunk.bucket(targets, &student_e, self.ce_weight, hidden_nh.device())?;
                 if self.ce_weight > 0.0 {
                     sums.ce -= labels_n.iter().map(|&logprob| f64::from(logprob)).sum::<f64>();
                 }
-                self.chunk_gradient(&chunk, logprobs_nv, &part_nh, &weight_vh, into_nh, weight_grad_vh, scale)
+                self.chunk_gradient(&chunk, bucket, logprobs_nv, &part_nh, &weight_vh, into_nh, weight_grad_vh, scale)
                     .map_err(&failed)?;
             }
             Ok((sums, grad_nh))
@@ -157,6 +163,7 @@ impl ChunkedLoss {
     fn chunk_gradient(
         &self,
         chunk: &Chunk,
+        bucket: Option<Bucket>,
         mut logprobs_nv: Tensor,
         part_nh: &Tensor,
         weight_vh: &Tensor,
@@ -164,8 +171,12 @@ impl ChunkedLoss {
         weight_grad_vh: &mut Tensor,
         scale: f64,
     ) -> Result<(), TchError> {
-        let grad_nv = logprobs_nv.f_exp_()?;
+        let mut grad_nv = logprobs_nv.f_exp_()?;
         let mut flat = grad_nv.f_view([-1])?;
+        if let Some(Bucket { keep_n1, give_back_e }) = bucket {
+            let _ = grad_nv.f_mul_(&keep_n1)?;
+            let _ = flat.f_index_add_(0, &chunk.support_e, &give_back_e)?;
+        }
         let _ = flat.f_index_add_(0, &chunk.support_e, &chunk.minus_support_e)?;
         if self.ce_weight > 0.0 {
             let _ = flat.f_index_add_(0, &chunk.labels_n, &chunk.minus_labels_n)?;
@@ -185,6 +196,16 @@ impl ChunkedLoss {
         Ok(())
     }
 }
+
+/// A chunk's buckets: what is left of `q` at each position, f32, and what each support entry gets back,
+/// so that only tokens outside the support lose.
+struct Bucket {
+    keep_n1: Tensor,
+    give_back_e: Tensor,
+}
+
+/// Least mass that a student is taken to have in a bucket; what it has beside a sure head is rounding.
+const LEAST_BUCKET: f64 = 1e-6;
 
 /// One chunk of positions, its indices on the device. `index` numbers the flattened `[n, v]`.
 struct Chunk {
@@ -220,8 +241,7 @@ impl Chunk {
         let mut weight_n = Vec::with_capacity(end - start);
         for p in start..end {
             let range = targets.offsets[p]..targets.offsets[p + 1];
-            let mass: f64 = targets.masses[range.clone()].iter().map(|&mass| f64::from(mass)).sum();
-            let weight = (1.0 - ce_weight) * mass + ce_weight;
+            let weight = weight(targets, p, ce_weight);
             // A position without mass has weight 0, and all it adds is multiplied by that.
             let inverse = if weight > 0.0 { 1.0 / weight } else { 0.0 };
             let row = (p - start) as i64 * vocab_size;
@@ -261,9 +281,61 @@ impl Chunk {
             let student = f64::from(student_e[e - self.first]);
             f64::from(targets.masses[e]) * (f64::from(targets.logprobs[e]) - student)
         };
-        let positions = self.start..self.start + self.n as usize;
-        positions.map(|p| (targets.offsets[p]..targets.offsets[p + 1]).map(term).sum()).collect()
+        let of = |p: usize| {
+            let kept: f64 = (targets.offsets[p]..targets.offsets[p + 1]).map(term).sum();
+            match f64::from(targets.residuals[p]) {
+                residual if residual > 0.0 => kept + residual * (residual / self.student_bucket(targets, student_e, p)).ln(),
+                _ => kept,
+            }
+        };
+        self.positions().map(of).collect()
     }
+
+    fn positions(&self) -> std::ops::Range<usize> {
+        self.start..self.start + self.n as usize
+    }
+
+    /// The student's mass outside the support of position `p`.
+    fn student_bucket(&self, targets: &Targets, student_e: &[f32], p: usize) -> f64 {
+        let support = targets.offsets[p] - self.first..targets.offsets[p + 1] - self.first;
+        let kept: f64 = student_e[support].iter().map(|&logprob| f64::from(logprob).exp()).sum();
+        (1.0 - kept).max(LEAST_BUCKET)
+    }
+
+    /// `None` where no position has a bucket.
+    fn bucket(&self, targets: &Targets, student_e: &[f32], ce_weight: f64, device: Device) -> Result<Option<Bucket>> {
+        if targets.residuals[self.positions()].iter().all(|&residual| residual == 0.0) {
+            return Ok(None);
+        }
+        let mut keep_n = Vec::with_capacity(self.n as usize);
+        let mut give_back_e = Vec::with_capacity(student_e.len());
+        for p in self.positions() {
+            let support = targets.offsets[p]..targets.offsets[p + 1];
+            let residual = f64::from(targets.residuals[p]);
+            let weight = weight(targets, p, ce_weight);
+            let lost = if residual > 0.0 && weight > 0.0 {
+                (1.0 - ce_weight) / weight * residual / self.student_bucket(targets, student_e, p)
+            } else {
+                0.0
+            };
+            keep_n.push((1.0 - lost) as f32);
+            give_back_e.extend(support.map(|e| (lost * f64::from(student_e[e - self.first]).exp()) as f32));
+        }
+        let tensors = || -> Result<Bucket, TchError> {
+            Ok(Bucket {
+                keep_n1: Tensor::f_from_slice(&keep_n)?.f_to(device)?.f_unsqueeze(1)?,
+                give_back_e: Tensor::f_from_slice(&give_back_e)?.f_to(device)?,
+            })
+        };
+        tensors().map(Some).map_err(torch("cannot copy soft targets to the device"))
+    }
+}
+
+/// `w` of a position: what its target's masses, its bucket and its label weigh together.
+fn weight(targets: &Targets, p: usize, ce_weight: f64) -> f64 {
+    let masses = &targets.masses[targets.offsets[p]..targets.offsets[p + 1]];
+    let mass: f64 = masses.iter().chain([&targets.residuals[p]]).map(|&mass| f64::from(mass)).sum();
+    (1.0 - ce_weight) * mass + ce_weight
 }
 
 #[cfg(test)]

@@ -1,17 +1,22 @@
-//! Logits in, soft targets out: an exact head and a sampled tail of the raw distribution
-//! (temperature 1, before anything a sampler does).
+//! Logits in, soft targets out: what a codec keeps of the raw distribution (temperature 1, before
+//! anything a sampler does).
 //!
-//! Shapes: n positions, v vocabulary, k head, d draws.
+//! Shapes: n positions, v vocabulary, k head.
 //!
-//! The tail is drawn with replacement from the distribution without its head, renormalised. With
-//! `m` the tail's mass, `m * count / d` is an unbiased estimate of a tail token's probability
-//! (importance-sampled soft targets: Anshumann et al., "Sparse Logit Sampling: Accelerating
-//! Knowledge Distillation in LLMs", ACL 2025).
+//! A tail is sampled from what the head leaves, in proportion to *p*, so `m * count / draws`, with `m`
+//! the tail's mass, is an unbiased estimate of a tail token's probability (importance-sampled soft
+//! targets: Anshumann et al., "Sparse Logit Sampling: Accelerating Knowledge Distillation in LLMs", ACL
+//! 2025). Beside a head the samples are systematic: one random offset and equal steps through the
+//! cumulative distribution, which leaves the expectation as it is and takes most of the variance away
+//! (Madow, "On the theory of systematic sampling", 1949). With a threshold for a head and a step of
+//! that same threshold, every token is kept with probability min(1, p / threshold), which has the least
+//! variance that so many entries allow.
 
 use retort_artifact::soft_targets::Position;
 use retort_core::{
     Code, Error, Result,
     random::{Counter, Purpose},
+    spec::Codec,
 };
 use tch::{Kind, Tensor};
 
@@ -24,12 +29,11 @@ use crate::{
 const LEAST_TAIL: f64 = 1e-6;
 
 /// How much of each distribution is kept.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[derive(Clone, Debug, PartialEq)]
 pub struct Capture {
-    /// Most likely tokens, kept exactly.
-    pub head: u32,
-    /// Draws from the rest, at most 255.
-    pub draws: u32,
+    pub codec: Codec,
+    /// Besides 1: those for which the log-sum-exp over the whole vocabulary is kept.
+    pub temperatures: Vec<f64>,
     /// The job's seed.
     pub seed: u64,
 }
@@ -43,6 +47,9 @@ pub struct Target {
     pub position: u64,
     pub token: u32,
 }
+
+/// `(id, log-probability)` of each position's head.
+type Heads = Vec<Vec<(u32, f32)>>;
 
 impl Capture {
     /// The soft target of each row of `logits_nv` (any float dtype, any device), which predicts the
@@ -77,61 +84,98 @@ impl Capture {
             ));
         }
 
-        let head = i64::from(self.head.max(1)).min(vocab);
-        let (top_nk, ids_nk) = logits_nv.f_topk(head, 1, true, true).map_err(torch)?;
         let tokens: Vec<i64> = targets.iter().map(|target| i64::from(target.token)).collect();
         let tokens_n1 =
             Tensor::from_slice(&tokens).f_to_device(device).and_then(|t| t.f_view([n, 1])).map_err(torch)?;
-        let labels_n = host_f32(&logits_nv.f_gather(1, &tokens_n1, false).map_err(torch)?)?;
-        let tails = self.tails(&logits_nv, &log_sum_n1, &ids_nk, targets)?;
-
-        let (top_nk, ids_nk) = (host_f32(&top_nk)?, host_i64(&ids_nk)?);
-        let head = head as usize;
-        let rows = top_nk.chunks_exact(head).zip(ids_nk.chunks_exact(head)).zip(tails).enumerate();
-        Ok(rows
-            .map(|(index, ((logits, ids), tail))| Position {
-                head: ids
-                    .iter()
-                    .zip(logits)
-                    .filter(|(_, logit)| **logit > f32::NEG_INFINITY)
-                    .map(|(&id, &logit)| (id as u32, logit - log_sum_n[index]))
-                    .collect(),
-                tail,
-                label_logprob: labels_n[index] - log_sum_n[index],
-            })
-            .collect())
+        let logprobs_nv = logits_nv.f_sub(&log_sum_n1).map_err(torch)?;
+        let labels_n = host_f32(&logprobs_nv.f_gather(1, &tokens_n1, false).map_err(torch)?)?;
+        let log_sum_exps = self.log_sum_exps(&logprobs_nv)?;
+        let (heads, rest_nv) = self.heads(logprobs_nv)?;
+        let tails = self.tails(rest_nv, targets)?;
+        let rows = heads.into_iter().zip(tails).zip(labels_n).enumerate();
+        let position = |(index, ((head, tail), label_logprob)): (usize, _)| Position {
+            head,
+            tail,
+            label_logprob,
+            log_sum_exps: log_sum_exps.iter().map(|of| of[index]).collect(),
+        };
+        Ok(rows.map(position).collect())
     }
 
-    fn tails(
-        &self,
-        logits_nv: &Tensor,
-        log_sum_n1: &Tensor,
-        ids_nk: &Tensor,
-        targets: &[Target],
-    ) -> Result<Vec<Vec<(u32, u8, f32)>>> {
-        let draws = self.draws.min(u32::from(u8::MAX)) as usize;
-        let (_, vocab) = logits_nv.size2().map_err(torch)?;
-        let (_, head) = ids_nk.size2().map_err(torch)?;
-        if draws == 0 || head == vocab {
-            return Ok(vec![Vec::new(); targets.len()]);
+    /// For each temperature, of every position.
+    fn log_sum_exps(&self, logprobs_nv: &Tensor) -> Result<Vec<Vec<f32>>> {
+        let of = |&temperature: &f64| {
+            let tempered_nv = logprobs_nv.f_div_scalar(temperature).map_err(torch)?;
+            host_f32(&tempered_nv.f_logsumexp([1i64].as_slice(), false).map_err(torch)?)
+        };
+        self.temperatures.iter().map(of).collect()
+    }
+
+    /// The heads, likeliest first, and the probabilities of what they leave `[n, v]`, if there is
+    /// anything to draw.
+    fn heads(&self, logprobs_nv: Tensor) -> Result<(Heads, Option<Tensor>)> {
+        let (n, vocab) = logprobs_nv.size2().map_err(torch)?;
+        let most = i64::from(self.codec.max_head(vocab as u32));
+        let possible = |(&id, &logprob): (&i64, &f32)| (logprob > f32::NEG_INFINITY).then_some((id as u32, logprob));
+        if most == 0 {
+            return Ok((vec![Vec::new(); n as usize], Some(logprobs_nv.f_exp().map_err(torch)?)));
         }
-        let mut rest_nv = logits_nv.f_sub(log_sum_n1).and_then(|mut t| t.f_exp_()).map_err(torch)?;
-        let rest_nv = rest_nv.f_scatter_value_(1, ids_nk, 0.0).map_err(torch)?;
+        let (top_nk, ids_nk) = logprobs_nv.f_topk(most, 1, true, true).map_err(torch)?;
+        let (logprobs, ids) = (host_f32(&top_nk)?, host_i64(&ids_nk)?);
+        let rows = logprobs.chunks_exact(most as usize).zip(ids.chunks_exact(most as usize));
+        let least = match self.codec {
+            Codec::Threshold { threshold } => threshold.ln() as f32,
+            _ => f32::NEG_INFINITY,
+        };
+        let heads = rows.map(|(logprobs, ids)| {
+            let kept = logprobs.iter().enumerate().take_while(|&(at, &logprob)| at == 0 || logprob >= least).count();
+            ids.iter().zip(logprobs).take(kept).filter_map(possible).collect()
+        });
+        let heads = heads.collect();
+        if self.codec.max_draws() == 0 || most == vocab {
+            return Ok((heads, None));
+        }
+        // The likeliest is in every head, so it goes whatever its probability.
+        let outside_nk = top_nk.f_lt(f64::from(least)).map_err(torch)?;
+        let _ = outside_nk.narrow(1, 0, 1).f_fill_(0.0).map_err(torch)?;
+        let left_nk = top_nk.f_exp().and_then(|top_nk| top_nk.f_mul(&outside_nk)).map_err(torch)?;
+        let mut rest_nv = logprobs_nv.f_exp().map_err(torch)?;
+        Ok((heads, Some(rest_nv.f_scatter_(1, &ids_nk, &left_nk).map_err(torch)?)))
+    }
+
+    fn tails(&self, rest_nv: Option<Tensor>, targets: &[Target]) -> Result<Vec<Vec<(u32, u8, f32)>>> {
+        let Some(rest_nv) = rest_nv else { return Ok(vec![Vec::new(); targets.len()]) };
         let cdf = Cdf::new(rest_nv)?;
-        let mut uniforms_nd = Vec::with_capacity(targets.len() * draws);
-        for target in targets {
-            let mut random = Counter::new(self.seed, Purpose::Tail, target.row, target.position);
-            uniforms_nd.extend((0..draws).map(|_| random.next_f64()));
-        }
-        let drawn_nd = cdf.invert(&uniforms_nd, draws)?;
-        let rows = drawn_nd.chunks_exact(draws).enumerate();
-        Ok(rows.map(|(row, drawn)| if cdf.total(row) < LEAST_TAIL { Vec::new() } else { tally(drawn) }).collect())
+        let uniforms: Vec<Vec<f64>> = targets
+            .iter()
+            .enumerate()
+            .map(|(row, target)| {
+                let mut random = Counter::new(self.seed, Purpose::Tail, target.row, target.position);
+                uniforms(self.codec, cdf.total(row), &mut random)
+            })
+            .collect();
+        Ok(cdf.invert(&uniforms)?.into_iter().map(tally).collect())
     }
 }
 
+/// Where in the cumulative distribution of a tail of this mass samples are taken, each in [0, 1).
+fn uniforms(codec: Codec, mass: f64, random: &mut Counter) -> Vec<f64> {
+    let draws = match codec {
+        _ if mass < LEAST_TAIL => 0,
+        Codec::Full | Codec::TopK { .. } | Codec::TopKTail { .. } => 0,
+        Codec::Random { draws } => return (0..draws).map(|_| random.next_f64()).collect(),
+        Codec::HeadDraws { draws, .. } => draws,
+        // A tail lighter than the threshold has one sample as often as keeps the expectation.
+        Codec::Threshold { threshold } if mass < threshold => u32::from(random.next_f64() * threshold < mass),
+        // Rounded down, steps are no shorter than the threshold: no token is met twice.
+        Codec::Threshold { threshold } => (mass / threshold) as u32,
+    };
+    let offset = random.next_f64();
+    (0..draws).map(|draw| ((f64::from(draw) + offset) / f64::from(draws)).min(1.0 - f64::EPSILON)).collect()
+}
+
 /// Draws to `(id, count, log-probability)`, by id.
-fn tally(drawn: &[(u32, f32)]) -> Vec<(u32, u8, f32)> {
-    let mut drawn = drawn.to_vec();
+fn tally(mut drawn: Vec<(u32, f32)>) -> Vec<(u32, u8, f32)> {
     drawn.sort_unstable_by_key(|(id, _)| *id);
     let groups = drawn.chunk_by(|a, b| a.0 == b.0);
     groups.map(|group| (group[0].0, group.len() as u8, group[0].1.ln())).collect()

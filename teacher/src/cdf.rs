@@ -1,6 +1,6 @@
 //! Draws from many categorical distributions at once, by inverting their cumulative sums.
 //!
-//! Shapes: n rows, v vocabulary, b blocks, s block size, d draws a row.
+//! Shapes: n rows, v vocabulary, b blocks, s block size, d draws of all rows.
 //!
 //! A running f32 sum over 50,000 small numbers drifts, and an f64 one over the whole row is slow. So
 //! the vocabulary is cut into blocks: each is summed on the tensor in f32 (256 terms, added
@@ -50,15 +50,17 @@ impl Cdf {
         self.row(row).last().copied().unwrap_or(0.0)
     }
 
-    /// For each uniform (d a row, row after row, each in [0, 1)) the column it falls on and that
-    /// column's mass. A row without mass gives column 0 and mass 0.
-    pub(crate) fn invert(&self, uniforms_nd: &[f64], draws: usize) -> Result<Vec<(u32, f32)>> {
-        if uniforms_nd.is_empty() || draws == 0 {
-            return Ok(Vec::new());
+    /// For each row's uniforms, each in [0, 1), the column it falls on and that column's mass. A row
+    /// without mass gives column 0 and mass 0.
+    pub(crate) fn invert(&self, uniforms: &[Vec<f64>]) -> Result<Vec<Vec<(u32, f32)>>> {
+        let total: usize = uniforms.iter().map(Vec::len).sum();
+        if total == 0 {
+            return Ok(vec![Vec::new(); uniforms.len()]);
         }
-        let mut block_nd = Vec::with_capacity(uniforms_nd.len());
-        let mut rest_nd = Vec::with_capacity(uniforms_nd.len());
-        for (row, uniforms) in uniforms_nd.chunks(draws).enumerate().take(self.rows) {
+        // Block of each draw, counted over all rows, and what is left of its target inside the block.
+        let mut places = Vec::with_capacity(total);
+        let mut rests = Vec::with_capacity(total);
+        for (row, uniforms) in uniforms.iter().enumerate().take(self.rows) {
             let (ends, total) = (self.row(row), self.total(row));
             // Rounding can bring u * total up to total; the last block with mass takes it.
             let last = ends.partition_point(|&end| end < total);
@@ -66,24 +68,19 @@ impl Cdf {
                 let target = uniform * total;
                 let block = ends.partition_point(|&end| end <= target).min(last);
                 let before = if block == 0 { 0.0 } else { ends[block - 1] };
-                block_nd.push(block as i64);
-                rest_nd.push(target - before);
+                places.push((row * self.blocks + block) as i64);
+                rests.push(target - before);
             }
         }
-        let rows = self.rows as i64;
-        let block_nds = Tensor::from_slice(&block_nd)
-            .f_to_device(self.mass_nbs.device())
-            .and_then(|blocks| blocks.f_view([rows, draws as i64, 1]))
-            .and_then(|blocks| blocks.f_expand([rows, draws as i64, BLOCK], false))
-            .map_err(torch)?;
-        let picked = host_f32(&self.mass_nbs.f_gather(1, &block_nds, false).map_err(torch)?)?;
-        let found = picked.chunks_exact(BLOCK as usize).zip(rest_nd).zip(block_nd);
-        Ok(found
-            .map(|((masses, rest), block)| {
-                let (offset, mass) = walk(masses, rest);
-                ((block as usize * BLOCK as usize + offset) as u32, mass)
-            })
-            .collect())
+        let places_d = Tensor::from_slice(&places).f_to_device(self.mass_nbs.device()).map_err(torch)?;
+        let blocks_s = self.mass_nbs.f_view([-1, BLOCK]).map_err(torch)?;
+        let picked = host_f32(&blocks_s.f_index_select(0, &places_d).map_err(torch)?)?;
+        let found = picked.chunks_exact(BLOCK as usize).zip(rests).zip(places).map(|((masses, rest), place)| {
+            let (offset, mass) = walk(masses, rest);
+            ((place as usize % self.blocks * BLOCK as usize + offset) as u32, mass)
+        });
+        let mut found = found.collect::<Vec<_>>().into_iter();
+        Ok(uniforms.iter().map(|uniforms| found.by_ref().take(uniforms.len()).collect()).collect())
     }
 
     fn row(&self, row: usize) -> &[f64] {

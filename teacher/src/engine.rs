@@ -82,10 +82,11 @@ impl Capabilities {
             "it writes no completions; score given ones".to_owned()
         } else if !generate && !self.scores {
             "it scores no given completions; generate them".to_owned()
-        } else if capture.head > self.max_head {
-            format!("its exact head holds at most {} tokens, {} are asked for", self.max_head, capture.head)
-        } else if capture.draws > self.max_draws {
-            format!("it makes at most {} tail draws, {} are asked for", self.max_draws, capture.draws)
+        } else if capture.codec.max_head(self.vocab_size) > self.max_head {
+            let asked = capture.codec.max_head(self.vocab_size);
+            format!("its exact head holds at most {} tokens, {asked} are asked for", self.max_head)
+        } else if capture.codec.max_draws() > self.max_draws {
+            format!("it makes at most {} tail draws, {} are asked for", self.max_draws, capture.codec.max_draws())
         } else {
             return Ok(());
         };

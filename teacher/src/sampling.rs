@@ -52,7 +52,8 @@ impl Sampler {
             logits_bv.f_to_kind(Kind::Float).and_then(|t| t.f_div_scalar(self.temperature)).map_err(torch)?;
         if self.top_p >= 1.0 {
             let probs_bv = scaled_bv.f_softmax(1, Kind::Float).map_err(torch)?;
-            return Ok(Cdf::new(probs_bv)?.invert(&uniforms_b, 1)?.into_iter().map(|(id, _)| id).collect());
+            let uniforms: Vec<Vec<f64>> = uniforms_b.iter().map(|&uniform| vec![uniform]).collect();
+            return Ok(Cdf::new(probs_bv)?.invert(&uniforms)?.into_iter().flatten().map(|(id, _)| id).collect());
         }
         self.nucleus(&scaled_bv, &uniforms_b)
     }

@@ -24,7 +24,7 @@ use crate::{
         native::{Loaded, Native},
     },
     sampling::Sampler,
-    shard::{HELD_OUT_DRAWS, HELD_OUT_HEAD, Order, compute},
+    shard::{Order, compute},
     text,
 };
 
@@ -83,7 +83,8 @@ fn texts(engine: &Native, rows: &[Row]) -> Vec<Text> {
     rows.iter().enumerate().map(prompt).collect()
 }
 
-const CAPTURE: Capture = Capture { head: 12, draws: 20, seed: 9 };
+const CAPTURE: Capture =
+    Capture { codec: Codec::HeadDraws { head: 12, draws: 20 }, temperatures: Vec::new(), seed: 9 };
 
 fn generation(temperature: f64) -> Generation {
     Generation { sampler: Sampler { temperature, top_p: 0.9, seed: 9 }, max_new_tokens: 24 }
@@ -126,7 +127,7 @@ fn the_file_says_what_it_is() {
     let shard = soft_targets::decode(encoded.bytes, Limits::default()).unwrap();
     let header = &shard.header;
     assert_eq!((header.shard, header.epoch, header.seed, header.vocab_size), (1, 4, 9, tiny::VOCAB));
-    assert_eq!((header.head, header.draws, header.capture_temperature), (12, 20, 1.0));
+    assert_eq!(header.soft_targets.codec, CAPTURE.codec);
     assert_eq!((header.split.as_str(), header.mode.as_str(), header.dtype.as_str()), ("train", "generate", "f32"));
     assert_eq!(header.sampling_json, r#"{"temperature":1.0,"top_p":0.9,"max_new_tokens":24}"#);
     assert_eq!(header.teacher_sha256, retort_llama::folder_sha256(dir.path()).unwrap());
@@ -264,7 +265,7 @@ fn held_out_shards_keep_more_than_the_job_asks() {
     let order = Order { split: Split::HeldOut, ..order(spec(dir.path(), SAMPLED), held_out, 0..3) };
     let encoded = compute(&mut engine, &order, &mut on).unwrap();
     let header = soft_targets::decode(encoded.bytes, Limits::default()).unwrap().header;
-    assert_eq!((header.head, header.draws), (HELD_OUT_HEAD, HELD_OUT_DRAWS));
+    assert_eq!(header.soft_targets.codec, HELD_OUT_CODEC);
     assert_eq!(header.split, "held_out");
 }
 

@@ -1,10 +1,10 @@
 //! Soft-target shards: a teacher's distributions, stored sparsely in Parquet.
 //!
-//! A position keeps the `head` most likely tokens exactly and `draws` samples of the rest. The
-//! samples carry the rest's mass in equal parts, so a loss over them is unbiased where a bare
-//! top-k is not ("Sparse Logit Sampling: Accelerating Knowledge Distillation in LLMs", Anshumann
-//! et al., ACL 2025). Ids are sorted and delta-coded, log-probabilities take one byte each. The
-//! format is `docs/formats/soft-targets.md`.
+//! What is kept of a distribution is its codec ([`retort_core::spec::Codec`]): an exact head, samples of
+//! the rest that carry its mass, a bucket, or everything. All codecs have one set of columns and decode
+//! into one form, [`SparseTargets`]. A support is a set: its ids are stored by rank in a table of the
+//! row group's frequent tokens, sorted, as differences; a log-probability takes one byte. The format
+//! is `docs/formats/soft-targets.md`, and what each codec costs and keeps is `docs/fidelity.md`.
 
 mod decode;
 mod describe;
@@ -12,19 +12,22 @@ mod encode;
 mod fidelity;
 mod guard;
 mod header;
+mod id_table;
 mod quantise;
 mod schema;
+mod source;
+mod temperature;
+mod v1;
 
 use bytes::Bytes;
 
-pub use decode::decode;
+pub use decode::{Reader, decode};
 pub use describe::{Column, Description, SequenceSummary, describe};
-pub use encode::encode;
+pub use encode::{Writer, Written, encode};
 pub use fidelity::Fidelity;
-pub use header::{Header, SCHEMA_VERSION};
-pub use quantise::{
-    MAX_ERROR as QUANTISER_MAX_ERROR, NAME as QUANTISER, NEAR_ERROR as QUANTISER_NEAR_ERROR, RANGE as QUANTISER_RANGE,
-};
+pub use header::{Header, SCHEMA_VERSION, TailLogprobs};
+pub use quantise::{MAX_ERROR as QUANTISER_MAX_ERROR, NEAR_ERROR as QUANTISER_NEAR_ERROR, RANGE as QUANTISER_RANGE};
+pub use source::Source;
 
 /// One row of a shard as the teacher hands it over: raw, before quantisation.
 #[derive(Clone, Debug, PartialEq)]
@@ -48,14 +51,16 @@ pub struct Sequence {
 /// A teacher's distribution at one position. Natural logarithms, temperature 1.
 #[derive(Clone, Debug, Default, PartialEq)]
 pub struct Position {
-    /// The most likely tokens `(id, log-probability)`, in any order, no id twice.
+    /// The most likely tokens `(id, log-probability)`, in any order, no id twice; as many as the
+    /// header's codec says, and none for pure sampling.
     pub head: Vec<(u32, f32)>,
-    /// Draws with replacement from the renormalised rest: `(id, times drawn, log-probability in
-    /// the whole distribution)`, in any order, no id twice and none of the head's. The times sum
-    /// to the header's `draws`; empty only where the rest has no mass or `draws` is 0.
+    /// Samples of what the head leaves: `(id, times drawn, log-probability in the whole
+    /// distribution)`, in any order, no id twice and none of the head's.
     pub tail: Vec<(u32, u8, f32)>,
     /// Log-probability of the token that follows.
     pub label_logprob: f32,
+    /// log sum_v p_v^(1/T) over the whole vocabulary, for each of the header's temperatures T.
+    pub log_sum_exps: Vec<f32>,
 }
 
 /// A written shard.
@@ -105,16 +110,23 @@ pub struct SparseTargets {
     pub offsets: Vec<u32>,
     /// Strictly increasing within a position, each below the vocabulary's size.
     pub ids: Vec<u32>,
-    /// Target mass t_v of each entry. They sum to 1 within 1e-3 at each position; in a shard
-    /// without tail draws they sum to the head's own mass, because the rest was not kept.
+    /// Target mass t_v of each entry. With `residuals` they sum to 1 at each position, but for a bare
+    /// top-k, where the rest was lost, and for a threshold's positions whose tail is lighter than it:
+    /// those sum to 1 in expectation.
     pub masses: Vec<f32>,
     /// Teacher's log p_v of each entry. For a head entry this is the logarithm of its mass; a
     /// tail entry's mass is its share of the draws, which is another number.
     pub logprobs: Vec<f32>,
-    /// The teacher's most likely token at each position.
+    /// Mass of each position that belongs to no entry but to all other tokens together; 0 unless
+    /// the codec keeps a bucket.
+    pub residuals: Vec<f32>,
+    /// The teacher's most likely token at each position; of those drawn, the one drawn most, where
+    /// there is no head.
     pub top_ids: Vec<u32>,
     /// Teacher's log-probability of the actual token at each position.
     pub label_logprobs: Vec<f32>,
+    /// [`Position::log_sum_exps`] of each position, one after another.
+    pub log_sum_exps: Vec<f32>,
 }
 
 impl SparseTargets {
@@ -140,12 +152,13 @@ pub struct Limits {
     pub max_bytes: u64,
     pub max_rows: u64,
     pub max_tokens_per_row: u64,
-    /// Support entries of the whole shard; each takes about 20 bytes while decoding.
+    /// Support entries of a row group, and of a shard that is decoded whole; each takes about 30
+    /// bytes while decoding.
     pub max_entries: u64,
 }
 
 impl Default for Limits {
-    /// 1 GiB, 4096 rows of at most 262,144 tokens, 64 Mi entries (about 1.3 GiB decoded).
+    /// 1 GiB, 4096 rows of at most 262,144 tokens, 64 Mi entries (about 2 GiB decoded).
     fn default() -> Self {
         Self { max_bytes: 1 << 30, max_rows: 4096, max_tokens_per_row: 1 << 18, max_entries: 1 << 26 }
     }

@@ -1,11 +1,14 @@
 //! The job spec: what a user writes in YAML, with defaults and the checks that need no file.
 
+mod soft_targets;
 mod validate;
 mod yaml;
 
 use serde::{Deserialize, Deserializer, Serialize};
 
-pub use validate::{MAX_DRAWS, MAX_HEAD};
+pub use soft_targets::{
+    Codec, CodecName, Flat as FlatSoftTargets, HELD_OUT_CODEC, MAX_DRAWS, MAX_HEAD, MAX_TEMPERATURES, Quantiser, SoftTargets, TEMPERATURES,
+};
 pub use yaml::parse_yaml;
 
 /// What to distil, into what, and what counts as good enough.
@@ -78,22 +81,6 @@ pub struct Sampling {
 impl Default for Sampling {
     fn default() -> Self {
         Self { temperature: 0.7, top_p: 0.95, max_new_tokens: 128 }
-    }
-}
-
-/// How sparsely a teacher's distribution is stored: an exact head and a sampled tail.
-#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
-#[serde(deny_unknown_fields, default)]
-pub struct SoftTargets {
-    /// The most likely tokens, kept exactly.
-    pub head: u32,
-    /// Draws with replacement from the renormalised rest.
-    pub draws: u32,
-}
-
-impl Default for SoftTargets {
-    fn default() -> Self {
-        Self { head: 32, draws: 16 }
     }
 }
 

@@ -2,7 +2,10 @@
 
 #![allow(clippy::unwrap_used)] // helpers of tests unwrap as tests do
 
-use retort_core::{Code, spec::parse_yaml};
+use retort_core::{
+    Code,
+    spec::{SoftTargets, parse_yaml},
+};
 
 const GOOD: &str = "\
 name: support
@@ -26,7 +29,7 @@ fn check(yaml: &str, code: Code, message: &str) {
 fn a_short_spec_gets_the_defaults() {
     let spec = parse_yaml("job.yaml", GOOD).unwrap();
     assert_eq!(spec.teacher.pool, "default");
-    assert_eq!(spec.teacher.soft_targets.head, 32);
+    assert_eq!(spec.teacher.soft_targets, SoftTargets::default());
     assert_eq!(spec.train.passes, 3);
     assert_eq!(spec.gates.max_kl, None);
 }
@@ -42,6 +45,20 @@ fn an_unknown_key_is_named_with_its_line_and_what_was_meant() {
         &format!("{GOOD}colour: blue\n"),
         Code::SpecUnknownKey,
         "job.yaml line 10 column 1: unknown key \"colour\"; known here: name, seed, prompts, teacher, student, train, gates",
+    );
+}
+
+#[test]
+fn what_a_codec_does_not_take_is_refused() {
+    check(
+        &GOOD.replace("  model: teachers/small", "  model: t\n  soft_targets: {codec: top_k, draws: 3}"),
+        Code::SpecInvalid,
+        "job.yaml line 6 column 17: teacher.soft_targets.draws is nothing that the codec top_k takes",
+    );
+    check(
+        &GOOD.replace("  model: teachers/small", "  model: t\n  soft_targets: {codec: topk}"),
+        Code::SpecInvalid,
+        "job.yaml line 6 column 25: \"topk\" is not known here; did you mean \"top_k\"?",
     );
 }
 
@@ -161,7 +178,7 @@ fn an_empty_file_has_no_spec_and_an_empty_section_its_defaults() {
     let spec = parse_yaml("job.yaml", &format!("{GOOD}train:\ngates:\n")).unwrap();
     assert_eq!(spec, parse_yaml("job.yaml", GOOD).unwrap());
     let spec = GOOD.replace("  model: teachers/small", "  model: t\n  sampling:\n  soft_targets: ~");
-    assert_eq!(parse_yaml("job.yaml", &spec).unwrap().teacher.soft_targets.head, 32);
+    assert_eq!(parse_yaml("job.yaml", &spec).unwrap().teacher.soft_targets, SoftTargets::default());
 }
 
 #[test]

@@ -28,7 +28,7 @@ proptest! {
     #[test]
     fn every_row_lies_in_exactly_one_shard(train in 1u64..3000, held_out in 1u64..500, shard_rows in 1u32..200) {
         let rows = RowCounts::generated(train, held_out, 16, 0);
-        let (plan, tasks) = plan(&spec(shard_rows, 8, 3), &rows, 0, 0).unwrap();
+        let (plan, tasks) = plan(&spec(shard_rows, 8, 3), &rows, 0, 0, 100).unwrap();
         let slices = slices(&tasks);
 
         // Indices count from 0 without a gap; rows follow each other without a gap.
@@ -57,7 +57,7 @@ proptest! {
         train in 1u64..3000, held_out in 1u64..500, batch_rows in 1u32..64, passes in 1u32..20, max_new in 1u32..4096,
     ) {
         let rows = RowCounts::generated(train, held_out, max_new, 0);
-        let (plan, tasks) = plan(&spec(16, batch_rows, passes), &rows, 11, 5).unwrap();
+        let (plan, tasks) = plan(&spec(16, batch_rows, passes), &rows, 11, 5, 100).unwrap();
         prop_assert_eq!(u64::from(plan.optimizer_steps), train.div_ceil(batch_rows.into()) * u64::from(passes));
         prop_assert_eq!(plan.max_target_tokens, (train + held_out) * u64::from(max_new));
         prop_assert!(plan.max_store_bytes >= plan.max_target_tokens);
@@ -71,8 +71,8 @@ proptest! {
     fn planning_twice_names_the_same_tasks(train in 1u64..300, held_out in 1u64..50) {
         let rows = RowCounts::generated(train, held_out, 16, 0);
         let job = JobId::generate();
-        let once = plan(&spec(7, 8, 1), &rows, 0, 0).unwrap();
-        let twice = plan(&spec(7, 8, 1), &rows, 0, 0).unwrap();
+        let once = plan(&spec(7, 8, 1), &rows, 0, 0, 100).unwrap();
+        let twice = plan(&spec(7, 8, 1), &rows, 0, 0, 100).unwrap();
         prop_assert_eq!(&once, &twice);
         let mut ids: Vec<_> = once.1.iter().map(|task| task.id(&job)).collect();
         let count = ids.len();
@@ -85,7 +85,7 @@ proptest! {
 #[test]
 fn some_held_out_rows_go_first_and_the_rest_last() -> Result<()> {
     let order = |shard_rows, train, held_out| -> Result<Vec<(u32, Split)>> {
-        let (_, mut tasks) = plan(&spec(shard_rows, 8, 1), &RowCounts::generated(train, held_out, 8, 0), 0, 0)?;
+        let (_, mut tasks) = plan(&spec(shard_rows, 8, 1), &RowCounts::generated(train, held_out, 8, 0), 0, 0, 100)?;
         tasks.sort_by_key(|task| (task.priority, task.slice.map(|slice| slice.shard)));
         Ok(tasks.iter().filter_map(|task| task.slice).map(|slice| (slice.shard, slice.split)).collect())
     };
@@ -98,16 +98,16 @@ fn some_held_out_rows_go_first_and_the_rest_last() -> Result<()> {
 #[test]
 fn a_split_without_rows_is_refused() {
     for rows in [RowCounts::generated(0, 5, 8, 0), RowCounts::generated(5, 0, 8, 0)] {
-        assert_eq!(plan(&spec(4, 4, 1), &rows, 0, 0).unwrap_err().code, Code::PromptSetTooSmall);
+        assert_eq!(plan(&spec(4, 4, 1), &rows, 0, 0, 100).unwrap_err().code, Code::PromptSetTooSmall);
     }
 }
 
 #[test]
 fn what_cannot_be_counted_is_refused() {
     let rows = RowCounts::generated(u64::from(u32::MAX), 10, 8, 0);
-    assert_eq!(plan(&spec(1, 1, 1), &rows, 0, 0).unwrap_err().code, Code::SpecInvalid);
+    assert_eq!(plan(&spec(1, 1, 1), &rows, 0, 0, 100).unwrap_err().code, Code::SpecInvalid);
     assert_eq!(
-        plan(&spec(4096, 1, 10_000), &RowCounts::generated(4_000_000, 10, 8, 0), 0, 0).unwrap_err().code,
+        plan(&spec(4096, 1, 10_000), &RowCounts::generated(4_000_000, 10, 8, 0), 0, 0, 100).unwrap_err().code,
         Code::SpecInvalid
     );
 }

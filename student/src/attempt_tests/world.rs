@@ -86,6 +86,7 @@ impl World {
             job: JOB.to_owned(),
             shard: 0,
             epoch: 1,
+            work_sha256: String::new(),
             split: String::new(),
             engine: "test".to_owned(),
             engine_version: "0".to_owned(),
@@ -94,14 +95,12 @@ impl World {
             tokenizer_sha256: teacher.tokenizer_sha256.clone(),
             chat_template_sha256: "0".to_owned(),
             vocab_size: VOCAB,
-            head: 8,
-            draws: 4,
-            capture_temperature: 1.0,
+            soft_targets: SoftTargets::of(Codec::HeadDraws { head: 8, draws: 4 }),
+            tail_logprobs: soft_targets::TailLogprobs::Stored,
             seed: 1,
             prompt_set_sha256: sha256.clone(),
             mode: "generate".to_owned(),
             sampling_json: "{}".to_owned(),
-            quantiser: soft_targets::QUANTISER.to_owned(),
         };
         let path = store.root().join(paths::prompt_set(&sha256));
         fs::create_dir_all(path.parent().unwrap()).unwrap();

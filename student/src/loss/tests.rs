@@ -37,7 +37,13 @@ fn dense(hidden_nh: &Tensor, weight_vh: &Tensor, targets: &Targets, ce_weight: f
         }
     }
     let mass_nv = Tensor::from_slice(&mass).view([n as i64, V]);
-    let kl = -(mass_nv * &logq_nv).sum(Kind::Float) + entropy;
+    let mut kl = -(&mass_nv * &logq_nv).sum(Kind::Float) + entropy;
+    // What is in no support is one more outcome.
+    let outside_nv = mass_nv.eq(0.0).to_kind(Kind::Float);
+    let bucket_n = (logq_nv.exp() * outside_nv).sum_dim_intlist([-1i64].as_slice(), false, Kind::Float);
+    for (p, &residual) in targets.residuals.iter().enumerate().filter(|(_, residual)| **residual > 0.0) {
+        kl = kl + (f64::from(residual).ln() - bucket_n.get(p as i64).log()) * f64::from(residual);
+    }
     let labels_n1 = Tensor::from_slice(&targets.labels).unsqueeze(1);
     let ce = -logq_nv.gather(1, &labels_n1, false).sum(Kind::Float);
     let loss = &kl * (1.0 - ce_weight) + &ce * ce_weight;
@@ -70,6 +76,31 @@ fn value_and_gradients_are_those_of_the_dense_loss() {
                 // It is added to what was there.
                 assert!(max_difference(&(head_grad_vh - 1.0), &weight_vh.grad()) < 1e-5);
             }
+        }
+    }
+}
+
+#[test]
+fn a_bucket_is_one_more_outcome() {
+    for ce_weight in [0.0, 0.3] {
+        let mut targets = targets(7);
+        // One position has none.
+        for (p, residual) in [(0, 0.4), (1, 0.01), (2, 0.9), (4, 0.2), (5, 0.3), (6, 0.7)] {
+            let range = targets.offsets[p]..targets.offsets[p + 1];
+            targets.masses[range].iter_mut().for_each(|mass| *mass *= 1.0 - residual);
+            targets.residuals[p] = residual;
+        }
+        let hidden_nh = random([7, H], 1).set_requires_grad(true);
+        let weight_vh = random([V, H], 2).set_requires_grad(true);
+        let (loss, kl, _) = dense(&hidden_nh, &weight_vh, &targets, ce_weight);
+        loss.backward();
+        for chunk in [2, 16] {
+            let mut head_grad_vh = Tensor::zeros([V, H], (Kind::Float, Device::Cpu));
+            let mut fast = ChunkedLoss::with_chunk(ce_weight, V, Kind::Float, Device::Cpu, chunk).unwrap();
+            let (sums, grad_nh) = fast.backward(&hidden_nh, &weight_vh, &mut head_grad_vh, &targets, 1.0).unwrap();
+            assert!((sums.kl - kl).abs() < 1e-4, "{} {kl}", sums.kl);
+            assert!(max_difference(&grad_nh, &hidden_nh.grad()) < 1e-5);
+            assert!(max_difference(&head_grad_vh, &weight_vh.grad()) < 1e-5);
         }
     }
 }

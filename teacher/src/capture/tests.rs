@@ -5,6 +5,10 @@ use super::*;
 
 const DEVICE: Device = Device::Cpu;
 
+fn capture(head: u32, draws: u32, seed: u64) -> Capture {
+    Capture { codec: Codec::HeadDraws { head, draws }, temperatures: vec![], seed }
+}
+
 fn targets(n: i64, token: u32) -> Vec<Target> {
     (0..n as u64).map(|position| Target { row: 5, position, token }).collect()
 }
@@ -53,7 +57,7 @@ fn head_label_and_tail_are_the_obvious_ones() {
     // 1000 is no multiple of the block size, 40 is less than one block.
     for (vocab, head, draws) in [(1000, 16, 40), (40, 8, 5), (512, 1, 255), (300, 256, 16)] {
         let logits_nv = random_logits(7, vocab, 11);
-        let capture = Capture { head, draws, seed: 3 };
+        let capture = capture(head, draws, 3);
         let targets = targets(7, 2);
         let positions = capture.positions(&logits_nv, &targets).unwrap();
         let (mut draws_seen, mut draws_equal) = (0, 0);
@@ -69,8 +73,10 @@ fn head_label_and_tail_are_the_obvious_ones() {
 
             let mut random = Counter::new(3, Purpose::Tail, target.row, target.position);
             let mut counts = std::collections::BTreeMap::<u32, u32>::new();
-            for _ in 0..draws {
-                *counts.entry(reference_draw(&log_probs, &expected, random.next_f64())).or_default() += 1;
+            let offset = random.next_f64();
+            for draw in 0..draws {
+                let uniform = (f64::from(draw) + offset) / f64::from(draws);
+                *counts.entry(reference_draw(&log_probs, &expected, uniform)).or_default() += 1;
             }
             assert_eq!(position.tail.iter().map(|(_, count, _)| u32::from(*count)).sum::<u32>(), draws);
             assert!(position.tail.windows(2).all(|pair| pair[0].0 < pair[1].0), "sorted, no id twice");
@@ -91,7 +97,7 @@ fn tail_draws_follow_the_renormalised_tail() {
     let logits_v = row(&random_logits(1, 300, 5), 0);
     let (head, draws, n) = (20, 250, 400);
     let logits_nv = Tensor::from_slice(&logits_v).view([1, 300]).expand([n, 300], false);
-    let capture = Capture { head, draws, seed: 8 };
+    let capture = capture(head, draws, 8);
     let positions = capture.positions(&logits_nv, &targets(n, 0)).unwrap();
     let log_probs = log_softmax(&logits_v);
     let top = reference_head(&log_probs, head as usize);
@@ -131,7 +137,7 @@ fn head_plus_weighted_tail_is_unbiased() {
     let logits_v = row(&random_logits(1, 2000, 21), 0);
     let (head, draws, n) = (8, 16, 3000);
     let logits_nv = Tensor::from_slice(&logits_v).view([1, 2000]).expand([n, 2000], false);
-    let capture = Capture { head, draws, seed: 1 };
+    let capture = capture(head, draws, 1);
     let positions = capture.positions(&logits_nv, &targets(n, 0)).unwrap();
     let log_probs = log_softmax(&logits_v);
     let value = |id: u32| f64::from(id % 7) - 2.0;
@@ -156,7 +162,7 @@ fn head_plus_weighted_tail_is_unbiased() {
 #[test]
 fn a_position_does_not_depend_on_its_batch() {
     let logits_nv = random_logits(9, 1000, 4);
-    let capture = Capture { head: 16, draws: 16, seed: 3 };
+    let capture = capture(16, 16, 3);
     let targets = targets(9, 1);
     let together = capture.positions(&logits_nv, &targets).unwrap();
     for (index, target) in targets.iter().enumerate() {
@@ -167,7 +173,7 @@ fn a_position_does_not_depend_on_its_batch() {
 
 #[test]
 fn a_head_of_the_whole_vocabulary_leaves_no_tail() {
-    let capture = Capture { head: 64, draws: 16, seed: 0 };
+    let capture = capture(64, 16, 0);
     let positions = capture.positions(&random_logits(3, 50, 1), &targets(3, 0)).unwrap();
     for position in positions {
         assert_eq!(position.head.len(), 50);
@@ -181,7 +187,7 @@ fn a_head_of_the_whole_vocabulary_leaves_no_tail() {
 fn a_tail_without_mass_is_not_drawn_from() {
     let logits_nv = Tensor::zeros([2, 600], (Kind::Float, DEVICE));
     let _ = logits_nv.get(0).narrow(0, 7, 1).fill_(90.0);
-    let capture = Capture { head: 2, draws: 4, seed: 0 };
+    let capture = capture(2, 4, 0);
     let positions = capture.positions(&logits_nv, &targets(2, 7)).unwrap();
     assert!(positions[0].tail.is_empty());
     assert_eq!(positions[0].head[0], (7, 0.0));
@@ -194,10 +200,10 @@ fn impossible_tokens_are_left_out() {
     for (id, logit) in [(3, 1.0), (500, 0.0), (599, 2.0)] {
         let _ = logits_nv.get(0).narrow(0, id, 1).fill_(logit);
     }
-    let wide = Capture { head: 8, draws: 4, seed: 0 }.positions(&logits_nv, &targets(1, 3)).unwrap();
+    let wide = capture(8, 4, 0).positions(&logits_nv, &targets(1, 3)).unwrap();
     assert_eq!(wide[0].head.iter().map(|(id, _)| *id).collect::<Vec<_>>(), [599, 3, 500]);
     assert!(wide[0].tail.is_empty());
-    let narrow = Capture { head: 1, draws: 200, seed: 0 }.positions(&logits_nv, &targets(1, 3)).unwrap();
+    let narrow = capture(1, 200, 0).positions(&logits_nv, &targets(1, 3)).unwrap();
     assert_eq!(narrow[0].tail.iter().map(|(id, ..)| *id).collect::<Vec<_>>(), [3, 500]);
 }
 
@@ -206,19 +212,19 @@ fn logits_that_are_no_numbers_are_refused() {
     for bad in [f64::NAN, f64::INFINITY] {
         let logits_nv = random_logits(3, 600, 2);
         let _ = logits_nv.get(1).narrow(0, 44, 1).fill_(bad);
-        let error = Capture { head: 4, draws: 4, seed: 0 }.positions(&logits_nv, &targets(3, 0)).unwrap_err();
+        let error = capture(4, 4, 0).positions(&logits_nv, &targets(3, 0)).unwrap_err();
         assert_eq!(error.code, Code::ShardUnfaithful);
         assert!(error.message.contains("row 5, position 1"), "{error}");
     }
     let nothing = Tensor::full([1, 8], f64::NEG_INFINITY, (Kind::Float, DEVICE));
-    let error = Capture { head: 4, draws: 4, seed: 0 }.positions(&nothing, &targets(1, 0)).unwrap_err();
+    let error = capture(4, 4, 0).positions(&nothing, &targets(1, 0)).unwrap_err();
     assert_eq!(error.code, Code::ShardUnfaithful);
 }
 
 #[test]
 fn half_precision_logits_are_taken_as_they_are() {
     let logits_nv = random_logits(4, 700, 9).to_kind(Kind::BFloat16);
-    let capture = Capture { head: 8, draws: 8, seed: 2 };
+    let capture = capture(8, 8, 2);
     let halves = capture.positions(&logits_nv, &targets(4, 0)).unwrap();
     let floats = capture.positions(&logits_nv.to_kind(Kind::Float), &targets(4, 0)).unwrap();
     assert_eq!(halves, floats);
@@ -226,6 +232,6 @@ fn half_precision_logits_are_taken_as_they_are() {
 
 #[test]
 fn a_token_beyond_the_vocabulary_is_an_error() {
-    let error = Capture { head: 4, draws: 0, seed: 0 }.positions(&random_logits(1, 8, 0), &targets(1, 8)).unwrap_err();
+    let error = capture(4, 0, 0).positions(&random_logits(1, 8, 0), &targets(1, 8)).unwrap_err();
     assert_eq!(error.code, Code::VocabularyMismatch);
 }

@@ -6,7 +6,7 @@ mod score;
 use std::path::{Path, PathBuf};
 
 use retort_artifact::soft_targets::Sequence;
-use retort_core::{Code, Error, Result, spec::MAX_DRAWS};
+use retort_core::{Code, Error, Result, spec::MAX_HEAD};
 use retort_llama::{Model, Tokenizer};
 use tch::{Device, Kind};
 use time::{OffsetDateTime, macros::datetime};
@@ -57,7 +57,7 @@ impl Native {
             vocab_size,
             context: u32::try_from(config.max_position_embeddings).unwrap_or(u32::MAX),
             max_head: vocab_size,
-            max_draws: MAX_DRAWS,
+            max_draws: MAX_HEAD,
             generates: true,
             scores: true,
             teacher_sha256: fingerprint.weights_sha256()?,

@@ -2,7 +2,10 @@ use std::path::PathBuf;
 
 use clap::Args;
 use retort_artifact::soft_targets::{Description, Limits, describe};
-use retort_core::{Error, Result};
+use retort_core::{
+    Error, Result,
+    spec::{Codec, SoftTargets},
+};
 
 use super::files;
 use crate::{
@@ -64,7 +67,7 @@ fn render(shard: &Description) -> String {
             ),
             (
                 "support",
-                format!("head {}, {} draws, {:.1} tokens a position", header.head, header.draws, shard.mean_support),
+                format!("{}, {:.1} tokens a position", codec(&header.soft_targets), shard.mean_support),
             ),
             ("tail mass", format!("{:.4} outside the head on average", shard.mean_tail_mass)),
             ("perplexity", format!("{:.3} of the teacher on these targets", shard.teacher_perplexity)),
@@ -116,4 +119,16 @@ fn render(shard: &Description) -> String {
         text.push_str(&format!("\n{}", table(&rows, &[0, 2, 3, 4])));
     }
     text
+}
+
+/// A codec with its parameters.
+fn codec(soft_targets: &SoftTargets) -> String {
+    let parameters = match soft_targets.codec {
+        Codec::Full => String::new(),
+        Codec::TopK { head } | Codec::TopKTail { head } => format!(", head {head}"),
+        Codec::HeadDraws { head, draws } => format!(", head {head}, {draws} draws"),
+        Codec::Threshold { threshold } => format!(" {threshold}"),
+        Codec::Random { draws } => format!(", {draws} draws"),
+    };
+    format!("{}{parameters}, {}", soft_targets.codec.name(), soft_targets.quantiser.name())
 }

@@ -1,77 +1,149 @@
-//! From the bytes of a shard to what the losses consume.
+//! From the bytes of a shard to what the losses consume, one row group at a time.
 
 use arrow_array::{
     Array, ArrowPrimitiveType, ListArray, PrimitiveArray, RecordBatch,
     cast::AsArray,
-    types::{Float32Type, UInt8Type, UInt16Type, UInt32Type, UInt64Type},
+    types::{Float32Type, UInt8Type, UInt32Type, UInt64Type},
 };
-use bytes::Bytes;
 use parquet::arrow::arrow_reader::{ArrowReaderMetadata, ArrowReaderOptions, ParquetRecordBatchReaderBuilder};
-use retort_core::Result;
+use retort_core::{
+    Code, Error, Result,
+    spec::{Codec, Quantiser},
+};
 
 use super::{
-    DecodedSequence, Header, Limits, Shard, SparseTargets,
-    encode::MASS_TOLERANCE,
+    DecodedSequence, Header, Limits, Shard, Source, SparseTargets, TailLogprobs,
+    encode::{MASS_TOLERANCE, tail_mass},
     guard::{self, Opened, corrupt},
-    quantise::{dequantise, head_masses},
+    id_table,
+    quantise::{MAX_ERROR, below_max},
     schema::{
-        COUNT, FINISH_REASON, LABEL_LOGPROB, LOGPROB_Q, MAX_LOGPROB, ROW, ROW_ID, SUPPORT_DELTA, SUPPORT_SIZE, TAGS,
-        TAIL_MASS, TARGET_MASK, TOKEN_IDS, schema,
+        FINISH_REASON, HEAD_DELTA, HEAD_LOGPROB, HEAD_Q, HEAD_SIZE, ID_TABLE, LABEL_LOGPROB, LOG_SUM_EXP, MAX_LOGPROB,
+        ROW, ROW_ID, TAGS, TAIL_COUNT, TAIL_DELTA, TAIL_MASS, TAIL_Q, TAIL_SIZE, TARGET_MASK, TOKEN_IDS, schema,
     },
+    v1,
 };
 
-/// Reads a shard. Never panics, whatever the bytes.
+/// How far the stored top and tail may miss their sum: both are rounded to eight bits.
+const COARSE_TOLERANCE: f64 = 0.02;
+
+/// Reads a whole shard. Never panics, whatever the bytes.
 ///
 /// `ShardCorrupt` on anything malformed, `ShardTooNew` for a schema version above
-/// [`super::SCHEMA_VERSION`], `ObjectTooLarge` for a sound file beyond `limits`.
-pub fn decode(bytes: Bytes, limits: Limits) -> Result<Shard> {
-    let opened = guard::open(&bytes, &limits)?;
-    let batches = read(&bytes, &opened)?;
-    let mut sequences = Vec::with_capacity(opened.rows as usize);
-    for batch in &batches {
-        assemble(&opened.header, batch, &limits, &mut sequences)?;
+/// [`super::SCHEMA_VERSION`], `ObjectTooLarge` for a sound file beyond `limits`, whose `max_entries`
+/// here hold for all row groups together.
+pub fn decode(source: impl Into<Source>, limits: Limits) -> Result<Shard> {
+    let reader = Reader::open(source, limits)?;
+    if reader.opened.entries > limits.max_entries {
+        return Err(Error::new(
+            Code::ObjectTooLarge,
+            format!(
+                "the shard has {} support entries, at most {} are read at once; use fewer or shorter rows a shard",
+                reader.opened.entries, limits.max_entries
+            ),
+        ));
     }
-    if sequences.len() as u64 != opened.rows {
-        return Err(corrupt(format!("{} rows were read of {}", sequences.len(), opened.rows)));
+    let header = reader.header().clone();
+    let mut sequences = Vec::with_capacity(reader.rows() as usize);
+    for group in reader {
+        sequences.append(&mut group?);
     }
-    Ok(Shard { header: opened.header, sequences })
+    Ok(Shard { header, sequences })
 }
 
-/// The columns' values, of the sizes that [`guard::open`] has allowed.
-pub(super) fn read(bytes: &Bytes, opened: &Opened) -> Result<Vec<RecordBatch>> {
-    let options = ArrowReaderOptions::new().with_skip_arrow_metadata(true);
-    let batches = guard::guarded(|| {
-        let metadata = ArrowReaderMetadata::try_new(opened.metadata.clone(), options)?;
-        let rows = (opened.rows as usize).max(1);
-        let reader = ParquetRecordBatchReaderBuilder::new_with_metadata(bytes.clone(), metadata)
-            .with_batch_size(rows)
-            .build()?;
-        reader.map(|batch| Ok(batch?)).collect::<parquet::errors::Result<Vec<_>>>()
-    })?
-    .map_err(|error| corrupt(format!("its columns cannot be read: {error}")))?;
-    let expected = schema();
-    for batch in &batches {
-        let same = batch.num_columns() == expected.fields().len()
+/// Reads a shard a row group at a time, so that memory does not grow with the file.
+///
+/// Everything that can be checked without values is checked on opening; errors as [`decode`]'s. After
+/// an error it ends.
+pub struct Reader {
+    source: Source,
+    opened: Opened,
+    limits: Limits,
+    group: usize,
+}
+
+impl Reader {
+    pub fn open(source: impl Into<Source>, limits: Limits) -> Result<Self> {
+        let source = source.into();
+        let opened = guard::open(&source, &limits)?;
+        Ok(Self { source, opened, limits, group: 0 })
+    }
+
+    pub fn header(&self) -> &Header {
+        &self.opened.header
+    }
+
+    /// Of the whole shard.
+    pub fn rows(&self) -> u64 {
+        self.opened.rows
+    }
+
+    pub(super) fn opened(&self) -> &Opened {
+        &self.opened
+    }
+
+    /// The next row group's columns.
+    pub(super) fn next_batch(&mut self) -> Option<Result<RecordBatch>> {
+        let groups = self.opened.metadata.row_groups();
+        let rows = groups.get(self.group)?.num_rows();
+        self.group += 1;
+        let batch = self.read(self.group - 1, rows as usize);
+        if batch.is_err() {
+            self.group = groups.len();
+        }
+        Some(batch)
+    }
+
+    fn read(&self, group: usize, rows: usize) -> Result<RecordBatch> {
+        let options = ArrowReaderOptions::new().with_skip_arrow_metadata(true);
+        let expected = schema(guard::columns(&self.opened.header));
+        let batches = guard::guarded(|| {
+            let metadata = ArrowReaderMetadata::try_new(self.opened.metadata.clone(), options)?;
+            let reader = ParquetRecordBatchReaderBuilder::new_with_metadata(self.source.clone(), metadata)
+                .with_row_groups(vec![group])
+                .with_batch_size(rows.max(1))
+                .build()?;
+            reader.map(|batch| Ok(batch?)).collect::<parquet::errors::Result<Vec<_>>>()
+        })?
+        .map_err(|error| corrupt(format!("its columns cannot be read: {error}")))?;
+        let batch = match <[RecordBatch; 1]>::try_from(batches) {
+            Ok([batch]) => batch,
+            Err(none) if none.is_empty() && rows == 0 => RecordBatch::new_empty(expected.clone()),
+            Err(_) => return Err(corrupt(format!("a row group does not read as {rows} rows"))),
+        };
+        let same = batch.num_rows() == rows
+            && batch.num_columns() == expected.fields().len()
             && batch.columns().iter().zip(expected.fields()).all(|(column, field)| {
                 column.data_type().equals_datatype(field.data_type()) && column.null_count() == 0
             });
-        if !same {
-            return Err(corrupt("its columns have other types than version 1's".to_owned()));
-        }
+        if same { Ok(batch) } else { Err(corrupt("its columns have other types or lengths than its version's".to_owned())) }
     }
-    Ok(batches)
 }
 
-fn assemble(header: &Header, batch: &RecordBatch, limits: &Limits, into: &mut Vec<DecodedSequence>) -> Result<()> {
+impl Iterator for Reader {
+    type Item = Result<Vec<DecodedSequence>>;
+
+    fn next(&mut self) -> Option<Self::Item> {
+        let decoded = self.next_batch()?.and_then(|batch| assemble(&self.opened.header, &batch, &self.limits));
+        if decoded.is_err() {
+            self.group = self.opened.metadata.num_row_groups();
+        }
+        Some(decoded)
+    }
+}
+
+/// The rows of one row group.
+pub(super) fn assemble(header: &Header, batch: &RecordBatch, limits: &Limits) -> Result<Vec<DecodedSequence>> {
     let row_ids = batch.column(ROW_ID).as_string::<i32>();
     let finish_reasons = batch.column(FINISH_REASON).as_string::<i32>();
     let rows = batch.column(ROW).as_primitive::<UInt64Type>();
-    let lists = |index: usize| batch.column(index).as_list::<i32>();
+    let table = if header.schema_version == 1 { Vec::new() } else { table(header, batch)? };
+    let mut sequences = Vec::with_capacity(batch.num_rows());
     for r in 0..batch.num_rows() {
         let row_id = row_ids.value(r);
         let fail = |why: String| corrupt(format!("row {row_id:.80?}: {why}"));
-        let token_ids = values::<UInt32Type>(lists(TOKEN_IDS), r);
-        let mask_list = lists(TARGET_MASK).value(r);
+        let token_ids = values::<UInt32Type>(list_of(batch, TOKEN_IDS), r);
+        let mask_list = list_of(batch, TARGET_MASK).value(r);
         let mask = mask_list.as_boolean();
         if token_ids.len() as u64 > limits.max_tokens_per_row {
             return Err(fail(format!("it has {} tokens, at most {}", token_ids.len(), limits.max_tokens_per_row)));
@@ -82,152 +154,316 @@ fn assemble(header: &Header, batch: &RecordBatch, limits: &Limits, into: &mut Ve
         if token_ids.values().iter().any(|&id| id >= header.vocab_size) {
             return Err(fail(format!("a token is outside the vocabulary of {}", header.vocab_size)));
         }
-        let flat = Flat {
-            sizes: &values::<UInt16Type>(lists(SUPPORT_SIZE), r),
-            deltas: &values::<UInt32Type>(lists(SUPPORT_DELTA), r),
-            counts: &values::<UInt8Type>(lists(COUNT), r),
-            qs: &values::<UInt8Type>(lists(LOGPROB_Q), r),
-            maxima: &values::<Float32Type>(lists(MAX_LOGPROB), r),
-            tail_masses: &values::<Float32Type>(lists(TAIL_MASS), r),
-            labels: &values::<Float32Type>(lists(LABEL_LOGPROB), r),
+        let positions = mask.true_count();
+        let targets = if header.schema_version == 1 {
+            v1::targets(header, batch, r, positions)
+        } else {
+            Row::new(header, batch, r, &table).targets(positions)
         };
-        let targets = flat.targets(header, mask.true_count()).map_err(fail)?;
-        let tags = lists(TAGS).value(r);
-        into.push(DecodedSequence {
+        let tags = list_of(batch, TAGS).value(r);
+        sequences.push(DecodedSequence {
             row_id: row_id.to_owned(),
             row: rows.value(r),
             tags: tags.as_string::<i32>().iter().flatten().map(str::to_owned).collect(),
             token_ids: token_ids.values().to_vec(),
             target_mask: mask.values().iter().collect(),
             finish_reason: finish_reasons.value(r).to_owned(),
-            targets,
+            targets: targets.map_err(fail)?,
         });
     }
-    Ok(())
+    Ok(sequences)
 }
 
-fn values<T: ArrowPrimitiveType>(list: &ListArray, row: usize) -> PrimitiveArray<T> {
+/// The row group's id table, which its first row carries.
+fn table(header: &Header, batch: &RecordBatch) -> Result<Vec<u32>> {
+    let lists = list_of(batch, ID_TABLE);
+    if (1..lists.len()).any(|r| lists.value_length(r) != 0) {
+        return Err(corrupt("a row that is not the first of its row group has an id table".to_owned()));
+    }
+    if lists.is_empty() {
+        return Ok(Vec::new());
+    }
+    let table = values::<UInt32Type>(lists, 0).values().to_vec();
+    id_table::check(&table, header.vocab_size).map_err(corrupt)?;
+    Ok(table)
+}
+
+pub(super) fn list_of(batch: &RecordBatch, index: usize) -> &ListArray {
+    batch.column(index).as_list::<i32>()
+}
+
+pub(super) fn values<T: ArrowPrimitiveType>(list: &ListArray, row: usize) -> PrimitiveArray<T> {
     list.value(row).as_primitive::<T>().clone()
 }
 
-/// One row's flat lists.
-struct Flat<'a> {
-    sizes: &'a PrimitiveArray<UInt16Type>,
-    deltas: &'a PrimitiveArray<UInt32Type>,
-    counts: &'a PrimitiveArray<UInt8Type>,
-    qs: &'a PrimitiveArray<UInt8Type>,
-    maxima: &'a PrimitiveArray<Float32Type>,
-    tail_masses: &'a PrimitiveArray<Float32Type>,
-    labels: &'a PrimitiveArray<Float32Type>,
+/// What every version asks of a position's floats.
+pub(super) fn check_floats(max: f32, tail_mass: f32, label: f32) -> Result<(), String> {
+    for (what, value) in [("largest", max), ("label's", label)] {
+        if !value.is_finite() || f64::from(value) > MASS_TOLERANCE {
+            return Err(format!("its {what} log-probability is {value}"));
+        }
+    }
+    if (0.0..=1.0).contains(&tail_mass) { Ok(()) } else { Err(format!("its tail has mass {tail_mass}")) }
 }
 
-impl Flat<'_> {
-    fn targets(&self, header: &Header, positions: usize) -> Result<SparseTargets, String> {
-        let lengths = [self.sizes.len(), self.maxima.len(), self.tail_masses.len(), self.labels.len()];
+/// One row's flat lists.
+struct Row<'a> {
+    header: &'a Header,
+    table: &'a [u32],
+    head_sizes: PrimitiveArray<UInt32Type>,
+    head_deltas: PrimitiveArray<UInt32Type>,
+    head_qs: PrimitiveArray<UInt8Type>,
+    head_logprobs: PrimitiveArray<Float32Type>,
+    tail_sizes: PrimitiveArray<UInt32Type>,
+    tail_deltas: PrimitiveArray<UInt32Type>,
+    tail_counts: PrimitiveArray<UInt8Type>,
+    tail_qs: PrimitiveArray<UInt8Type>,
+    maxima: PrimitiveArray<Float32Type>,
+    tail_masses: PrimitiveArray<Float32Type>,
+    labels: PrimitiveArray<Float32Type>,
+    log_sum_exps: PrimitiveArray<Float32Type>,
+}
+
+/// One position's part of a row's lists.
+struct Position<'a> {
+    head_deltas: &'a [u32],
+    /// Empty where `head_logprobs` are not.
+    head_qs: &'a [u8],
+    head_logprobs: &'a [f32],
+    tail_deltas: &'a [u32],
+    /// Empty where every count is 1.
+    tail_counts: &'a [u8],
+    /// Empty unless the tail's log-probabilities are stored.
+    tail_qs: &'a [u8],
+    max: f32,
+    tail_mass: f32,
+}
+
+/// An entry of a support: id, target mass, log-probability.
+type Entry = (u32, f64, f64);
+
+impl<'a> Row<'a> {
+    fn new(header: &'a Header, batch: &RecordBatch, r: usize, table: &'a [u32]) -> Self {
+        Self {
+            header,
+            table,
+            head_sizes: values(list_of(batch, HEAD_SIZE), r),
+            head_deltas: values(list_of(batch, HEAD_DELTA), r),
+            head_qs: values(list_of(batch, HEAD_Q), r),
+            head_logprobs: values(list_of(batch, HEAD_LOGPROB), r),
+            tail_sizes: values(list_of(batch, TAIL_SIZE), r),
+            tail_deltas: values(list_of(batch, TAIL_DELTA), r),
+            tail_counts: values(list_of(batch, TAIL_COUNT), r),
+            tail_qs: values(list_of(batch, TAIL_Q), r),
+            maxima: values(list_of(batch, MAX_LOGPROB), r),
+            tail_masses: values(list_of(batch, TAIL_MASS), r),
+            labels: values(list_of(batch, LABEL_LOGPROB), r),
+            log_sum_exps: values(list_of(batch, LOG_SUM_EXP), r),
+        }
+    }
+
+    fn targets(&self, positions: usize) -> Result<SparseTargets, String> {
+        let lengths = [
+            self.head_sizes.len(),
+            self.tail_sizes.len(),
+            self.maxima.len(),
+            self.tail_masses.len(),
+            self.labels.len(),
+        ];
         if lengths.iter().any(|&length| length != positions) {
-            return Err(format!("{positions} targets have {lengths:?} sizes, maxima, tail masses and labels"));
+            return Err(format!("{positions} targets have {lengths:?} head sizes, tail sizes, maxima, tail masses and labels"));
         }
-        let entries: usize = self.sizes.values().iter().map(|&size| usize::from(size)).sum();
-        let lengths = [self.deltas.len(), self.counts.len(), self.qs.len()];
-        if lengths.iter().any(|&length| length != entries) || u32::try_from(entries).is_err() {
-            return Err(format!("{entries} entries have {lengths:?} ids, counts and log-probabilities"));
+        let temperatures = self.header.soft_targets.temperatures.len();
+        if self.log_sum_exps.len() != positions.saturating_mul(temperatures) {
+            let found = self.log_sum_exps.len();
+            return Err(format!("{positions} targets and {temperatures} temperatures have {found} log-sum-exps"));
         }
+        if let Some(value) = self.log_sum_exps.values().iter().find(|value| !value.is_finite()) {
+            return Err(format!("one of its log-sum-exps is {value}"));
+        }
+        let (head, tail) = self.check_lengths()?;
         let mut targets = SparseTargets {
             offsets: Vec::with_capacity(positions + 1),
-            ids: Vec::with_capacity(entries),
-            masses: Vec::with_capacity(entries),
-            logprobs: Vec::with_capacity(entries),
+            ids: Vec::with_capacity(head + tail),
+            masses: Vec::with_capacity(head + tail),
+            logprobs: Vec::with_capacity(head + tail),
+            residuals: Vec::with_capacity(positions),
             top_ids: Vec::with_capacity(positions),
             label_logprobs: self.labels.values().to_vec(),
+            log_sum_exps: self.log_sum_exps.values().to_vec(),
         };
         targets.offsets.push(0);
-        let mut scratch = Default::default();
+        let (mut head, mut tail, mut entries) = (0, 0, Vec::new());
         for p in 0..positions {
-            self.position(header, p, &mut targets, &mut scratch).map_err(|why| format!("position {p}: {why}"))?;
+            let heads = head..head + self.head_sizes.value(p) as usize;
+            let tails = tail..tail + self.tail_sizes.value(p) as usize;
+            (head, tail) = (heads.end, tails.end);
+            let or_empty = |range: &std::ops::Range<usize>, length: usize| if length == 0 { 0..0 } else { range.clone() };
+            let position = Position {
+                head_deltas: &self.head_deltas.values()[heads.clone()],
+                head_qs: &self.head_qs.values()[or_empty(&heads, self.head_qs.len())],
+                head_logprobs: &self.head_logprobs.values()[or_empty(&heads, self.head_logprobs.len())],
+                tail_deltas: &self.tail_deltas.values()[tails.clone()],
+                tail_counts: &self.tail_counts.values()[or_empty(&tails, self.tail_counts.len())],
+                tail_qs: &self.tail_qs.values()[or_empty(&tails, self.tail_qs.len())],
+                max: self.maxima.value(p),
+                tail_mass: self.tail_masses.value(p),
+            };
+            let fail = |why: String| format!("position {p}: {why}");
+            check_floats(position.max, position.tail_mass, self.labels.value(p)).map_err(fail)?;
+            let top_id = position.entries(self.header, self.table, &mut entries).map_err(fail)?;
+            for &(id, mass, logprob) in &entries {
+                targets.ids.push(id);
+                targets.masses.push(mass as f32);
+                targets.logprobs.push(logprob as f32);
+            }
+            targets.residuals.push(if self.header.soft_targets.codec.has_bucket() { position.tail_mass } else { 0.0 });
+            targets.top_ids.push(top_id);
+            targets.offsets.push(targets.ids.len() as u32); // at most the number of entries, which fits
         }
         Ok(targets)
     }
 
-    fn position(
-        &self,
-        header: &Header,
-        p: usize,
-        targets: &mut SparseTargets,
-        (head_qs, head): &mut (Vec<u8>, Vec<f64>),
-    ) -> Result<(), String> {
-        let start = targets.ids.len();
-        let end = start + usize::from(self.sizes.value(p));
-        let (deltas, counts, qs) =
-            (&self.deltas.values()[start..end], &self.counts.values()[start..end], &self.qs.values()[start..end]);
-        let (max, tail_mass, label) = (self.maxima.value(p), self.tail_masses.value(p), self.labels.value(p));
-        for (what, value) in [("largest", max), ("label's", label)] {
-            if !value.is_finite() || f64::from(value) > MASS_TOLERANCE {
-                return Err(format!("its {what} log-probability is {value}"));
+    /// Entries of the row's heads and tails, which its lists of entries must have as many of.
+    fn check_lengths(&self) -> Result<(usize, usize), String> {
+        let sum = |sizes: &PrimitiveArray<UInt32Type>| sizes.values().iter().map(|&size| u64::from(size)).sum::<u64>();
+        let (head, tail) = (sum(&self.head_sizes), sum(&self.tail_sizes));
+        let (bytes, floats) = match self.header.soft_targets.quantiser {
+            Quantiser::U8 => (head, 0),
+            Quantiser::F32 => (0, head),
+        };
+        let counts = if has_counts(self.header.soft_targets.codec) { tail } else { 0 };
+        let stored = if self.header.tail_logprobs == TailLogprobs::Stored { tail } else { 0 };
+        for (what, found, expected) in [
+            ("head ids", self.head_deltas.len(), head),
+            ("bytes of log-probability in its heads", self.head_qs.len(), bytes),
+            ("log-probabilities in its heads", self.head_logprobs.len(), floats),
+            ("tail ids", self.tail_deltas.len(), tail),
+            ("counts in its tails", self.tail_counts.len(), counts),
+            ("bytes of log-probability in its tails", self.tail_qs.len(), stored),
+        ] {
+            if found as u64 != expected {
+                return Err(format!("it has {found} {what}, not {expected}"));
             }
         }
-        if !(0.0..=1.0).contains(&tail_mass) {
-            return Err(format!("its tail has mass {tail_mass}"));
+        if head + tail > u64::from(u32::MAX) {
+            return Err(format!("{} entries are too many for one row", head + tail));
         }
-        let top_id = push_ids(header, deltas, qs, &mut targets.ids)?;
-        check_counts(header, counts, qs, tail_mass)?;
+        Ok((head as usize, tail as usize))
+    }
+}
 
-        head_qs.clear();
-        head_qs.extend(counts.iter().zip(qs).filter(|(count, _)| **count == 0).map(|(_, q)| *q));
-        head_masses(max, tail_mass, head_qs, head);
-        let whole = head.iter().sum::<f64>() + f64::from(tail_mass);
-        if (whole - 1.0).abs() > MASS_TOLERANCE {
-            return Err(format!("its masses sum to {whole}"));
+/// Whether a tail's counts are stored; where they are not, each is 1.
+pub(super) fn has_counts(codec: Codec) -> bool {
+    matches!(codec, Codec::HeadDraws { .. } | Codec::Random { .. })
+}
+
+impl Position<'_> {
+    /// The support by rising id; the id of the most likely token.
+    fn entries(&self, header: &Header, table: &[u32], entries: &mut Vec<Entry>) -> Result<u32, String> {
+        entries.clear();
+        let head_top = self.head(header, table, entries)?;
+        let heads = entries.len();
+        let drawn_top = self.tail(header, table, entries)?;
+        debug_assert!(entries.len() - heads == self.tail_deltas.len());
+        entries.sort_unstable_by_key(|&(id, ..)| id);
+        if let Some(twice) = entries.windows(2).find(|pair| pair[0].0 == pair[1].0) {
+            return Err(format!("token {} is in its support twice", twice[0].0));
         }
-        let mut head = head.iter();
-        for (&count, &q) in counts.iter().zip(qs) {
-            let (mass, logprob) = match (count, head.as_slice()) {
-                (0, [mass, rest @ ..]) => {
-                    head = rest.iter();
-                    (*mass, mass.ln())
-                }
-                _ => (f64::from(tail_mass) * f64::from(count) / f64::from(header.draws), dequantise(max, q)),
+        head_top.or(drawn_top).ok_or_else(|| "its support is empty".to_owned())
+    }
+
+    fn head(&self, header: &Header, table: &[u32], entries: &mut Vec<Entry>) -> Result<Option<u32>, String> {
+        let codec = header.soft_targets.codec;
+        let (size, most) = (self.head_deltas.len(), codec.max_head(header.vocab_size) as usize);
+        if size > most || (size == 0 && most > 0) {
+            return Err(format!("its head has {size} entries, the codec {} has 1 to {most}", codec.name()));
+        }
+        if size == 0 {
+            return Ok(None);
+        }
+        push_ids(header, table, self.head_deltas, entries)?;
+        let max = f64::from(self.max);
+        let mut top = None;
+        let mut rest = 0.0;
+        for (at, (id, mass, logprob)) in entries.iter_mut().enumerate() {
+            *logprob = match self.head_qs.get(at) {
+                Some(&q) => max - below_max(q),
+                None => f64::from(self.head_logprobs[at]),
             };
-            targets.masses.push(mass as f32);
-            targets.logprobs.push(logprob as f32);
+            let is_top = match self.head_qs.get(at) {
+                Some(&q) => q == 0,
+                None if !logprob.is_finite() || *logprob > MASS_TOLERANCE => {
+                    return Err(format!("token {id} has log-probability {logprob}"));
+                }
+                None => top.is_none_or(|(_, best)| *logprob > best),
+            };
+            if is_top {
+                if !self.head_qs.is_empty() && top.is_some() {
+                    return Err("two tokens are marked as its most likely".to_owned());
+                }
+                top = Some((*id, *logprob));
+            }
+            *mass = logprob.exp();
+            rest += *mass;
         }
-        targets.top_ids.push(top_id);
-        targets.offsets.push(targets.ids.len() as u32); // at most the number of entries, which fits
-        Ok(())
+        let (top_id, top_logprob) = top.ok_or("none of its tokens is marked as the most likely")?;
+        // Rounding is spread over the others first: the largest is the best known.
+        let top_mass = top_logprob.exp();
+        rest -= top_mass;
+        let wanted = 1.0 - f64::from(self.tail_mass);
+        let bound = f64::from(MAX_ERROR).exp();
+        let scale = if rest > 0.0 { ((wanted - top_mass) / rest).clamp(1.0 / bound, bound) } else { 1.0 };
+        let whole = top_mass + rest * scale;
+        if (whole - wanted).abs() > COARSE_TOLERANCE {
+            return Err(format!("its head's masses sum to {whole}, its tail has {}", self.tail_mass));
+        }
+        let all = if wanted > 0.0 { wanted / whole } else { 1.0 };
+        for (id, mass, logprob) in entries.iter_mut() {
+            let factor = if *id == top_id { all } else { scale * all };
+            *mass *= factor;
+            *logprob += factor.ln();
+        }
+        Ok(Some(top_id))
+    }
+
+    fn tail(&self, header: &Header, table: &[u32], entries: &mut Vec<Entry>) -> Result<Option<u32>, String> {
+        let codec = header.soft_targets.codec;
+        let heads = entries.len();
+        push_ids(header, table, self.tail_deltas, entries)?;
+        let tail = &mut entries[heads..];
+        if self.tail_counts.contains(&0) {
+            return Err("a tail entry was drawn 0 times".to_owned());
+        }
+        let count = |at: usize| u32::from(self.tail_counts.get(at).copied().unwrap_or(1));
+        let drawn: u32 = (0..tail.len()).map(count).sum();
+        let mass = tail_mass(codec, drawn, f64::from(self.tail_mass), COARSE_TOLERANCE).ok_or_else(|| {
+            format!("its tail has {drawn} draws and mass {}, which {} cannot have", self.tail_mass, codec.name())
+        })?;
+        let mut top: Option<(u32, u32)> = None;
+        for (at, entry) in tail.iter_mut().enumerate() {
+            entry.1 = mass * f64::from(count(at)) / f64::from(drawn);
+            entry.2 = match (header.tail_logprobs, self.tail_qs.get(at)) {
+                (TailLogprobs::Mean(mean), _) => f64::from(mean),
+                (TailLogprobs::Stored, q) => f64::from(self.max) - below_max(q.copied().unwrap_or(0)),
+            };
+            let better = |(id, most): (u32, u32)| count(at) > most || (count(at) == most && entry.0 < id);
+            if top.is_none_or(better) {
+                top = Some((entry.0, count(at)));
+            }
+        }
+        Ok(top.map(|(id, _)| id))
     }
 }
 
-/// Undoes the deltas; the position's most likely id.
-fn push_ids(header: &Header, deltas: &[u32], qs: &[u8], ids: &mut Vec<u32>) -> Result<u32, String> {
-    let (mut id, mut top) = (0u64, None);
-    for (i, (&delta, &q)) in deltas.iter().zip(qs).enumerate() {
-        if i > 0 && delta == 0 {
-            return Err(format!("token {id} is in its support twice"));
-        }
-        id += u64::from(delta);
-        if id >= u64::from(header.vocab_size) {
-            return Err(format!("token {id} is outside the vocabulary of {}", header.vocab_size));
-        }
-        let id = id as u32; // below vocab_size
-        if q == 0 && top.replace(id).is_some() {
-            return Err("two tokens are marked as its most likely".to_owned());
-        }
-        ids.push(id);
+/// Undoes differences and ranks.
+fn push_ids(header: &Header, table: &[u32], deltas: &[u32], entries: &mut Vec<Entry>) -> Result<(), String> {
+    let mut rank = 0u64;
+    for &delta in deltas {
+        rank += u64::from(delta);
+        let id = id_table::token(table, rank, header.vocab_size)
+            .ok_or_else(|| format!("rank {rank} is outside the vocabulary of {}", header.vocab_size))?;
+        entries.push((id, 0.0, 0.0));
     }
-    top.ok_or_else(|| "none of its tokens is marked as the most likely".to_owned())
-}
-
-fn check_counts(header: &Header, counts: &[u8], qs: &[u8], tail_mass: f32) -> Result<(), String> {
-    let head = counts.iter().filter(|&&count| count == 0).count();
-    if head == 0 || head > header.head as usize {
-        return Err(format!("its head has {head} entries, the header says {}", header.head));
-    }
-    if counts.iter().zip(qs).any(|(&count, &q)| count > 0 && q == 0) {
-        return Err("a tail entry is marked as its most likely".to_owned());
-    }
-    let drawn: u32 = counts.iter().map(|&count| u32::from(count)).sum();
-    if drawn == header.draws || (drawn == 0 && f64::from(tail_mass) <= MASS_TOLERANCE) {
-        Ok(())
-    } else {
-        Err(format!("its tail has {drawn} draws and mass {tail_mass}, the header says {} draws", header.draws))
-    }
+    Ok(())
 }

@@ -1,15 +1,11 @@
 //! A shard at a glance, as data for whoever prints it.
 
 use arrow_array::{cast::AsArray, types::Float32Type};
-use bytes::Bytes;
+use parquet::file::reader::Length as _;
 use retort_core::Result;
 use serde::{Deserialize, Serialize};
 
-use super::{
-    Header, Limits, decode, guard,
-    schema::{COLUMNS, TAIL_MASS},
-};
-use crate::sha256_hex;
+use super::{Header, Limits, Reader, Source, decode, guard, schema::TAIL_MASS, v1};
 
 /// What a shard holds and what it costs.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
@@ -61,51 +57,70 @@ pub struct SequenceSummary {
     pub teacher_perplexity: f64,
 }
 
-/// Reads a whole shard and sums it up, with its first `sequences` rows.
+/// Reads a whole shard, a row group at a time, and sums it up, with its first `sequences` rows.
 ///
-/// Errors as [`decode`] does.
-pub fn describe(bytes: Bytes, limits: Limits, sequences: usize) -> Result<Description> {
-    let opened = guard::open(&bytes, &limits)?;
-    let mut tail_mass = 0.0f64;
-    for batch in decode::read(&bytes, &opened)? {
-        let values = batch.column(TAIL_MASS).as_list::<i32>().values().as_primitive::<Float32Type>().clone();
-        tail_mass += values.values().iter().map(|&mass| f64::from(mass)).sum::<f64>();
-    }
-    let columns = COLUMNS
-        .iter()
-        .enumerate()
-        .map(|(index, column)| {
-            let chunks = || opened.metadata.row_groups().iter().filter_map(|group| group.columns().get(index));
-            Column {
-                name: column.name.to_owned(),
-                encoding: column.encoding.to_string(),
-                bytes: chunks().map(|chunk| chunk.compressed_size().max(0) as u64).sum(),
-                uncompressed_bytes: chunks().map(|chunk| chunk.uncompressed_size().max(0) as u64).sum(),
+/// Errors as [`decode`](super::decode()) does.
+pub fn describe(source: impl Into<Source>, limits: Limits, sequences: usize) -> Result<Description> {
+    let source = source.into();
+    let mut reader = Reader::open(source.clone(), limits)?;
+    let header = reader.header().clone();
+    let mut sums = Sums::default();
+    let mut first = Vec::new();
+    while let Some(batch) = reader.next_batch() {
+        let batch = batch?;
+        let tail_mass = batch.column(if header.schema_version == 1 { v1::TAIL_MASS_COLUMN } else { TAIL_MASS });
+        let tail_mass = tail_mass.as_list::<i32>().values().as_primitive::<Float32Type>().values();
+        sums.tail_mass += tail_mass.iter().map(|&mass| f64::from(mass)).sum::<f64>();
+        for sequence in decode::assemble(&header, &batch, &limits)? {
+            sums.rows += 1;
+            sums.tokens += sequence.token_ids.len() as u64;
+            sums.targets += sequence.targets.len() as u64;
+            sums.entries += sequence.targets.ids.len() as u64;
+            sums.logprobs += sequence.targets.label_logprobs.iter().map(|&logprob| f64::from(logprob)).sum::<f64>();
+            if first.len() < sequences {
+                first.push(summary(&sequence));
             }
-        })
-        .collect();
-    let sha256 = sha256_hex(&bytes);
-    let size = bytes.len() as u64;
-    let shard = decode(bytes, limits)?;
-    let target_tokens = shard.target_tokens();
-    let per_token = |total: f64| if target_tokens == 0 { 0.0 } else { total / target_tokens as f64 };
-    let entries: u64 = shard.sequences.iter().map(|sequence| sequence.targets.ids.len() as u64).sum();
-    let label_logprobs: f64 =
-        shard.sequences.iter().flat_map(|s| &s.targets.label_logprobs).map(|&logprob| f64::from(logprob)).sum();
+        }
+    }
+    let per_token = |total: f64| if sums.targets == 0 { 0.0 } else { total / sums.targets as f64 };
     Ok(Description {
-        sha256,
-        bytes: size,
-        rows: shard.sequences.len() as u64,
-        tokens: shard.sequences.iter().map(|sequence| sequence.token_ids.len() as u64).sum(),
-        target_tokens,
-        bytes_per_token: per_token(size as f64),
-        mean_support: per_token(entries as f64),
-        mean_tail_mass: per_token(tail_mass),
-        teacher_perplexity: if target_tokens == 0 { 0.0 } else { (-per_token(label_logprobs)).exp() },
-        columns,
-        sequences: shard.sequences.iter().take(sequences).map(summary).collect(),
-        header: shard.header,
+        sha256: guard::sha256(&source)?,
+        bytes: source.len(),
+        rows: sums.rows,
+        tokens: sums.tokens,
+        target_tokens: sums.targets,
+        bytes_per_token: per_token(source.len() as f64),
+        mean_support: per_token(sums.entries as f64),
+        mean_tail_mass: per_token(sums.tail_mass),
+        teacher_perplexity: if sums.targets == 0 { 0.0 } else { (-per_token(sums.logprobs)).exp() },
+        columns: columns(&reader),
+        sequences: first,
+        header,
     })
+}
+
+#[derive(Default)]
+struct Sums {
+    rows: u64,
+    tokens: u64,
+    targets: u64,
+    entries: u64,
+    tail_mass: f64,
+    logprobs: f64,
+}
+
+fn columns(reader: &Reader) -> Vec<Column> {
+    let groups = reader.opened().metadata.row_groups();
+    let column = |(index, column): (usize, &super::schema::Column)| {
+        let chunks = || groups.iter().filter_map(|group| group.columns().get(index));
+        Column {
+            name: column.name.to_owned(),
+            encoding: column.encoding.to_string(),
+            bytes: chunks().map(|chunk| chunk.compressed_size().max(0) as u64).sum(),
+            uncompressed_bytes: chunks().map(|chunk| chunk.uncompressed_size().max(0) as u64).sum(),
+        }
+    };
+    guard::columns(reader.header()).iter().enumerate().map(column).collect()
 }
 
 fn summary(sequence: &super::DecodedSequence) -> SequenceSummary {

@@ -1,48 +1,186 @@
-//! From a teacher's raw distributions to the bytes of a shard.
+//! From a teacher's raw distributions to the bytes of a shard, one row group at a time.
 
-use std::sync::Arc;
-
-use arrow_array::{
-    ArrayRef, BooleanArray, Float32Array, ListArray, RecordBatch, StringArray, UInt8Array, UInt16Array, UInt32Array,
-    UInt64Array,
+use std::{
+    io::{self, Write},
+    ops::Range,
 };
-use arrow_buffer::OffsetBuffer;
+
 use bytes::Bytes;
 use parquet::{
     arrow::{ArrowWriter, arrow_writer::ArrowWriterOptions},
     file::metadata::KeyValue,
 };
-use retort_core::{Code, Error, Result};
+use retort_core::{Code, Error, Result, spec::Codec};
+use sha2::{Digest, Sha256};
 
+use self::columns::Columns;
 use super::{
-    Encoded, Header, Limits, Position, Sequence, decode, fidelity, guard, quantise,
+    DecodedSequence, Encoded, Fidelity, Header, Limits, Position, Reader, Sequence, Source, TailLogprobs, decode,
+    fidelity::Totals,
+    guard,
     schema::{self, CONTENT_KEY},
 };
-use crate::sha256_hex;
+use crate::hash::hex;
+
+mod columns;
 
 /// Mass that may be left to no tail entry, and the most that rounding may add to a whole.
 pub(super) const MASS_TOLERANCE: f64 = 1e-3;
 
-/// Writes a shard, reads it back and measures what storing cost.
+/// Support entries after which a row group ends: about 25 MB of columns, and 100 MB while reading.
+const GROUP_ENTRIES: usize = 4 << 20;
+/// Tokens after which it ends in any case.
+const GROUP_TOKENS: usize = 4 << 20;
+
+/// Writes a shard into memory, reads it back and measures what storing cost.
 ///
 /// The same header and sequences give the same bytes. A distribution that cannot be one (not
 /// finite, masses above 1, an id twice, a target without distribution) is
 /// [`Code::ShardUnfaithful`], naming row and position.
 pub fn encode(header: &Header, sequences: &[Sequence]) -> Result<Encoded> {
-    header.check().map_err(|why| Error::internal(format!("the shard's header cannot be written: {why}")))?;
-    let mut columns = Columns::default();
-    for sequence in sequences {
-        columns.push(header, sequence)?;
+    let mut writer = Writer::new(header.clone(), Vec::new())?;
+    for group in groups(sequences) {
+        writer.write_group(&sequences[group])?;
     }
-    let target_tokens = columns.max_logprob.len() as u64;
-    let bytes = write(header, columns.into_batch()?)
-        .map_err(|error| Error::with_source(Code::Internal, "the shard could not be written as parquet", error))?;
-    let shard = decode(bytes.clone(), Limits::for_own_bytes()).map_err(|error| {
-        let message = format!("the shard cannot be read back after writing: {}", error.chain());
-        Error::with_source(Code::ShardUnfaithful, message, error)
-    })?;
-    let fidelity = fidelity::measure(sequences, &shard)?;
-    Ok(Encoded { sha256: sha256_hex(&bytes), bytes, rows: sequences.len() as u64, target_tokens, fidelity })
+    let (bytes, written) = writer.finish()?;
+    let bytes = Bytes::from(bytes);
+    written.verify(bytes.clone())?;
+    Ok(Encoded {
+        bytes,
+        sha256: written.sha256,
+        rows: written.rows,
+        target_tokens: written.target_tokens,
+        fidelity: written.fidelity,
+    })
+}
+
+/// Writes a shard a row group at a time, so that memory does not grow with the file.
+pub struct Writer<W: Write + Send> {
+    header: Header,
+    parquet: ArrowWriter<Hashed<W>>,
+    /// Rows of the row group that is being filled, and how much they hold.
+    pending: Vec<Sequence>,
+    filled: Filled,
+    target_tokens: u64,
+    totals: Totals,
+    /// Of each row as it will be read back.
+    digests: Vec<[u8; 32]>,
+}
+
+/// What a finished file must be when it is read back.
+#[derive(Debug)]
+pub struct Written {
+    /// Of the whole file.
+    pub sha256: String,
+    pub bytes: u64,
+    pub rows: u64,
+    /// Positions that carry a distribution.
+    pub target_tokens: u64,
+    pub fidelity: Fidelity,
+    header: Header,
+    digests: Vec<[u8; 32]>,
+}
+
+impl<W: Write + Send> Writer<W> {
+    /// `header.tail_logprobs`, where it is a mean, is filled in at the end.
+    pub fn new(mut header: Header, into: W) -> Result<Self> {
+        if let TailLogprobs::Mean(mean) = &mut header.tail_logprobs {
+            *mean = 0.0;
+        }
+        header.check_written().map_err(|why| Error::internal(format!("the shard's header cannot be written: {why}")))?;
+        let options =
+            ArrowWriterOptions::new().with_properties(schema::writer_properties()?).with_skip_arrow_metadata(true);
+        let parquet = ArrowWriter::try_new_with_options(Hashed::new(into), schema::schema(&schema::COLUMNS), options)
+            .map_err(unwritable)?;
+        Ok(Self {
+            header,
+            parquet,
+            pending: Vec::new(),
+            filled: Filled::default(),
+            target_tokens: 0,
+            totals: Totals::default(),
+            digests: Vec::new(),
+        })
+    }
+
+    /// Adds a row; errors as [`encode`]'s, some only with a later row or at the end.
+    pub fn push(&mut self, sequence: Sequence) -> Result<()> {
+        if !self.filled.takes(&sequence) {
+            self.flush()?;
+            self.filled.takes(&sequence);
+        }
+        self.pending.push(sequence);
+        Ok(())
+    }
+
+    fn flush(&mut self) -> Result<()> {
+        let pending = std::mem::take(&mut self.pending);
+        self.filled = Filled::default();
+        if pending.is_empty() { Ok(()) } else { self.write_group(&pending) }
+    }
+
+    /// Writes one row group, and measures what a reader of it will get.
+    fn write_group(&mut self, sequences: &[Sequence]) -> Result<()> {
+        let mut columns = Columns::default();
+        for sequence in sequences {
+            columns.push(&self.header, sequence)?;
+        }
+        let batch = columns.into_batch(&self.header)?;
+        let read = decode::assemble(&self.header, &batch, &Limits::for_own_bytes()).map_err(unreadable)?;
+        for (sequence, read) in sequences.iter().zip(&read) {
+            self.totals.add(&self.header, sequence, read)?;
+            self.target_tokens += read.targets.len() as u64;
+            self.digests.push(digest(read));
+        }
+        self.parquet.write(&batch).and_then(|()| self.parquet.flush()).map_err(unwritable)
+    }
+
+    /// Ends the file. What it says must still be held against [`Written::verify`].
+    pub fn finish(mut self) -> Result<(W, Written)> {
+        self.flush()?;
+        if let TailLogprobs::Mean(mean) = &mut self.header.tail_logprobs {
+            *mean = self.totals.mean_tail_logprob();
+        }
+        self.parquet.sync().map_err(|error| unwritable(error.into()))?;
+        let content = guard::content_sha256(self.parquet.inner().hasher.clone(), &self.header);
+        for (key, value) in self.header.pairs() {
+            self.parquet.append_key_value_metadata(KeyValue::new(key.to_owned(), value));
+        }
+        self.parquet.append_key_value_metadata(KeyValue::new(CONTENT_KEY.to_owned(), content));
+        let Hashed { into, hasher, bytes } = self.parquet.into_inner().map_err(unwritable)?;
+        let written = Written {
+            sha256: hex(&hasher.finalize()),
+            bytes,
+            rows: self.digests.len() as u64,
+            target_tokens: self.target_tokens,
+            fidelity: self.totals.means(),
+            header: self.header,
+            digests: self.digests,
+        };
+        Ok((into, written))
+    }
+}
+
+impl Written {
+    /// Reads the file and holds every row against what was written.
+    pub fn verify(&self, source: impl Into<Source>) -> Result<()> {
+        let reader = Reader::open(source, Limits::for_own_bytes()).map_err(unreadable)?;
+        if *reader.header() != self.header {
+            return Err(Error::new(Code::ShardUnfaithful, "the shard's header reads back otherwise than it was written"));
+        }
+        let mut expected = self.digests.iter();
+        for group in reader {
+            for read in group.map_err(unreadable)? {
+                if expected.next() != Some(&digest(&read)) {
+                    return Err(unfaithful(&read.row_id, "it reads back otherwise than it was written"));
+                }
+            }
+        }
+        match expected.len() {
+            0 => Ok(()),
+            left => Err(Error::new(Code::ShardUnfaithful, format!("{left} rows of the shard do not read back"))),
+        }
+    }
 }
 
 impl Limits {
@@ -52,115 +190,90 @@ impl Limits {
     }
 }
 
-/// The file's columns; lists are flat, with where each row ends.
+/// What the rows of a row group hold so far.
 #[derive(Default)]
-struct Columns {
-    row_id: Vec<String>,
-    row: Vec<u64>,
-    tags: Vec<String>,
-    tags_end: Vec<usize>,
-    token_ids: Vec<u32>,
-    target_mask: Vec<bool>,
-    tokens_end: Vec<usize>,
-    finish_reason: Vec<String>,
-    support_size: Vec<u16>,
-    max_logprob: Vec<f32>,
-    tail_mass: Vec<f32>,
-    label_logprob: Vec<f32>,
-    positions_end: Vec<usize>,
-    support_delta: Vec<u32>,
-    count: Vec<u8>,
-    logprob_q: Vec<u8>,
-    entries_end: Vec<usize>,
+struct Filled {
+    rows: usize,
+    entries: usize,
+    tokens: usize,
 }
 
-impl Columns {
-    fn push(&mut self, header: &Header, sequence: &Sequence) -> Result<()> {
-        let fail = |why: String| unfaithful(&sequence.row_id, &why);
-        if sequence.token_ids.len() != sequence.target_mask.len() {
-            let (tokens, mask) = (sequence.token_ids.len(), sequence.target_mask.len());
-            return Err(fail(format!("{tokens} tokens have a target mask of {mask}")));
+impl Filled {
+    /// Counts a row in if the row group has room; its first row always has.
+    fn takes(&mut self, sequence: &Sequence) -> bool {
+        let entries = sequence.positions.iter().map(|position| position.head.len() + position.tail.len()).sum::<usize>();
+        let full = self.entries + entries > GROUP_ENTRIES || self.tokens + sequence.token_ids.len() > GROUP_TOKENS;
+        if full && self.rows > 0 {
+            return false;
         }
-        let targets = sequence.target_mask.iter().filter(|&&target| target).count();
-        if targets != sequence.positions.len() {
-            return Err(fail(format!("{targets} targets have {} distributions", sequence.positions.len())));
+        self.rows += 1;
+        self.entries += entries;
+        self.tokens += sequence.token_ids.len();
+        true
+    }
+}
+
+/// Rows of each row group.
+fn groups(sequences: &[Sequence]) -> Vec<Range<usize>> {
+    let mut groups: Vec<Range<usize>> = Vec::new();
+    let mut filled = Filled::default();
+    for (at, sequence) in sequences.iter().enumerate() {
+        match groups.last_mut() {
+            Some(group) if filled.takes(sequence) => group.end = at + 1,
+            _ => {
+                filled = Filled::default();
+                filled.takes(sequence);
+                groups.push(at..at + 1);
+            }
         }
-        if sequence.target_mask.first() == Some(&true) {
-            return Err(fail("the first token is marked as a target, but nothing precedes it".to_owned()));
-        }
-        if let Some(id) = sequence.token_ids.iter().find(|&&id| id >= header.vocab_size) {
-            return Err(fail(format!("token {id} is outside the vocabulary of {}", header.vocab_size)));
-        }
-        self.row_id.push(sequence.row_id.clone());
-        self.row.push(sequence.row);
-        self.tags.extend_from_slice(&sequence.tags);
-        self.tags_end.push(self.tags.len());
-        self.token_ids.extend_from_slice(&sequence.token_ids);
-        self.target_mask.extend_from_slice(&sequence.target_mask);
-        self.tokens_end.push(self.token_ids.len());
-        self.finish_reason.push(sequence.finish_reason.clone());
-        for (p, position) in sequence.positions.iter().enumerate() {
-            self.push_position(header, position).map_err(|why| fail(format!("position {p}: {why}")))?;
-        }
-        self.positions_end.push(self.max_logprob.len());
-        self.entries_end.push(self.support_delta.len());
-        Ok(())
+    }
+    groups
+}
+
+/// Of all that a student uses of a row.
+fn digest(sequence: &DecodedSequence) -> [u8; 32] {
+    let mut hasher = Sha256::new();
+    let targets = &sequence.targets;
+    for text in std::iter::once(&sequence.row_id).chain([&sequence.finish_reason]).chain(&sequence.tags) {
+        hasher.update((text.len() as u64).to_le_bytes());
+        hasher.update(text.as_bytes());
+    }
+    hasher.update(sequence.row.to_le_bytes());
+    hasher.update(sequence.target_mask.iter().map(|&target| u8::from(target)).collect::<Vec<_>>());
+    for words in [&sequence.token_ids, &targets.offsets, &targets.ids, &targets.top_ids] {
+        hasher.update((words.len() as u64).to_le_bytes());
+        words.iter().for_each(|word| hasher.update(word.to_le_bytes()));
+    }
+    for floats in [&targets.masses, &targets.residuals, &targets.label_logprobs, &targets.log_sum_exps] {
+        hasher.update((floats.len() as u64).to_le_bytes());
+        floats.iter().for_each(|float| hasher.update(float.to_le_bytes()));
+    }
+    hasher.finalize().into()
+}
+
+/// Hands bytes on, hashing and counting them.
+struct Hashed<W> {
+    into: W,
+    hasher: Sha256,
+    bytes: u64,
+}
+
+impl<W> Hashed<W> {
+    fn new(into: W) -> Self {
+        Self { into, hasher: Sha256::new(), bytes: 0 }
+    }
+}
+
+impl<W: Write> Write for Hashed<W> {
+    fn write(&mut self, piece: &[u8]) -> io::Result<usize> {
+        let written = self.into.write(piece)?;
+        self.hasher.update(&piece[..written]);
+        self.bytes += written as u64;
+        Ok(written)
     }
 
-    fn push_position(&mut self, header: &Header, position: &Position) -> Result<(), String> {
-        let (top_id, max) = top(&position.head).ok_or("the head is empty")?;
-        if position.head.len() > header.head as usize {
-            return Err(format!("the head has {} entries, the header says {}", position.head.len(), header.head));
-        }
-        let tail_mass = tail_mass(header, position)?;
-        check_logprob("the label's log-probability", position.label_logprob)?;
-
-        let head = position.head.iter().map(|&(id, logprob)| (id, 0u8, logprob));
-        let mut entries: Vec<(u32, u8, f32)> = head.chain(position.tail.iter().copied()).collect();
-        entries.sort_unstable_by_key(|&(id, ..)| id);
-        let mut before = None;
-        for &(id, count, logprob) in &entries {
-            check_logprob("a log-probability", logprob)?;
-            if id >= header.vocab_size {
-                return Err(format!("token {id} is outside the vocabulary of {}", header.vocab_size));
-            }
-            if before == Some(id) {
-                return Err(format!("token {id} is in the support twice"));
-            }
-            if f64::from(logprob) > f64::from(max) + MASS_TOLERANCE {
-                return Err(format!("tail token {id} is likelier ({logprob}) than the head's best ({max})"));
-            }
-            self.support_delta.push(id - before.unwrap_or(0));
-            self.count.push(count);
-            self.logprob_q.push(if id == top_id { 0 } else { quantise::quantise(max, logprob) });
-            before = Some(id);
-        }
-        self.support_size.push(entries.len() as u16); // at most MAX_HEAD + MAX_DRAWS = 1279
-        self.max_logprob.push(max);
-        self.tail_mass.push(tail_mass);
-        self.label_logprob.push(position.label_logprob);
-        Ok(())
-    }
-
-    fn into_batch(self) -> Result<RecordBatch> {
-        let tags = StringArray::from_iter_values(&self.tags);
-        let arrays: Vec<ArrayRef> = vec![
-            Arc::new(StringArray::from_iter_values(&self.row_id)),
-            Arc::new(UInt64Array::from(self.row)),
-            list(&self.tags_end, Arc::new(tags))?,
-            list(&self.tokens_end, Arc::new(UInt32Array::from(self.token_ids)))?,
-            list(&self.tokens_end, Arc::new(BooleanArray::from(self.target_mask)))?,
-            Arc::new(StringArray::from_iter_values(&self.finish_reason)),
-            list(&self.positions_end, Arc::new(UInt16Array::from(self.support_size)))?,
-            list(&self.entries_end, Arc::new(UInt32Array::from(self.support_delta)))?,
-            list(&self.entries_end, Arc::new(UInt8Array::from(self.count)))?,
-            list(&self.entries_end, Arc::new(UInt8Array::from(self.logprob_q)))?,
-            list(&self.positions_end, Arc::new(Float32Array::from(self.max_logprob)))?,
-            list(&self.positions_end, Arc::new(Float32Array::from(self.tail_mass)))?,
-            list(&self.positions_end, Arc::new(Float32Array::from(self.label_logprob)))?,
-        ];
-        RecordBatch::try_new(schema::schema(), arrays)
-            .map_err(|error| Error::with_source(Code::Internal, "the shard's columns do not fit its schema", error))
+    fn flush(&mut self) -> io::Result<()> {
+        self.into.flush()
     }
 }
 
@@ -177,68 +290,32 @@ pub(super) fn head_mass(position: &Position) -> f64 {
     position.head.iter().map(|&(_, logprob)| f64::from(logprob).exp()).sum()
 }
 
-fn tail_mass(header: &Header, position: &Position) -> Result<f32, String> {
-    let head = head_mass(position);
-    if !head.is_finite() || head > 1.0 + MASS_TOLERANCE {
-        return Err(format!("the head's mass is {head:.6}"));
-    }
-    let tail_mass = (1.0 - head).clamp(0.0, 1.0);
-    let drawn: u32 = position.tail.iter().map(|&(_, count, _)| u32::from(count)).sum();
-    if position.tail.iter().any(|&(_, count, _)| count == 0) {
-        return Err("a tail entry was drawn 0 times".to_owned());
-    }
-    if position.tail.is_empty() {
-        if header.draws > 0 && tail_mass > MASS_TOLERANCE {
-            return Err(format!("the tail has mass {tail_mass:.6} and no draws"));
+/// Target mass of a tail of `drawn` draws whose true mass is `mass`; `None` where a codec cannot have
+/// so many. `slack` is how far, relatively, a stored mass may be off.
+pub(super) fn tail_mass(codec: Codec, drawn: u32, mass: f64, slack: f64) -> Option<f64> {
+    let (fits, mass) = match codec {
+        Codec::Full | Codec::TopK { .. } | Codec::TopKTail { .. } => (drawn == 0, 0.0),
+        Codec::HeadDraws { draws, .. } => (drawn == draws || (drawn == 0 && mass <= MASS_TOLERANCE), mass),
+        Codec::Random { draws } => (drawn == draws, mass),
+        // Of a tail lighter than the threshold there is at most one sample, which weighs that much.
+        Codec::Threshold { threshold } => {
+            let light = mass <= threshold * (1.0 + slack);
+            (drawn <= codec.max_draws() && (drawn > 0 || light), mass.max(threshold))
         }
-    } else if drawn != header.draws {
-        return Err(format!("the tail has {drawn} draws, the header says {}", header.draws));
-    }
-    Ok(tail_mass as f32)
-}
-
-fn check_logprob(what: &str, logprob: f32) -> Result<(), String> {
-    if logprob.is_finite() && f64::from(logprob) <= MASS_TOLERANCE {
-        Ok(())
-    } else {
-        Err(format!("{what} is {logprob}; the teacher's output cannot be trusted"))
-    }
-}
-
-fn list(ends: &[usize], values: ArrayRef) -> Result<ArrayRef> {
-    let mut offsets = Vec::with_capacity(ends.len() + 1);
-    offsets.push(0i32);
-    for &end in ends {
-        let end = i32::try_from(end).map_err(|_| {
-            Error::new(
-                Code::ObjectTooLarge,
-                format!("the shard has {end} values in one column, at most {} fit; use fewer rows a shard", i32::MAX),
-            )
-        })?;
-        offsets.push(end);
-    }
-    let field = schema::element(values.data_type().clone());
-    let list = ListArray::try_new(field, OffsetBuffer::new(offsets.into()), values, None)
-        .map_err(|error| Error::with_source(Code::Internal, "a list column of the shard is malformed", error))?;
-    Ok(Arc::new(list))
-}
-
-fn write(header: &Header, batch: RecordBatch) -> Result<Bytes, Box<dyn std::error::Error + Send + Sync>> {
-    let options =
-        ArrowWriterOptions::new().with_properties(schema::writer_properties()?).with_skip_arrow_metadata(true);
-    let mut writer = ArrowWriter::try_new_with_options(Vec::new(), batch.schema(), options)?;
-    writer.write(&batch)?;
-    writer.flush()?;
-    writer.sync()?;
-    let content = guard::content_sha256(writer.inner(), header);
-    for (key, value) in header.pairs() {
-        writer.append_key_value_metadata(KeyValue::new(key.to_owned(), value));
-    }
-    writer.append_key_value_metadata(KeyValue::new(CONTENT_KEY.to_owned(), content));
-    Ok(Bytes::from(writer.into_inner()?))
+    };
+    fits.then_some(mass)
 }
 
 fn unfaithful(row_id: &str, why: &str) -> Error {
     let row_id: String = row_id.chars().take(80).collect();
     Error::new(Code::ShardUnfaithful, format!("row {row_id:?}: {why}"))
+}
+
+fn unreadable(error: Error) -> Error {
+    let message = format!("the shard cannot be read back after writing: {}", error.chain());
+    Error::with_source(Code::ShardUnfaithful, message, error)
+}
+
+fn unwritable(error: parquet::errors::ParquetError) -> Error {
+    Error::with_source(Code::Internal, "the shard could not be written as parquet", error)
 }

@@ -1,11 +1,11 @@
-//! What storing a shard cost, measured on the bytes that were written.
+//! What storing a shard cost, measured on what a reader of it gets.
 
 use retort_core::{Code, Error, Result};
 use serde::{Deserialize, Serialize};
 
 use super::{
-    Position, Sequence, Shard,
-    encode::{head_mass, top},
+    DecodedSequence, Header, Position, Sequence, SparseTargets, TailLogprobs,
+    encode::{head_mass, tail_mass, top},
 };
 
 /// Means over all positions of a shard.
@@ -13,65 +13,99 @@ use super::{
 pub struct Fidelity {
     /// Mean true probability mass of the exact head.
     pub head_mass: f64,
-    /// Mean |read back - true| log-probability over the support, nats.
+    /// Mean |read back - true| over the log-probabilities that are stored, nats.
     pub mean_abs_error: f64,
-    /// Share of positions whose stored most likely token is the true one.
+    /// Mean KL of the target that is read back from the one that was handed over, nats: what rounding
+    /// cost. What sampling costs is variance, not error.
+    pub kl: f64,
+    /// Share of positions whose stored most likely token is the true one; of positions without a head
+    /// none is known, and they do not count.
     pub argmax_agreement: f64,
 }
 
-/// Compares what the teacher said with what a reader gets.
-pub(super) fn measure(sequences: &[Sequence], shard: &Shard) -> Result<Fidelity> {
-    let mut total = Totals::default();
-    for (raw, stored) in sequences.iter().zip(&shard.sequences) {
-        if raw.token_ids != stored.token_ids || raw.positions.len() != stored.targets.len() {
-            return Err(unfaithful(&raw.row_id, "tokens or positions differ"));
-        }
-        for (p, position) in raw.positions.iter().enumerate() {
-            let range = stored.targets.range(p);
-            let (ids, logprobs) = (&stored.targets.ids[range.clone()], &stored.targets.logprobs[range]);
-            total
-                .add(position, ids, logprobs, stored.targets.top_ids[p])
-                .ok_or_else(|| unfaithful(&raw.row_id, &format!("the support of position {p} differs")))?;
-        }
-    }
-    Ok(total.means())
-}
-
-#[derive(Default)]
-struct Totals {
+/// Sums over positions.
+#[derive(Clone, Debug, Default)]
+pub(super) struct Totals {
     positions: u64,
     entries: u64,
     head_mass: f64,
     abs_error: f64,
+    kl: f64,
+    headed: u64,
     argmax: u64,
+    tail_mass: f64,
+    /// Of tail entries, weighted by their target mass.
+    tail_logprob: f64,
 }
 
 impl Totals {
-    /// None when the stored support is not the raw one.
-    fn add(&mut self, raw: &Position, ids: &[u32], logprobs: &[f32], top_id: u32) -> Option<()> {
+    /// Compares what the teacher said with what a reader gets.
+    pub(super) fn add(&mut self, header: &Header, raw: &Sequence, read: &DecodedSequence) -> Result<()> {
+        if raw.token_ids != read.token_ids || raw.positions.len() != read.targets.len() {
+            return Err(unfaithful(&raw.row_id, "tokens or positions differ"));
+        }
+        for (p, position) in raw.positions.iter().enumerate() {
+            self.position(header, position, &read.targets, p)
+                .ok_or_else(|| unfaithful(&raw.row_id, &format!("the support of position {p} differs")))?;
+        }
+        Ok(())
+    }
+
+    /// None when the support that is read back is not the raw one.
+    fn position(&mut self, header: &Header, raw: &Position, read: &SparseTargets, p: usize) -> Option<()> {
+        let range = read.range(p);
+        let ids = &read.ids[range.clone()];
         if ids.len() != raw.head.len() + raw.tail.len() {
             return None;
         }
-        let tail = raw.tail.iter().map(|&(id, _, logprob)| (id, logprob));
-        for (id, logprob) in raw.head.iter().copied().chain(tail) {
-            let at = ids.binary_search(&id).ok()?;
-            self.abs_error += (f64::from(logprobs[at]) - f64::from(logprob)).abs();
+        let mass = head_mass(raw).min(1.0);
+        let drawn: u32 = raw.tail.iter().map(|&(_, count, _)| u32::from(count)).sum();
+        let a_draw = tail_mass(header.soft_targets.codec, drawn, 1.0 - mass, 1.0)? / f64::from(drawn.max(1));
+        let stored = header.tail_logprobs == TailLogprobs::Stored;
+        let head = raw.head.iter().map(|&(id, logprob)| (id, f64::from(logprob).exp(), logprob, true));
+        let tail = raw.tail.iter().map(|&(id, count, logprob)| (id, a_draw * f64::from(count), logprob, stored));
+        for (id, truth, logprob, known) in head.chain(tail) {
+            let at = range.start + ids.binary_search(&id).ok()?;
+            let found = f64::from(read.masses[at]);
+            self.kl += generalised_kl(truth, found);
+            if known {
+                self.abs_error += (f64::from(read.logprobs[at]) - f64::from(logprob)).abs();
+                self.entries += 1;
+            }
         }
-        self.entries += ids.len() as u64;
+        for &(_, count, logprob) in &raw.tail {
+            let share = a_draw * f64::from(count);
+            self.tail_mass += share;
+            self.tail_logprob += share * f64::from(logprob);
+        }
         self.positions += 1;
-        self.head_mass += head_mass(raw).min(1.0);
-        self.argmax += u64::from(top(&raw.head).is_some_and(|(id, _)| id == top_id));
+        self.head_mass += mass;
+        if let Some((id, _)) = top(&raw.head) {
+            self.headed += 1;
+            self.argmax += u64::from(id == read.top_ids[p]);
+        }
         Some(())
     }
 
-    fn means(&self) -> Fidelity {
+    /// Nats; 0 without a tail.
+    pub(super) fn mean_tail_logprob(&self) -> f32 {
+        if self.tail_mass > 0.0 { (self.tail_logprob / self.tail_mass).min(0.0) as f32 } else { 0.0 }
+    }
+
+    pub(super) fn means(&self) -> Fidelity {
         let positions = self.positions.max(1) as f64;
         Fidelity {
             head_mass: self.head_mass / positions,
             mean_abs_error: self.abs_error / self.entries.max(1) as f64,
-            argmax_agreement: if self.positions == 0 { 1.0 } else { self.argmax as f64 / positions },
+            kl: self.kl / positions,
+            argmax_agreement: if self.headed == 0 { 1.0 } else { self.argmax as f64 / self.headed as f64 },
         }
     }
+}
+
+/// One entry's part of a KL between masses that need not sum to one; never negative.
+fn generalised_kl(truth: f64, found: f64) -> f64 {
+    if truth > 0.0 { truth * (truth / found.max(f64::MIN_POSITIVE)).ln() - truth + found } else { found }
 }
 
 fn unfaithful(row_id: &str, why: &str) -> Error {

@@ -3,7 +3,7 @@
 //!
 //! The library trusts page headers: a length in one becomes an allocation. So every page header
 //! is read here first, each size is held against the file's own length, the limits and the number
-//! of values, and any kind of page that version 1 does not write is refused.
+//! of values, and any kind of page that no version writes is refused.
 
 mod thrift;
 
@@ -14,52 +14,64 @@ use std::{
     sync::{Arc, Once},
 };
 
-use bytes::Bytes;
 use parquet::{
     arrow::ArrowSchemaConverter,
     basic::{Compression, Encoding, Type},
-    file::metadata::{ColumnChunkMetaData, ParquetMetaData, ParquetMetaDataReader},
+    file::{
+        metadata::{ColumnChunkMetaData, ParquetMetaData, ParquetMetaDataReader, RowGroupMetaData},
+        reader::{ChunkReader as _, Length as _},
+    },
 };
 use retort_core::{Code, Error, Result};
 use sha2::{Digest, Sha256};
 
 use self::thrift::PageHeader;
 use super::{
-    Header, Limits,
-    schema::{
-        self, CONTENT_KEY, COUNT, LABEL_LOGPROB, LOGPROB_Q, MAX_LOGPROB, SUPPORT_DELTA, SUPPORT_SIZE, TAIL_MASS,
-        TARGET_MASK, TOKEN_IDS,
-    },
+    Header, Limits, Source,
+    schema::{self, CONTENT_KEY, Column, Per},
+    v1,
 };
 use crate::hash::hex;
 
 const MAGIC: &[u8] = b"PAR1";
 /// Magic at both ends and the footer's length.
-const MIN_BYTES: usize = 12;
-/// Ours takes about 5 KiB; each byte of a hostile one can become hundreds in memory.
-const MAX_FOOTER: usize = 256 << 10;
-/// Row ids, tags and finish reasons of one shard, each.
+const MIN_BYTES: u64 = 12;
+/// A gigabyte of ours takes about 300 KiB; each byte of a hostile one can become hundreds in memory.
+const MAX_FOOTER: u64 = 512 << 10;
+/// Ours take about 30 bytes.
+const MAX_PAGE_HEADER: u64 = 4 << 10;
+/// Row ids, tags and finish reasons of one row group, each.
 const MAX_TEXT: u64 = 64 << 20;
+/// Of a file that is hashed, at once.
+const PIECE: usize = 256 << 10;
 
 /// A file whose structure holds; its values are not looked at yet.
 pub(super) struct Opened {
     pub(super) header: Header,
     pub(super) metadata: Arc<ParquetMetaData>,
     pub(super) rows: u64,
+    /// Support entries of all row groups.
+    pub(super) entries: u64,
+}
+
+/// The columns of a version.
+pub(super) fn columns(header: &Header) -> &'static [Column] {
+    if header.schema_version == 1 { &v1::COLUMNS } else { &schema::COLUMNS }
 }
 
 /// Checks everything that can be checked without reading a value.
-pub(super) fn open(bytes: &Bytes, limits: &Limits) -> Result<Opened> {
-    if bytes.len() as u64 > limits.max_bytes {
-        return Err(too_large(format!("{} bytes", bytes.len()), format!("{} bytes", limits.max_bytes)));
+pub(super) fn open(source: &Source, limits: &Limits) -> Result<Opened> {
+    if source.len() > limits.max_bytes {
+        return Err(too_large(format!("{} bytes", source.len()), format!("{} bytes", limits.max_bytes)));
     }
-    let footer_start = footer_start(bytes)?;
-    let metadata = guarded(|| ParquetMetaDataReader::decode_metadata(&bytes[footer_start..bytes.len() - 8]))?
+    let footer_start = footer_start(source)?;
+    let footer = read(source, footer_start, (source.len() - 8 - footer_start) as usize)?;
+    let metadata = guarded(|| ParquetMetaDataReader::decode_metadata(&footer))?
         .map_err(|error| corrupt(format!("its footer cannot be read: {error}")))?;
     let pairs = pairs(&metadata)?;
     let header = Header::from_pairs(&pairs)?;
     if let Some(&expected) = pairs.get(CONTENT_KEY) {
-        let found = content_sha256(&bytes[..footer_start], &header);
+        let found = content_sha256(hash_pages(source, footer_start)?, &header);
         if found != expected {
             return Err(corrupt(format!(
                 "its content has sha256 {found}, its metadata says {expected:.64}; the file was damaged, or \
@@ -67,23 +79,43 @@ pub(super) fn open(bytes: &Bytes, limits: &Limits) -> Result<Opened> {
             )));
         }
     }
-    check_schema(&metadata)?;
-    let rows = check_sizes(bytes, footer_start, &metadata, &header, limits)?;
-    Ok(Opened { header, metadata: Arc::new(metadata), rows })
+    check_schema(&metadata, columns(&header))?;
+    let (rows, entries) = check_sizes(source, footer_start, &metadata, &header, limits)?;
+    Ok(Opened { header, metadata: Arc::new(metadata), rows, entries })
 }
 
-/// SHA-256 of all bytes before the footer, then of the header without its epoch. Two attempts at
-/// one shard that computed the same have the same.
-pub(super) fn content_sha256(pages: &[u8], header: &Header) -> String {
-    let mut hasher = Sha256::new();
-    hasher.update(pages);
+/// SHA-256 of all bytes before the footer, which `pages` has seen, then of the header without its
+/// epoch. Two attempts at one shard that computed the same have the same.
+pub(super) fn content_sha256(mut pages: Sha256, header: &Header) -> String {
     for (key, value) in header.pairs().iter().filter(|(key, _)| *key != "retort.epoch") {
         for part in [*key, value.as_str()] {
-            hasher.update((part.len() as u64).to_le_bytes());
-            hasher.update(part.as_bytes());
+            pages.update((part.len() as u64).to_le_bytes());
+            pages.update(part.as_bytes());
         }
     }
-    hex(&hasher.finalize())
+    hex(&pages.finalize())
+}
+
+/// Of a whole file.
+pub(super) fn sha256(source: &Source) -> Result<String> {
+    Ok(hex(&hash_pages(source, source.len())?.finalize()))
+}
+
+fn hash_pages(source: &Source, end: u64) -> Result<Sha256> {
+    let mut hasher = Sha256::new();
+    let mut piece = vec![0; PIECE.min(end as usize)];
+    let mut at = 0;
+    while at < end {
+        let length = (end - at).min(PIECE as u64) as usize;
+        source.read_exact_at(&mut piece[..length], at).map_err(|error| Error::io("the shard", error))?;
+        hasher.update(&piece[..length]);
+        at += length as u64;
+    }
+    Ok(hasher)
+}
+
+fn read(source: &Source, at: u64, length: usize) -> Result<bytes::Bytes> {
+    source.get_bytes(at, length).map_err(|error| corrupt(format!("it cannot be read at {at}: {error}")))
 }
 
 thread_local! {
@@ -119,20 +151,20 @@ fn too_large(has: String, limit: String) -> Error {
     )
 }
 
-fn footer_start(bytes: &[u8]) -> Result<usize> {
-    if bytes.len() < MIN_BYTES {
-        return Err(corrupt(format!("{} bytes are too few for a parquet file", bytes.len())));
+fn footer_start(source: &Source) -> Result<u64> {
+    let size = source.len();
+    if size < MIN_BYTES {
+        return Err(corrupt(format!("{size} bytes are too few for a parquet file")));
     }
-    let (body, magic) = bytes.split_at(bytes.len() - 4);
-    if &bytes[..4] != MAGIC || magic != MAGIC {
+    let (first, last) = (read(source, 0, 4)?, read(source, size - 8, 8)?);
+    if first != MAGIC || &last[4..] != MAGIC {
         return Err(corrupt("it does not begin and end with PAR1, so it is cut short or no parquet file".to_owned()));
     }
-    let (body, length) = body.split_at(body.len() - 4);
-    let length = length.iter().rev().fold(0usize, |sum, &byte| sum << 8 | usize::from(byte));
-    if length > MAX_FOOTER || length > body.len() - 4 {
+    let length = last[..4].iter().rev().fold(0u64, |sum, &byte| sum << 8 | u64::from(byte));
+    if length > MAX_FOOTER || length > size - MIN_BYTES {
         return Err(corrupt(format!("its footer claims {length} bytes")));
     }
-    Ok(body.len() - length)
+    Ok(size - 8 - length)
 }
 
 fn pairs(metadata: &ParquetMetaData) -> Result<BTreeMap<&str, &str>> {
@@ -149,9 +181,9 @@ fn pairs(metadata: &ParquetMetaData) -> Result<BTreeMap<&str, &str>> {
     Ok(pairs)
 }
 
-fn check_schema(metadata: &ParquetMetaData) -> Result<()> {
+fn check_schema(metadata: &ParquetMetaData, columns: &[Column]) -> Result<()> {
     let expected = ArrowSchemaConverter::new()
-        .convert(&schema::schema())
+        .convert(&schema::schema(columns))
         .map_err(|error| Error::internal(format!("the soft-target schema does not convert: {error}")))?;
     let found = metadata.file_metadata().schema_descr();
     if found.num_columns() != expected.num_columns() {
@@ -174,80 +206,92 @@ fn check_schema(metadata: &ParquetMetaData) -> Result<()> {
     Ok(())
 }
 
-/// Holds rows, values and pages against the limits and the file's length; the number of rows.
+/// Holds rows, values and pages against the limits and the file's length; rows and entries of all row
+/// groups.
 fn check_sizes(
-    bytes: &[u8],
-    footer_start: usize,
+    source: &Source,
+    footer_start: u64,
     metadata: &ParquetMetaData,
     header: &Header,
     limits: &Limits,
-) -> Result<u64> {
+) -> Result<(u64, u64)> {
     let rows = u64::try_from(metadata.file_metadata().num_rows())
         .map_err(|_| corrupt("its number of rows is negative".to_owned()))?;
     if rows > limits.max_rows {
         return Err(too_large(format!("{rows} rows"), format!("{} rows", limits.max_rows)));
     }
-    let mut group_rows = 0u64;
-    let mut values = vec![0u64; schema::COLUMNS.len()];
+    let (mut group_rows, mut entries) = (0u64, 0u64);
     for group in metadata.row_groups() {
         let rows = u64::try_from(group.num_rows()).map_err(|_| corrupt("a row group has negative rows".to_owned()))?;
         group_rows = group_rows.saturating_add(rows);
-        if group.columns().len() != values.len() {
-            return Err(corrupt(format!("a row group has {} columns", group.columns().len())));
-        }
-        for (column, total) in group.columns().iter().zip(&mut values) {
-            *total = total.saturating_add(check_pages(bytes, footer_start, column)?);
-        }
+        entries = entries.saturating_add(check_group(source, footer_start, group, rows, header, limits)?);
     }
     if group_rows != rows {
         return Err(corrupt(format!("its row groups have {group_rows} rows, the file says {rows}")));
     }
-    let max_tokens = rows.saturating_mul(limits.max_tokens_per_row);
-    let max_entries = limits.max_entries.min(max_tokens.saturating_mul(header.max_support()));
-    for (index, (spec, &values)) in schema::COLUMNS.iter().zip(&values).enumerate() {
-        let entries = matches!(index, SUPPORT_DELTA | COUNT | LOGPROB_Q);
+    Ok((rows, entries))
+}
+
+/// Holds one row group's columns against the limits; the number of its entries.
+fn check_group(
+    source: &Source,
+    footer_start: u64,
+    group: &RowGroupMetaData,
+    rows: u64,
+    header: &Header,
+    limits: &Limits,
+) -> Result<u64> {
+    let columns = columns(header);
+    if group.columns().len() != columns.len() {
+        return Err(corrupt(format!("a row group has {} columns", group.columns().len())));
+    }
+    let tokens = rows.saturating_mul(limits.max_tokens_per_row);
+    let temperatures = header.soft_targets.temperatures.len() as u64;
+    let mut entries = 0;
+    for (column, chunk) in columns.iter().zip(group.columns()) {
+        let max = match column.per {
+            Per::Row => rows,
+            Per::Tag | Per::Token | Per::Target => tokens,
+            Per::Temperature => tokens.saturating_mul(temperatures),
+            Per::Entry => limits.max_entries.min(tokens.saturating_mul(header.max_support())),
+            Per::Vocabulary => header.vocab_size.into(),
+        };
+        let values = check_pages(source, footer_start, chunk)?;
         // An empty list counts as one value.
-        let max = if entries { max_entries } else { max_tokens }.saturating_add(rows);
+        let max = max.saturating_add(rows);
         if values > max {
-            return Err(too_large(format!("{values} values of {}", spec.name), format!("{max} values")));
+            return Err(too_large(format!("{values} values of {}", column.name), format!("{max} values")));
+        }
+        if column.per == Per::Entry {
+            entries = values.max(entries);
         }
     }
-    for same in [
-        &[TOKEN_IDS, TARGET_MASK][..],
-        &[SUPPORT_SIZE, MAX_LOGPROB, TAIL_MASS, LABEL_LOGPROB],
-        &[SUPPORT_DELTA, COUNT, LOGPROB_Q],
-    ] {
-        if let Some(&other) = same.iter().find(|&&index| values[index] != values[same[0]]) {
-            let (a, b) = (&schema::COLUMNS[same[0]], &schema::COLUMNS[other]);
-            let (has, other_has) = (values[same[0]], values[other]);
-            return Err(corrupt(format!("{} has {has} values and {} {other_has}", a.name, b.name)));
-        }
-    }
-    Ok(rows)
+    Ok(entries)
 }
 
 /// Walks the pages of one column chunk; the number of its values.
-fn check_pages(bytes: &[u8], footer_start: usize, column: &ColumnChunkMetaData) -> Result<u64> {
+fn check_pages(source: &Source, footer_start: u64, column: &ColumnChunkMetaData) -> Result<u64> {
     let name = column.column_path().string();
     let bad = |why: String| corrupt(format!("column {name}: {why}"));
     if !matches!(column.compression(), Compression::ZSTD(_) | Compression::UNCOMPRESSED) {
-        return Err(bad(format!("it is compressed with {}, version 1 uses zstd", column.compression())));
+        return Err(bad(format!("it is compressed with {}, which is not zstd", column.compression())));
     }
     if column.dictionary_page_offset().is_some() {
-        return Err(bad("it has a dictionary, version 1 uses none".to_owned()));
+        return Err(bad("it has a dictionary, which no version has".to_owned()));
     }
     let claimed = u64::try_from(column.num_values()).map_err(|_| bad("it has negative values".to_owned()))?;
-    let offset = usize::try_from(column.data_page_offset()).map_err(|_| bad("its offset is negative".to_owned()))?;
-    let length = usize::try_from(column.compressed_size()).map_err(|_| bad("its size is negative".to_owned()))?;
+    let offset = u64::try_from(column.data_page_offset()).map_err(|_| bad("its offset is negative".to_owned()))?;
+    let length = u64::try_from(column.compressed_size()).map_err(|_| bad("its size is negative".to_owned()))?;
     let end = offset.checked_add(length).filter(|&end| end <= footer_start);
     let end = end.ok_or_else(|| bad(format!("it claims {length} bytes at {offset}, outside the file")))?;
     let (mut at, mut values, mut unpacked) = (offset, 0u64, 0u64);
     while at < end {
-        let page = PageHeader::read(&bytes[at..end]).map_err(|why| bad(format!("the page at {at}: {why}")))?;
+        let start = read(source, at, (end - at).min(MAX_PAGE_HEADER) as usize)?;
+        let page = PageHeader::read(&start, end - at).map_err(|why| bad(format!("the page at {at}: {why}")))?;
         check_page(column, &page, claimed - values).map_err(|why| bad(format!("the page at {at}: {why}")))?;
         values += u64::from(page.num_values);
         unpacked += u64::from(page.uncompressed);
-        at = at.saturating_add(page.header_bytes).saturating_add(page.compressed as usize);
+        at += page.header_bytes as u64 + u64::from(page.compressed);
     }
     if at != end || values != claimed {
         return Err(bad(format!("its pages have {values} values and end at {at}, not {claimed} and {end}")));
@@ -269,7 +313,7 @@ fn check_page(column: &ColumnChunkMetaData, page: &PageHeader, left: u64) -> Res
     };
     let levels = Encoding::RLE as i32;
     if !known || page.definition_encoding != levels || page.repetition_encoding != levels {
-        return Err(format!("encoding {} is not one of version 1", page.encoding));
+        return Err(format!("encoding {} is not one that shards have", page.encoding));
     }
     if u64::from(page.num_values) > left {
         return Err(format!("{} values are more than the {left} left", page.num_values));

@@ -1,14 +1,22 @@
 //! Distributions such as a teacher gives, made from a seed.
 
-use retort_artifact::soft_targets::{Header, Position, QUANTISER, SCHEMA_VERSION, Sequence};
-use retort_core::random::{Counter, Purpose};
+use retort_artifact::soft_targets::{Header, Position, SCHEMA_VERSION, Sequence, TailLogprobs};
+use retort_core::{
+    random::{Counter, Purpose},
+    spec::{Codec, SoftTargets},
+};
 
 pub fn header(vocab_size: u32, head: u32, draws: u32) -> Header {
+    with_codec(vocab_size, Codec::HeadDraws { head, draws })
+}
+
+pub fn with_codec(vocab_size: u32, codec: Codec) -> Header {
     Header {
         schema_version: SCHEMA_VERSION,
         job: "0190a0b0c0d0e0f00102030405060708".to_owned(),
         shard: 3,
         epoch: 2,
+        work_sha256: "ee".repeat(32),
         split: "train".to_owned(),
         engine: "native".to_owned(),
         engine_version: "0.1.0".to_owned(),
@@ -17,14 +25,12 @@ pub fn header(vocab_size: u32, head: u32, draws: u32) -> Header {
         tokenizer_sha256: "bb".repeat(32),
         chat_template_sha256: "cc".repeat(32),
         vocab_size,
-        head,
-        draws,
-        capture_temperature: 1.0,
+        soft_targets: SoftTargets::of(codec),
+        tail_logprobs: TailLogprobs::Stored,
         seed: 7,
         prompt_set_sha256: "dd".repeat(32),
         mode: "generate".to_owned(),
         sampling_json: r#"{"temperature":0.7,"top_p":0.95}"#.to_owned(),
-        quantiser: QUANTISER.to_owned(),
     }
 }
 
@@ -45,28 +51,51 @@ pub fn logprobs(vocab: u32, rng: &mut Counter) -> Vec<f64> {
     logits.iter().map(|l| l - norm).collect()
 }
 
-/// Head and tail of one distribution, and the token that follows.
-pub fn position(logprobs: &[f64], head: u32, draws: u32, rng: &mut Counter) -> (Position, u32) {
+/// What a codec keeps of one distribution, slowly and obviously, and the token that follows.
+pub fn position(logprobs: &[f64], soft_targets: &SoftTargets, rng: &mut Counter) -> (Position, u32) {
     let mut order: Vec<u32> = (0..logprobs.len() as u32).collect();
     order.sort_by(|&a, &b| logprobs[b as usize].total_cmp(&logprobs[a as usize]));
-    let (kept, rest) = order.split_at((head as usize).min(order.len()));
+    let p = |id: u32| logprobs[id as usize].exp();
+    let head = match soft_targets.codec {
+        Codec::Threshold { threshold } => order.iter().take_while(|&&id| p(id) >= threshold).count().max(1),
+        codec => codec.max_head(logprobs.len() as u32) as usize,
+    };
+    let (kept, rest) = order.split_at(head);
     let entry = |&id: &u32| (id, logprobs[id as usize] as f32);
+    let rest_mass: f64 = rest.iter().map(|&id| p(id)).sum();
+    let (draws, systematic) = match soft_targets.codec {
+        _ if rest.is_empty() => (0, false),
+        Codec::Full | Codec::TopK { .. } | Codec::TopKTail { .. } => (0, false),
+        Codec::HeadDraws { draws, .. } | Codec::Random { draws } => (draws, false),
+        Codec::Threshold { threshold } if rest_mass < threshold => {
+            (u32::from(rng.next_f64() * threshold < rest_mass), true)
+        }
+        Codec::Threshold { threshold } => ((rest_mass / threshold) as u32, true),
+    };
     let mut tail: Vec<(u32, u8, f32)> = Vec::new();
-    let rest_mass: f64 = rest.iter().map(|&id| logprobs[id as usize].exp()).sum();
-    for _ in 0..if rest.is_empty() { 0 } else { draws } {
-        let id = draw(rest, logprobs, rest_mass, rng);
+    let offset = rng.next_f64();
+    for draw in 0..draws {
+        let uniform = if systematic { (f64::from(draw) + offset) / f64::from(draws) } else { rng.next_f64() };
+        let id = at(rest, logprobs, uniform * rest_mass);
         match tail.iter_mut().find(|(other, ..)| *other == id) {
             Some((_, count, _)) => *count += 1,
             None => tail.push((id, 1, logprobs[id as usize] as f32)),
         }
     }
-    let label = draw(&order, logprobs, 1.0, rng);
-    let label_logprob = logprobs[label as usize] as f32;
-    (Position { head: kept.iter().map(entry).collect(), tail, label_logprob }, label)
+    let label = at(&order, logprobs, rng.next_f64());
+    let log_sum_exp = |&t: &f64| logprobs.iter().map(|logprob| (logprob / t).exp()).sum::<f64>().ln() as f32;
+    let position = Position {
+        head: kept.iter().map(entry).collect(),
+        tail,
+        label_logprob: logprobs[label as usize] as f32,
+        log_sum_exps: soft_targets.temperatures.iter().map(log_sum_exp).collect(),
+    };
+    (position, label)
 }
 
-fn draw(ids: &[u32], logprobs: &[f64], mass: f64, rng: &mut Counter) -> u32 {
-    let mut left = rng.next_f64() * mass;
+/// Where `mass` falls when the ids' probabilities are laid end to end.
+fn at(ids: &[u32], logprobs: &[f64], mass: f64) -> u32 {
+    let mut left = mass;
     for &id in ids {
         left -= logprobs[id as usize].exp();
         if left < 0.0 {
@@ -92,7 +121,7 @@ pub fn sequences(header: &Header, rows: u64, targets: usize) -> Vec<Sequence> {
             };
             for _ in 0..targets {
                 let logprobs = logprobs(header.vocab_size, &mut rng);
-                let (position, label) = position(&logprobs, header.head, header.draws, &mut rng);
+                let (position, label) = position(&logprobs, &header.soft_targets, &mut rng);
                 sequence.positions.push(position);
                 sequence.token_ids.push(label);
                 sequence.target_mask.push(true);

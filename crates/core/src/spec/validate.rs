@@ -3,11 +3,6 @@
 use super::{Init, JobSpec};
 use crate::{Code, Error, Result};
 
-/// Largest exact head of a soft target.
-pub const MAX_HEAD: u32 = 1024;
-/// Most tail draws of a soft target; a draw's count is stored in one byte.
-pub const MAX_DRAWS: u32 = 255;
-
 impl JobSpec {
     /// The first field that cannot be right, named with its value and its bounds.
     pub fn validate(&self) -> Result<()> {
@@ -22,8 +17,7 @@ impl JobSpec {
         within("teacher.sampling.temperature", sampling.temperature, 0.0, 10.0)?;
         within("teacher.sampling.top_p", sampling.top_p, 1e-6, 1.0)?;
         count("teacher.sampling.max_new_tokens", sampling.max_new_tokens, 1, 131_072)?;
-        count("teacher.soft_targets.head", self.teacher.soft_targets.head, 1, MAX_HEAD)?;
-        count("teacher.soft_targets.draws", self.teacher.soft_targets.draws, 0, MAX_DRAWS)?;
+        self.teacher.soft_targets.check()?;
         match &self.student.init {
             Init::Prune { layers } => count("student.init.prune.layers", *layers, 1, 1024)?,
             Init::Checkpoint { model } => filled("student.init.checkpoint.model", model)?,
@@ -106,7 +100,7 @@ fn filled(field: &str, value: &str) -> Result<()> {
     }
 }
 
-fn within(field: &str, value: f64, min: f64, max: f64) -> Result<()> {
+pub(super) fn within(field: &str, value: f64, min: f64, max: f64) -> Result<()> {
     if (min..=max).contains(&value) {
         Ok(())
     } else {
@@ -114,7 +108,7 @@ fn within(field: &str, value: f64, min: f64, max: f64) -> Result<()> {
     }
 }
 
-fn count(field: &str, value: u32, min: u32, max: u32) -> Result<()> {
+pub(super) fn count(field: &str, value: u32, min: u32, max: u32) -> Result<()> {
     if (min..=max).contains(&value) {
         Ok(())
     } else {
@@ -130,6 +124,6 @@ fn divides(field: &str, part: &str, divisor: u32, whole: &str, dividend: u32) ->
     }
 }
 
-fn invalid(message: String) -> Error {
+pub(super) fn invalid(message: String) -> Error {
     Error::new(Code::SpecInvalid, message)
 }

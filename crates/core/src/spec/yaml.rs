@@ -51,6 +51,10 @@ fn explain(name: &str, text: &str, error: &Yaml) -> Error {
         Yaml::ExpectedMappingEndAfterEnumVariantValue { .. } => {
             new(Code::SpecMalformed, format!("student.init takes one of {INITS}, not several"))
         }
+        // Our own words, about keys that do not go together.
+        Yaml::Message { msg, .. } | Yaml::ExternalMessage { msg, .. } if msg.starts_with("teacher.soft_targets.") => {
+            new(Code::SpecInvalid, first_line(msg))
+        }
         Yaml::Message { msg, .. } | Yaml::ExternalMessage { msg, .. } => new(Code::SpecMalformed, first_line(msg)),
         Yaml::Budget { .. }
         | Yaml::AliasReplayCounterOverflow { .. }
@@ -104,6 +108,8 @@ fn expected(field: Option<&Field>, error: &Yaml) -> Option<String> {
     let named = |name: &str| field.is_some_and(|field| field.path.ends_with(name));
     Some(match kind {
         _ if named("teacher.mode") => "generate or score".to_owned(),
+        _ if named("soft_targets.codec") => "full, top_k, top_k_tail, head_draws, threshold or random".to_owned(),
+        _ if named("soft_targets.quantiser") => "u8 or f32".to_owned(),
         _ if named("student.init") => format!("one of {INITS}, as in {{prune: {{layers: 8}}}}"),
         "u32" | "i32" => format!("a whole number from 0 to {}", u32::MAX),
         "u64" | "i64" => format!("a whole number from 0 to {}", u64::MAX),

@@ -2,9 +2,37 @@ use retort_proto as proto;
 
 use crate::{
     Code, Error, Result,
-    spec::{Gates, Init, JobSpec, Prompts, Sampling, SoftTargets, Student, Teacher, TeacherMode, Train},
+    spec::{
+        CodecName, FlatSoftTargets, Gates, Init, JobSpec, Prompts, Quantiser, Sampling, SoftTargets, Student, Teacher,
+        TeacherMode, Train,
+    },
     state::{JobState, Split},
 };
+
+fn soft_targets_from_proto(soft_targets: proto::SoftTargetSpec) -> Result<SoftTargets> {
+    let unknown = |field: &str, value: i32| {
+        Error::new(Code::SpecInvalid, format!("teacher.soft_targets.{field} {value} is not known"))
+    };
+    let codec = match proto::Codec::try_from(soft_targets.codec) {
+        Ok(proto::Codec::Unspecified) => None,
+        Ok(proto::Codec::Full) => Some(CodecName::Full),
+        Ok(proto::Codec::TopK) => Some(CodecName::TopK),
+        Ok(proto::Codec::TopKTail) => Some(CodecName::TopKTail),
+        Ok(proto::Codec::HeadDraws) => Some(CodecName::HeadDraws),
+        Ok(proto::Codec::Threshold) => Some(CodecName::Threshold),
+        Ok(proto::Codec::Random) => Some(CodecName::Random),
+        Err(_) => return Err(unknown("codec", soft_targets.codec)),
+    };
+    let quantiser = match proto::Quantiser::try_from(soft_targets.quantiser) {
+        Ok(proto::Quantiser::Unspecified | proto::Quantiser::U8) => Quantiser::U8,
+        Ok(proto::Quantiser::F32) => Quantiser::F32,
+        Err(_) => return Err(unknown("quantiser", soft_targets.quantiser)),
+    };
+    let proto::SoftTargetSpec { head, draws, threshold, temperatures, .. } = soft_targets;
+    FlatSoftTargets { codec, head, draws, threshold, quantiser, temperatures }
+        .try_into()
+        .map_err(|message: String| Error::new(Code::SpecInvalid, message))
+}
 
 /// Reads and validates a spec from the wire.
 pub fn job_spec_from_proto(spec: proto::JobSpec) -> Result<JobSpec> {
@@ -16,8 +44,7 @@ pub fn job_spec_from_proto(spec: proto::JobSpec) -> Result<JobSpec> {
         top_p: s.top_p,
         max_new_tokens: s.max_new_tokens,
     });
-    let soft_targets =
-        teacher.soft_targets.map_or_else(SoftTargets::default, |s| SoftTargets { head: s.head, draws: s.draws });
+    let soft_targets = teacher.soft_targets.map(soft_targets_from_proto).transpose()?.unwrap_or_default();
     let init = match required("student.init", student.init)? {
         proto::student_spec::Init::Prune(prune) => Init::Prune { layers: prune.layers },
         proto::student_spec::Init::Checkpoint(model) => Init::Checkpoint { model },

@@ -2,7 +2,7 @@ use retort_proto as proto;
 
 use crate::{
     Error,
-    spec::{Init, JobSpec, TeacherMode},
+    spec::{CodecName, FlatSoftTargets, Init, JobSpec, Quantiser, SoftTargets, TeacherMode},
     state::{JobState, Split, TaskKind},
 };
 
@@ -27,10 +27,7 @@ pub fn job_spec_to_proto(spec: &JobSpec) -> proto::JobSpec {
                 top_p: spec.teacher.sampling.top_p,
                 max_new_tokens: spec.teacher.sampling.max_new_tokens,
             }),
-            soft_targets: Some(proto::SoftTargetSpec {
-                head: spec.teacher.soft_targets.head,
-                draws: spec.teacher.soft_targets.draws,
-            }),
+            soft_targets: Some(soft_targets_to_proto(&spec.teacher.soft_targets)),
         }),
         student: Some(proto::StudentSpec {
             pool: spec.student.pool.clone(),
@@ -68,6 +65,30 @@ pub fn job_spec_to_proto(spec: &JobSpec) -> proto::JobSpec {
             min_top1_agreement: spec.gates.min_top1_agreement,
             max_perplexity_ratio: spec.gates.max_perplexity_ratio,
         }),
+    }
+}
+
+fn soft_targets_to_proto(soft_targets: &SoftTargets) -> proto::SoftTargetSpec {
+    let flat = FlatSoftTargets::from(soft_targets.clone());
+    let codec = match flat.codec {
+        None => proto::Codec::Unspecified,
+        Some(CodecName::Full) => proto::Codec::Full,
+        Some(CodecName::TopK) => proto::Codec::TopK,
+        Some(CodecName::TopKTail) => proto::Codec::TopKTail,
+        Some(CodecName::HeadDraws) => proto::Codec::HeadDraws,
+        Some(CodecName::Threshold) => proto::Codec::Threshold,
+        Some(CodecName::Random) => proto::Codec::Random,
+    };
+    proto::SoftTargetSpec {
+        head: flat.head,
+        draws: flat.draws,
+        codec: codec as i32,
+        threshold: flat.threshold,
+        quantiser: match flat.quantiser {
+            Quantiser::U8 => proto::Quantiser::U8,
+            Quantiser::F32 => proto::Quantiser::F32,
+        } as i32,
+        temperatures: flat.temperatures,
     }
 }
 

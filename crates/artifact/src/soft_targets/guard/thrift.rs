@@ -29,7 +29,8 @@ pub(super) struct PageHeader {
 }
 
 impl PageHeader {
-    pub(super) fn read(bytes: &[u8]) -> Result<Self, String> {
+    /// From the first bytes of a page, of which `left` are in its chunk.
+    pub(super) fn read(bytes: &[u8], left: u64) -> Result<Self, String> {
         let mut input = Input { bytes, at: 0 };
         let mut page = Self::default();
         let (mut kind, mut data) = (None, false);
@@ -53,8 +54,9 @@ impl PageHeader {
         page.uncompressed = size(uncompressed, "uncompressed size")?;
         page.compressed = size(compressed, "compressed size")?;
         page.header_bytes = input.at;
-        if page.compressed as usize > bytes.len() - input.at {
-            return Err(format!("it claims {} bytes, {} are left", page.compressed, bytes.len() - input.at));
+        let left = left.saturating_sub(input.at as u64);
+        if u64::from(page.compressed) > left {
+            return Err(format!("it claims {} bytes, {left} are left", page.compressed));
         }
         Ok(page)
     }

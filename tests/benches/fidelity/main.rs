@@ -1,0 +1,128 @@
+//! What each way of storing soft targets costs, keeps, and does to a student: `docs/fidelity.md`.
+//!
+//! ```text
+//! fidelity FOLDER                             everything; a second run goes on where the first stopped
+//! fidelity FOLDER train SETTING SEED          one training, as the first form starts them
+//! ```
+//!
+//! A teacher writes answers to the demo's prompts; its whole distribution at each of their tokens is kept
+//! on disk. From it every setting is captured, encoded and decoded by the product's own code, and a
+//! student is trained on what comes back, by the product's trainer, from the same start, on the same
+//! tokens, with three seeds. The measure is KL(teacher || student) over the whole vocabulary on prompts
+//! that no student saw. Prints one JSON object a setting; `figures.json` has them all.
+
+mod compare;
+mod corpus;
+mod distillkit;
+mod settings;
+mod speed;
+mod training;
+
+use std::{
+    path::{Path, PathBuf},
+    process::{Child, Command},
+};
+
+use serde_json::{Value, json};
+
+pub type Failure = Box<dyn std::error::Error>;
+
+/// Seeds of each training: order of the rows, and samples of the capture.
+const SEEDS: u64 = 3;
+
+fn main() -> Result<(), Failure> {
+    let arguments: Vec<String> = std::env::args().skip(1).collect();
+    let words: Vec<&str> = arguments.iter().map(String::as_str).collect();
+    match words.as_slice() {
+        [folder] => all(Path::new(folder)),
+        [folder, "train", setting, seed] => {
+            tch::set_num_threads(1);
+            let folder = PathBuf::from(folder);
+            let result = training::run(&folder, setting, seed.parse()?)?;
+            write(&result_path(&folder, setting, seed.parse()?), &result)
+        }
+        _ => Err("usage: fidelity FOLDER [train SETTING SEED]".into()),
+    }
+}
+
+fn all(folder: &Path) -> Result<(), Failure> {
+    std::fs::create_dir_all(folder.join("results"))?;
+    let corpus = corpus::prepare(folder)?;
+    let mut figures = Vec::new();
+    for setting in settings::all() {
+        let path = folder.join(format!("results/{}.json", setting.name));
+        if !path.exists() {
+            eprintln!("comparing {}", setting.name);
+            write(&path, &compare::run(&corpus, &setting)?)?;
+        }
+        figures.push(read(&path)?);
+    }
+    let path = folder.join("results/speed.json");
+    if !path.exists() {
+        eprintln!("measuring speed: let nothing else run");
+        write(&path, &speed::run(&corpus)?)?;
+    }
+    drop(corpus);
+    train(folder)?;
+    for figure in &mut figures {
+        let name = figure["name"].as_str().unwrap_or_default().to_owned();
+        let results = (0..SEEDS).map(|seed| read(&result_path(folder, &name, seed))).collect::<Result<Vec<_>, _>>()?;
+        figure["trained"] = results.into();
+        println!("{figure}");
+    }
+    let full = (0..SEEDS).map(|seed| read(&result_path(folder, training::ONLINE, seed))).collect::<Result<Vec<_>, _>>()?;
+    write(&folder.join("figures.json"), &json!({ "online": full, "settings": figures, "speed": read(&path)? }))
+}
+
+/// Every training that has no result yet, one process a core.
+fn train(folder: &Path) -> Result<(), Failure> {
+    let names = settings::all().into_iter().map(|setting| setting.name);
+    let names: Vec<String> = std::iter::once(training::ONLINE.to_owned()).chain(names).collect();
+    let mut left: Vec<(String, u64)> = (0..SEEDS)
+        .flat_map(|seed| names.iter().map(move |name| (name.clone(), seed)))
+        .filter(|(name, seed)| !result_path(folder, name, *seed).exists())
+        .rev()
+        .collect();
+    let at_once = std::thread::available_parallelism()?.get();
+    let mut running: Vec<(Child, String)> = Vec::new();
+    while !left.is_empty() || !running.is_empty() {
+        while running.len() < at_once
+            && let Some((name, seed)) = left.pop()
+        {
+            eprintln!("training on {name}, seed {seed}; {} more wait", left.len());
+            let seed_text = seed.to_string();
+            let child = Command::new(std::env::current_exe()?)
+                .arg(folder)
+                .args(["train", &name, &seed_text])
+                .env("OMP_NUM_THREADS", "1")
+                .spawn()?;
+            running.push((child, format!("{name}, seed {seed}")));
+        }
+        std::thread::sleep(std::time::Duration::from_millis(200));
+        let mut still = Vec::new();
+        for (mut child, what) in running {
+            match child.try_wait()? {
+                Some(status) if status.success() => {}
+                Some(status) => return Err(format!("training on {what}: {status}").into()),
+                None => still.push((child, what)),
+            }
+        }
+        running = still;
+    }
+    Ok(())
+}
+
+fn result_path(folder: &Path, setting: &str, seed: u64) -> PathBuf {
+    folder.join(format!("results/{setting}-{seed}.json"))
+}
+
+fn write(path: &Path, value: &Value) -> Result<(), Failure> {
+    let part = path.with_extension("part");
+    std::fs::write(&part, serde_json::to_vec_pretty(value)?)?;
+    Ok(std::fs::rename(part, path)?)
+}
+
+fn read(path: &Path) -> Result<Value, Failure> {
+    let text = std::fs::read(path).map_err(|error| format!("{}: {error}", path.display()))?;
+    Ok(serde_json::from_slice(&text)?)
+}

@@ -1,0 +1,149 @@
+//! One student: from the teacher's pruned layers, on one setting's targets, judged on the whole
+//! vocabulary.
+
+use std::{path::Path, time::Instant};
+
+use retort_artifact::soft_targets::SparseTargets;
+use retort_core::{
+    random::{Counter, Purpose},
+    spec::Train,
+};
+use retort_llama::Model;
+use retort_student::{
+    batch::Limits,
+    example::Example,
+    kept_layers,
+    trainer::{Options, Trainer},
+};
+use retort_tests::teacher::smollm2;
+use serde_json::{Value, json};
+use tch::{Device, Kind, Tensor};
+
+use crate::{
+    Failure,
+    compare::decoded,
+    corpus::{Answered, Corpus},
+    settings,
+};
+
+/// Name of the training on whole distributions, computed as a student beside its teacher would see them.
+pub const ONLINE: &str = "online";
+
+const LAYERS: usize = 4;
+const PASSES: u32 = 3;
+const BATCH_ROWS: usize = 4;
+const LEARNING_RATE: f64 = 1e-3;
+
+pub fn start() -> Result<Model, Failure> {
+    let teacher = Model::load(&smollm2(), Device::Cpu, Kind::Float)?;
+    let kept = kept_layers(teacher.config().num_hidden_layers as usize, LAYERS);
+    Ok(teacher.prune_layers(&kept)?)
+}
+
+pub fn run(folder: &Path, setting: &str, seed: u64) -> Result<Value, Failure> {
+    let corpus = Corpus::open(folder)?;
+    // Indices among the corpus's rows.
+    let rows: Vec<usize> = corpus.of(false).map(|(index, _)| index).collect();
+    let stored: Option<Vec<SparseTargets>> = match setting {
+        ONLINE => None,
+        name => {
+            let setting = settings::all().into_iter().find(|setting| setting.name == name);
+            Some(decoded(&corpus, &setting.ok_or("no such setting")?, seed)?.targets)
+        }
+    };
+    let steps = rows.len().div_ceil(BATCH_ROWS) as u32 * PASSES;
+    let train = Train { learning_rate: LEARNING_RATE, ..Train::default() };
+    let limits = Limits::for_device(Device::Cpu);
+    let mut trainer = Trainer::new(start()?, Options { train, steps, limits })?;
+    let before = held_out_kl(&corpus, trainer.model())?;
+    let started = Instant::now();
+    for pass in 0..PASSES {
+        let mut order: Vec<u64> = (0..rows.len() as u64).collect();
+        Counter::new(seed, Purpose::Shuffle, pass.into(), 0).shuffle(&mut order);
+        for batch in order.chunks(BATCH_ROWS) {
+            let example = |&at: &u64| {
+                let row = &corpus.rows[rows[at as usize]];
+                let targets = match &stored {
+                    Some(stored) => stored[at as usize].clone(),
+                    None => whole(&corpus, rows[at as usize]),
+                };
+                example(row, targets)
+            };
+            let examples: Vec<Example> = batch.iter().map(example).collect();
+            trainer.step(&examples, &|| Ok(()))?;
+        }
+    }
+    let seconds = started.elapsed().as_secs_f64();
+    let progress = trainer.progress();
+    let kl = held_out_kl(&corpus, trainer.model())?;
+    eprintln!("{setting}, seed {seed}: KL {before:.4} -> {kl:.4} nats in {seconds:.0} s");
+    Ok(json!({
+        "seed": seed, "kl_before": before, "kl": kl, "steps": progress.step, "trained_tokens": progress.trained_tokens,
+        "target_tokens": progress.target_tokens, "seconds": seconds,
+    }))
+}
+
+pub fn example(row: &Answered, support: SparseTargets) -> Example {
+    let targets = (0u32..).zip(&row.target_mask).filter(|(_, target)| **target).map(|(at, _)| at).collect();
+    Example { token_ids: row.token_ids.clone(), targets, support }
+}
+
+/// A row's whole distributions as a support of every token.
+fn whole(corpus: &Corpus, index: usize) -> SparseTargets {
+    let logprobs = corpus.logprobs(index);
+    let positions = corpus.rows[index].targets();
+    let vocab_size = corpus.vocab_size as u32;
+    SparseTargets {
+        offsets: (0..=positions as u32).map(|p| p * vocab_size).collect(),
+        ids: (0..positions).flat_map(|_| 0..vocab_size).collect(),
+        masses: logprobs.iter().map(|logprob| logprob.exp()).collect(),
+        logprobs,
+        residuals: vec![0.0; positions],
+        top_ids: vec![0; positions],
+        label_logprobs: vec![0.0; positions],
+        log_sum_exps: vec![],
+    }
+}
+
+/// The student's log-probabilities at a row's targets, `[n, v]`.
+pub fn logprobs(model: &Model, row: &Answered) -> Result<Tensor, Failure> {
+    let ids: Vec<i64> = row.token_ids.iter().map(|&id| id.into()).collect();
+    let hidden_bth = model.hidden(&Tensor::from_slice(&ids).unsqueeze(0))?;
+    let at: Vec<i64> = (0..).zip(&row.target_mask).filter(|(_, target)| **target).map(|(i, _)| i - 1).collect();
+    let hidden_nh = hidden_bth.get(0).index_select(0, &Tensor::from_slice(&at));
+    Ok(model.head(&hidden_nh)?.log_softmax(-1, Kind::Float))
+}
+
+/// Gradient of the forward KL to sparse targets with respect to the student's logits, `[n, v]`: the
+/// obvious form of what the trainer's loss does in chunks.
+pub fn logit_gradient(q_nv: &Tensor, targets: &SparseTargets) -> Tensor {
+    let (n, v) = q_nv.size2().unwrap_or_default();
+    let mut t_nv = vec![0f32; (n * v) as usize];
+    let mut kept_nv = vec![0f32; (n * v) as usize];
+    for p in 0..targets.len() {
+        for e in targets.range(p) {
+            t_nv[p * v as usize + targets.ids[e] as usize] = targets.masses[e];
+            kept_nv[p * v as usize + targets.ids[e] as usize] = 1.0;
+        }
+    }
+    let (t_nv, kept_nv) = (Tensor::from_slice(&t_nv).view([n, v]), Tensor::from_slice(&kept_nv).view([n, v]));
+    let residual_n1 = Tensor::from_slice(&targets.residuals).view([n, 1]);
+    // A bucket's mass follows the student's own distribution outside the support.
+    let outside_nv: Tensor = q_nv * (1.0 - kept_nv);
+    let whole_n1 = outside_nv.sum_dim_intlist([1i64].as_slice(), true, Kind::Float).clamp_min(1e-6);
+    let t_nv = t_nv + outside_nv / whole_n1 * residual_n1;
+    let weight_n1 = t_nv.sum_dim_intlist([1i64].as_slice(), true, Kind::Float);
+    q_nv * weight_n1 - t_nv
+}
+
+/// Mean KL(teacher || student) over the whole vocabulary at the held-out targets, nats.
+fn held_out_kl(corpus: &Corpus, model: &Model) -> Result<f64, Failure> {
+    tch::no_grad(|| {
+        let mut kl = 0.0;
+        for (index, row) in corpus.of(true) {
+            let (student_nv, teacher_nv) = (logprobs(model, row)?, corpus.tensor(index));
+            kl += (teacher_nv.exp() * (&teacher_nv - student_nv)).sum(Kind::Double).double_value(&[]);
+        }
+        Ok(kl / corpus.targets(true) as f64)
+    })
+}
