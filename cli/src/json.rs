@@ -33,6 +33,7 @@ pub fn event(event: &proto::JobEvent) -> Value {
             "epoch": shard.epoch,
             "target_tokens": shard.target_tokens,
             "bytes": shard.bytes,
+            "reused": shard.reused,
         }),
         Some(What::AttemptLost(lost)) => json!({
             "kind": "attempt_lost",
@@ -131,6 +132,7 @@ pub fn report(report: &proto::Report) -> Value {
         "student_tokens_per_second": report.student_tokens_per_second,
         "trained_tokens": report.trained_tokens,
         "redone": report.redone.iter().map(redone).collect::<Vec<_>>(),
+        "reused": report.reused,
         "promoted": report.promoted,
         "artifacts": artifacts,
     })

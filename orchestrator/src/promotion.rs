@@ -250,6 +250,7 @@ async fn report(
     let recent = shards::recent(&mut snapshot, &job.id).await?;
     let redone = tasks::list_redone(&mut snapshot, &job.id).await?;
     let (train_tokens, train_bytes) = shards::totals(&mut snapshot, &job.id, Split::Train).await?;
+    let reused = shards::reused_keys(&mut snapshot, &job.id).await?;
     let id = job.id.as_str();
     let mut artifacts = BTreeMap::from([
         ("prompts".to_owned(), paths::prompt_set(&job.prompt_set_sha256)),
@@ -258,6 +259,9 @@ async fn report(
         ("initial".to_owned(), finish.initial_key.clone()),
         ("report".to_owned(), paths::report(id)),
     ]);
+    for (owner, ..) in reused.iter().filter_map(|key| paths::parse_shard(key)) {
+        artifacts.insert(format!("shards of {owner}"), paths::shards_prefix(owner));
+    }
     let model = promoted.map_or_else(|| paths::model_prefix(&finish.checkpoint_key), |model| model.key.clone());
     artifacts.insert("model".to_owned(), model);
     Ok(Report {
@@ -273,6 +277,7 @@ async fn report(
         student_tokens_per_second: finish.tokens_per_second,
         trained_tokens: finish.trained_tokens,
         redone,
+        reused: u32::try_from(reused.len()).unwrap_or(u32::MAX),
         promoted: promoted.map(Model::resource_name).unwrap_or_default(),
         artifacts,
     })

@@ -96,6 +96,9 @@ pub struct Report {
     pub student_tokens_per_second: f64,
     pub trained_tokens: u64,
     pub redone: Vec<Redone>,
+    /// Shards that another job had computed.
+    #[serde(default)]
+    pub reused: u32,
     /// `models/{name}/versions/{n}`; empty when a gate failed.
     pub promoted: String,
     /// Where the artefacts lie, as store keys.

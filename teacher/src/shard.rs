@@ -103,7 +103,9 @@ impl Order {
         Capture { head: head.min(vocab_size), draws, seed: self.spec.seed }
     }
 
-    fn header(&self, engine: &Capabilities, capture: &Capture) -> Result<Header> {
+    /// What the shard says of itself.
+    pub fn header(&self, engine: &Capabilities) -> Result<Header> {
+        let capture = self.capture(engine.vocab_size);
         let sampling = &self.spec.teacher.sampling;
         Ok(Header {
             schema_version: SCHEMA_VERSION,
@@ -164,7 +166,7 @@ pub fn compute(engine: &mut dyn Engine, order: &Order, watch: Watch) -> Result<E
     } else {
         engine.score(&texts, &capture, watch)?
     };
-    let encoded = soft_targets::encode(&order.header(&able, &capture)?, &sequences)?;
+    let encoded = soft_targets::encode(&order.header(&able)?, &sequences)?;
     faithful(order, &encoded)?;
     Ok(encoded)
 }

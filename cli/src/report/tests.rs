@@ -33,6 +33,7 @@ fn job() -> proto::Job {
             worker: "teacher-9".to_owned(),
             reason: "lease expired".to_owned(),
         }],
+        reused: 0,
         promoted: String::new(),
         artifacts: HashMap::from([
             ("shards".to_owned(), "jobs/j/shards/".to_owned()),

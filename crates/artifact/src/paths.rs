@@ -17,6 +17,14 @@ pub fn shard(job: &str, shard: u32, epoch: u64) -> String {
     format!("jobs/{job}/shards/{shard:05}/{epoch}.parquet")
 }
 
+/// Job, shard and epoch of a shard's key, None for any other key.
+pub fn parse_shard(key: &str) -> Option<(&str, u32, u64)> {
+    let (job, rest) = key.strip_prefix("jobs/")?.split_once("/shards/")?;
+    let (index, file) = rest.split_once('/')?;
+    let (index, epoch) = (index.parse().ok()?, file.strip_suffix(".parquet")?.parse().ok()?);
+    (shard(job, index, epoch) == key).then_some((job, index, epoch))
+}
+
 /// All shards of a job, every attempt at each.
 pub fn shards_prefix(job: &str) -> String {
     format!("jobs/{job}/shards/")
@@ -112,6 +120,22 @@ mod tests {
         assert_eq!(manifest(&initial("j", 2)), "jobs/j/initial-2/manifest.json");
         assert_eq!(model_version("m", 1), "models/m/versions/000001.json");
         assert_eq!(model_folder("m", 1), "models/m/000001/");
+    }
+
+    #[test]
+    fn a_shards_key_says_its_job_and_attempt() {
+        assert_eq!(parse_shard(&shard("j", 7, 3)), Some(("j", 7, 3)));
+        assert_eq!(parse_shard(&shard("j", 123_456, 3)), Some(("j", 123_456, 3)));
+        for other in [
+            "jobs/j/shards/00007/3",
+            "jobs/j/shards/7/3.parquet",
+            "jobs/j/shards/00007/+3.parquet",
+            "jobs/j/shards/00007/../3.parquet",
+            "jobs/j/checkpoints/000040-12/",
+            "/jobs/j/shards/00007/3.parquet",
+        ] {
+            assert_eq!(parse_shard(other), None, "{other}");
+        }
     }
 
     #[test]

@@ -253,6 +253,8 @@ impl State {
             bytes: bytes.len() as u64,
             rows: 0,
             target_tokens: 0,
+            work_sha256: String::new(),
+            reused: false,
         };
         inner.published.insert(shard, published);
         inner.bytes.insert(shard, bytes);
@@ -282,6 +284,10 @@ impl Orchestrator for State {
         let shards: Vec<_> = (from..range.end).map_while(|shard| inner.published.get(&shard).cloned()).collect();
         let complete = from + shards.len() as u32 == range.end;
         Ok(proto::ListPublishedShardsResponse { shards, complete })
+    }
+
+    async fn find_shard(&self, _: proto::FindShardRequest) -> Result<proto::FindShardResponse> {
+        unreachable!("students compute no shards")
     }
 
     async fn report_corrupt_shard(&self, request: proto::ReportCorruptShardRequest) -> Result<()> {
