@@ -16,7 +16,7 @@ use zip::{CompressionMethod, ZipWriter, write::SimpleFileOptions};
 use super::Origin;
 use crate::soft_targets::{DecodedSequence, Header, SparseTargets};
 
-/// Almost all of a dense array is zeros: the fastest level takes 1 % of the space.
+/// Almost all of a dense array is zeros: the fastest level leaves 1 to 2 % of it.
 const DEFLATE_LEVEL: i64 = 1;
 /// Sizes from here on need the zip's 64-bit fields; half of what 32 bits hold leaves room for what
 /// deflate adds to bytes it cannot shorten.
