@@ -133,6 +133,10 @@ pub fn report(report: &proto::Report) -> Value {
         "trained_tokens": report.trained_tokens,
         "redone": report.redone.iter().map(redone).collect::<Vec<_>>(),
         "reused": report.reused,
+        "soft_targets": report.soft_targets.as_ref().map(|stored| json!({
+            "train": stored.train.as_ref().map(fidelity),
+            "held_out": stored.held_out.as_ref().map(fidelity),
+        })),
         "promoted": report.promoted,
         "artifacts": artifacts,
     })
@@ -167,6 +171,15 @@ fn quality(quality: &proto::Quality) -> Value {
         "student_perplexity": quality.student_perplexity,
         "teacher_perplexity": quality.teacher_perplexity,
         "tokens": quality.tokens,
+    })
+}
+
+fn fidelity(fidelity: &proto::Fidelity) -> Value {
+    json!({
+        "head_mass": fidelity.head_mass,
+        "mean_abs_error": fidelity.mean_abs_error,
+        "argmax_agreement": fidelity.argmax_agreement,
+        "kl": fidelity.kl,
     })
 }
 

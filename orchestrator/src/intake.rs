@@ -135,10 +135,12 @@ pub async fn delete(context: &Context, id: &JobId) -> Result<()> {
     let reused = shards::reused_keys(&mut tx, id).await?;
     jobs::delete(&mut tx, id).await?;
     release(&mut tx, &reused, now_ms).await?;
-    let prefix = paths::job_prefix(id.as_str());
-    deletions::insert(&mut tx, &prefix, now_ms).await?;
     // An attempt that has not yet heard of the end may write until its lease is over.
-    deletions::insert(&mut tx, &prefix, now_ms.saturating_add(context.settings.lease_ms().saturating_mul(4))).await?;
+    let later_ms = now_ms.saturating_add(context.settings.lease_ms().saturating_mul(4));
+    for prefix in [paths::job_prefix(id.as_str()), paths::quarantine_prefix(id.as_str())] {
+        deletions::insert(&mut tx, &prefix, now_ms).await?;
+        deletions::insert(&mut tx, &prefix, later_ms).await?;
+    }
     if !jobs::uses_prompt_set(&mut tx, &job.prompt_set_sha256).await? {
         deletions::insert(&mut tx, &paths::prompt_set(&job.prompt_set_sha256), now_ms).await?;
     }

@@ -27,7 +27,7 @@ use crate::{
         shards, tasks,
     },
     gates, progress,
-    report::{Evaluation, Quality, Report, TrainFinish},
+    report::{Evaluation, Quality, Report, SoftTargets, TrainFinish},
     retry::Backoff,
 };
 
@@ -250,6 +250,10 @@ async fn report(
     let recent = shards::recent(&mut snapshot, &job.id).await?;
     let redone = tasks::list_redone(&mut snapshot, &job.id).await?;
     let (train_tokens, train_bytes) = shards::totals(&mut snapshot, &job.id, Split::Train).await?;
+    let soft_targets = SoftTargets {
+        train: shards::mean_fidelity(&mut snapshot, &job.id, Split::Train).await?,
+        held_out: shards::mean_fidelity(&mut snapshot, &job.id, Split::HeldOut).await?,
+    };
     let reused = shards::reused_keys(&mut snapshot, &job.id).await?;
     let id = job.id.as_str();
     let mut artifacts = BTreeMap::from([
@@ -278,6 +282,7 @@ async fn report(
         trained_tokens: finish.trained_tokens,
         redone,
         reused: u32::try_from(reused.len()).unwrap_or(u32::MAX),
+        soft_targets,
         promoted: promoted.map(Model::resource_name).unwrap_or_default(),
         artifacts,
     })

@@ -230,7 +230,7 @@ pub fn shard_ready(job: &JobId, shard: u32, epoch: u64) -> What {
         rows: 4,
         target_tokens: 20,
         seconds: 2.0,
-        fidelity: Some(proto::Fidelity { head_mass: 0.9, mean_abs_error: 0.01, argmax_agreement: 1.0 }),
+        fidelity: Some(proto::Fidelity { head_mass: 0.9, mean_abs_error: 0.01, argmax_agreement: 1.0, kl: 0.002 }),
         work_sha256: String::new(),
         reused: false,
     })

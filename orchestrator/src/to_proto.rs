@@ -81,6 +81,10 @@ pub fn report_to_proto(report: &Report) -> proto::Report {
             .map(|(tag, quality)| (tag.clone(), quality_to_proto(quality)))
             .collect(),
         reused: report.reused,
+        soft_targets: Some(proto::SoftTargetReport {
+            train: fidelity_to_proto(&report.soft_targets.train),
+            held_out: fidelity_to_proto(&report.soft_targets.held_out),
+        }),
     }
 }
 
@@ -123,6 +127,7 @@ pub fn fidelity_to_proto(fidelity: &Fidelity) -> Option<proto::Fidelity> {
         head_mass: fidelity.head_mass?,
         mean_abs_error: fidelity.mean_abs_error?,
         argmax_agreement: fidelity.argmax_agreement?,
+        kl: fidelity.kl?,
     })
 }
 

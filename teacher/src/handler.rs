@@ -1,10 +1,13 @@
 use std::time::{Duration, Instant};
 
 use retort_artifact::{
-    paths,
+    Store, paths,
     soft_targets::{self, Encoded, Limits},
 };
-use retort_core::{Code, Error, Kind as ErrorKind, Result};
+use retort_core::{
+    Code, Error, Kind as ErrorKind, Result,
+    clock::{Clock as _, SystemClock},
+};
 use retort_proto::{self as proto, claimed::Task, worker_event::What};
 use retort_worker::{Attempt, Handler, ModelThread, TaskContext};
 use tch::{Device, Kind};
@@ -12,7 +15,7 @@ use tokio::sync::watch;
 
 use crate::{
     engine::{Capabilities, native::Loaded},
-    shard::{Order, compute},
+    shard::{Order, compute, faithful},
     work,
 };
 
@@ -105,7 +108,11 @@ impl Handler for Teacher {
         if let Some(ready) = found {
             return cx.emit(What::ShardReady(ready)).await;
         }
-        let (encoded, seconds) = self.compute(order, cx).await?;
+        let (encoded, seconds) = self.compute(order.clone(), cx).await?;
+        if let Err(error) = faithful(&order, &encoded) {
+            cx.check()?;
+            return Err(set_aside(&cx.store, &order, &encoded, error).await);
+        }
         let key = paths::shard(attempt.job.as_str(), shard.shard, attempt.epoch);
         cx.check()?;
         publish(cx, &key, &encoded).await?;
@@ -127,6 +134,7 @@ impl Handler for Teacher {
                 head_mass: encoded.fidelity.head_mass,
                 mean_abs_error: encoded.fidelity.mean_abs_error,
                 argmax_agreement: encoded.fidelity.argmax_agreement,
+                kl: encoded.fidelity.kl,
             }),
             work_sha256,
             reused: false,
@@ -211,6 +219,30 @@ async fn verify(
         (order, checked)
     });
     checked.await.map_err(|error| Error::internal(format!("checking a shard failed: {error}")))
+}
+
+/// Keeps a shard that is not published, and why it is not, for whoever wants to know; the error names
+/// its key, or why it could not be kept.
+pub(crate) async fn set_aside(store: &Store, order: &Order, encoded: &Encoded, error: Error) -> Error {
+    let key = paths::quarantined(&order.job, order.shard, order.epoch);
+    let reason = serde_json::json!({
+        "code": error.code.as_str(),
+        "message": error.message,
+        "fidelity": encoded.fidelity,
+        "job": order.job,
+        "shard": order.shard,
+        "epoch": order.epoch,
+        "time_ms": SystemClock.now_ms(),
+    });
+    let kept = async {
+        store.put_new(&key, encoded.bytes.clone()).await?;
+        store.put_new(&paths::quarantine_reason(&order.job, order.shard, order.epoch), reason.to_string().into()).await
+    };
+    let message = match kept.await {
+        Ok(()) => format!("{}; it lies at {key}", error.message),
+        Err(why) => format!("{}; it could not be kept at {key}: {}", error.message, why.chain()),
+    };
+    Error { message, ..error }
 }
 
 /// Writes the shard under its key. The key holds the attempt's epoch, so an object that is there

@@ -140,8 +140,8 @@ impl Order {
 /// Computes and encodes a shard. The same order and teacher give the same bytes.
 ///
 /// Every row is rendered and measured before the first is computed, so a row that does not fit is
-/// refused (prompt-too-long) before it costs anything. A shard whose stored numbers are not faithful
-/// to the teacher's is shard-unfaithful.
+/// refused (prompt-too-long) before it costs anything. Whether the stored numbers are what the teacher
+/// said, [`faithful`] tells.
 pub fn compute(engine: &mut dyn Engine, order: &Order, watch: Watch) -> Result<Encoded> {
     let able = engine.capabilities().clone();
     let capture = order.capture(able.vocab_size);
@@ -166,9 +166,7 @@ pub fn compute(engine: &mut dyn Engine, order: &Order, watch: Watch) -> Result<E
     } else {
         engine.score(&texts, &capture, watch)?
     };
-    let encoded = soft_targets::encode(&order.header(&able)?, &sequences)?;
-    faithful(order, &encoded)?;
-    Ok(encoded)
+    soft_targets::encode(&order.header(&able)?, &sequences)
 }
 
 /// Mean error of a stored log-probability above which a shard is not what the teacher said, nats.
@@ -176,7 +174,8 @@ const MAX_MEAN_ERROR: f64 = soft_targets::QUANTISER_MAX_ERROR as f64;
 /// Ties within the quantiser's step may swap the first place at some positions, never at many.
 const MIN_ARGMAX_AGREEMENT: f64 = 0.98;
 
-fn faithful(order: &Order, encoded: &Encoded) -> Result<()> {
+/// Refuses (shard-unfaithful) a shard whose stored numbers are not the teacher's.
+pub fn faithful(order: &Order, encoded: &Encoded) -> Result<()> {
     let fidelity = &encoded.fidelity;
     let sound = fidelity.mean_abs_error <= MAX_MEAN_ERROR && fidelity.argmax_agreement >= MIN_ARGMAX_AGREEMENT;
     if sound || encoded.target_tokens == 0 {

@@ -35,6 +35,22 @@ pub fn shard_prefix(job: &str, shard: u32) -> String {
     format!("jobs/{job}/shards/{shard:05}/")
 }
 
+/// What an attempt wrote and the teacher would not answer for; never published. `epoch` is the fencing
+/// number of the attempt.
+pub fn quarantined(job: &str, shard: u32, epoch: u64) -> String {
+    format!("quarantine/{job}/{shard:05}-{epoch}.parquet")
+}
+
+/// Why it lies there, as JSON.
+pub fn quarantine_reason(job: &str, shard: u32, epoch: u64) -> String {
+    format!("quarantine/{job}/{shard:05}-{epoch}.json")
+}
+
+/// All that was set aside of a job.
+pub fn quarantine_prefix(job: &str) -> String {
+    format!("quarantine/{job}/")
+}
+
 /// Every checkpoint of a job.
 pub fn checkpoints_prefix(job: &str) -> String {
     format!("jobs/{job}/checkpoints/")
@@ -116,6 +132,8 @@ mod tests {
     fn keys_are_what_the_format_says() {
         assert_eq!(prompt_set("ab12"), "prompts/ab12.jsonl");
         assert_eq!(shard("j", 7, 3), "jobs/j/shards/00007/3.parquet");
+        assert_eq!(quarantined("j", 7, 3), "quarantine/j/00007-3.parquet");
+        assert!(quarantine_reason("j", 7, 3).starts_with(&quarantine_prefix("j")));
         assert_eq!(checkpoint("j", 40, 2), "jobs/j/checkpoints/000040-2/");
         assert_eq!(manifest(&initial("j", 2)), "jobs/j/initial-2/manifest.json");
         assert_eq!(model_version("m", 1), "models/m/versions/000001.json");

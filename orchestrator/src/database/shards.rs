@@ -1,6 +1,7 @@
 //! Rows of `shards`: what is published, one row a shard.
 
 use retort_core::{Result, id::JobId, state::Split};
+use serde::{Deserialize, Serialize};
 use sqlx::{Row as _, sqlite::SqliteRow};
 
 use super::{Connection, DatabaseResult as _, signed, unsigned, unsigned32};
@@ -21,11 +22,12 @@ pub struct Published {
 }
 
 /// What storing a shard cost, as `retort.v1.Fidelity` has it; what was not finite is absent.
-#[derive(Clone, Copy, Debug, Default, PartialEq)]
+#[derive(Clone, Copy, Debug, Default, PartialEq, Serialize, Deserialize)]
 pub struct Fidelity {
     pub head_mass: Option<f64>,
     pub mean_abs_error: Option<f64>,
     pub argmax_agreement: Option<f64>,
+    pub kl: Option<f64>,
 }
 
 /// What only publishing knows, beside [`Published`].
@@ -45,11 +47,11 @@ pub async fn insert(
     measured: &Measured,
 ) -> Result<bool> {
     let finite = |value: f64| value.is_finite().then_some(value);
-    let Fidelity { head_mass, mean_abs_error, argmax_agreement } = measured.fidelity;
+    let Fidelity { head_mass, mean_abs_error, argmax_agreement, kl } = measured.fidelity;
     let done = sqlx::query(
         "INSERT INTO shards (job_id, shard, split, epoch, object_key, sha256, bytes, row_count, target_tokens, seconds,
-             head_mass, mean_abs_error, argmax_agreement, publish_ms, work_sha256, reused)
-         VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?) ON CONFLICT (job_id, shard) DO NOTHING",
+             head_mass, mean_abs_error, argmax_agreement, publish_ms, work_sha256, reused, kl)
+         VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?) ON CONFLICT (job_id, shard) DO NOTHING",
     )
     .bind(job.as_str())
     .bind(shard.shard)
@@ -67,6 +69,7 @@ pub async fn insert(
     .bind(measured.publish_ms)
     .bind(&shard.work_sha256)
     .bind(shard.reused)
+    .bind(kl.and_then(finite))
     .execute(conn)
     .await
     .db()?;
@@ -171,6 +174,24 @@ pub async fn totals(conn: &mut Connection, job: &JobId, split: Split) -> Result<
     Ok((unsigned("target_tokens", tokens)?, unsigned("bytes", bytes)?))
 }
 
+/// Means over the target tokens of a split's published shards, as far as they were measured.
+pub async fn mean_fidelity(conn: &mut Connection, job: &JobId, split: Split) -> Result<Fidelity> {
+    let row = sqlx::query(
+        "SELECT sum(head_mass * target_tokens) / sum(iif(head_mass IS NULL, 0, target_tokens)) AS head_mass,
+             sum(mean_abs_error * target_tokens) / sum(iif(mean_abs_error IS NULL, 0, target_tokens)) AS mean_abs_error,
+             sum(argmax_agreement * target_tokens) / sum(iif(argmax_agreement IS NULL, 0, target_tokens))
+                 AS argmax_agreement,
+             sum(kl * target_tokens) / sum(iif(kl IS NULL, 0, target_tokens)) AS kl
+         FROM shards WHERE job_id = ? AND split = ?",
+    )
+    .bind(job.as_str())
+    .bind(split.as_str())
+    .fetch_one(conn)
+    .await
+    .db()?;
+    read_fidelity(&row)
+}
+
 /// Keys of the published shards that another job had computed.
 pub async fn reused_keys(conn: &mut Connection, job: &JobId) -> Result<Vec<String>> {
     sqlx::query_scalar("SELECT object_key FROM shards WHERE job_id = ? AND reused = 1")
@@ -213,5 +234,6 @@ fn read_fidelity(row: &SqliteRow) -> Result<Fidelity> {
         head_mass: real("head_mass")?,
         mean_abs_error: real("mean_abs_error")?,
         argmax_agreement: real("argmax_agreement")?,
+        kl: real("kl")?,
     })
 }

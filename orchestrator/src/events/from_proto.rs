@@ -195,6 +195,7 @@ fn fidelity(fidelity: &proto::Fidelity) -> Fidelity {
         head_mass: Some(fidelity.head_mass),
         mean_abs_error: Some(fidelity.mean_abs_error),
         argmax_agreement: Some(fidelity.argmax_agreement),
+        kl: Some(fidelity.kl),
     }
 }
 

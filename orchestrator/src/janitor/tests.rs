@@ -33,8 +33,15 @@ async fn a_deleted_jobs_objects_go_and_its_model_stays() {
     world.context.store.put_new(&prompts, Bytes::from_static(b"{}")).await.unwrap();
     world.complete(&job, 0.1).await;
     promotion::judge_ready(&world.context).await.unwrap();
+    let aside = paths::quarantined(job.as_str(), 0, 1);
+    let aside_of_other = paths::quarantined(other.as_str(), 0, 1);
+    for key in [&aside, &aside_of_other] {
+        world.context.store.put_new(key, Bytes::from_static(b"unfaithful")).await.unwrap();
+    }
     intake::delete(&world.context, &job).await.unwrap();
     tidy(&world.context).await.unwrap();
+    assert!(!world.context.store.exists(&aside).await.unwrap());
+    assert!(world.context.store.exists(&aside_of_other).await.unwrap());
     assert_eq!(world.context.store.list(&paths::job_prefix(job.as_str())).await.unwrap().len(), 0);
     assert!(world.context.store.exists("models/support/versions/000001.json").await.unwrap());
     // The other job has the same prompt set.
@@ -111,7 +118,8 @@ async fn a_shard_withdrawn_by_the_last_job_that_holds_it_goes() {
     let world = World::new().await;
     let ([first, second], [gone, kept]) = sharing(&world).await;
     end(&world, &first).await;
-    let epoch = shards::find(&mut world.context.database.read().await.unwrap(), &second, 0).await.unwrap().unwrap().epoch;
+    let epoch =
+        shards::find(&mut world.context.database.read().await.unwrap(), &second, 0).await.unwrap().unwrap().epoch;
     intake::withdraw(&world.context, &second, 0, epoch, "student-1", "wrong checksum").await.unwrap();
     tidy(&world.context).await.unwrap();
     assert_eq!(left(&world).await, [kept]);

@@ -13,7 +13,11 @@ use retort_worker::{
 use tch::{Device, Kind};
 
 use super::{SAMPLED, rows, spec, tiny};
-use crate::Teacher;
+use crate::{
+    Teacher,
+    handler::set_aside,
+    shard::{compute, faithful},
+};
 
 const JOB: &str = "0190a5b4c6d87e8fa0b1c2d3e4f50617";
 
@@ -224,13 +228,10 @@ impl World {
 async fn a_published_shard_of_the_same_work_is_reported_and_not_computed() {
     let mut world = World::new().await;
     let first = world.publish().await;
-    // No weights are needed to find it: these would be refused.
-    let weights = world.folder.path().join("teacher/model.safetensors");
     world.run(world.claimed_by_other(), StopSwitch::default()).await.unwrap();
     let second = world.ready().remove(1);
     assert_eq!(second, proto::ShardReady { reused: true, seconds: second.seconds, ..first });
     assert!(!world.store.exists(&paths::shard(OTHER, 3, 1)).await.unwrap());
-    assert!(weights.exists());
 }
 
 #[tokio::test]
@@ -279,4 +280,33 @@ async fn a_shard_published_under_another_works_name_is_not_taken() {
     let again = world.ready().remove(2);
     assert!(!again.reused);
     assert_eq!(again.key, paths::shard(OTHER, 3, 2));
+}
+
+#[tokio::test]
+async fn a_shard_that_is_not_what_the_teacher_said_is_set_aside_and_named() {
+    let (_teacher, mut engine) = super::teacher();
+    let spec = spec(std::path::Path::new("/teacher"), SAMPLED);
+    let order = super::order(spec, rows(4), 0..2);
+    let mut encoded = compute(&mut engine, &order, &mut super::on).unwrap();
+    faithful(&order, &encoded).unwrap();
+    encoded.fidelity.argmax_agreement = 0.5;
+    let error = faithful(&order, &encoded).unwrap_err();
+    assert_eq!((error.code, error.is_retryable()), (Code::ShardUnfaithful, false));
+
+    let folder = tempfile::tempdir().unwrap();
+    let store = Store::open(folder.path().to_str().unwrap()).unwrap();
+    let error = set_aside(&store, &order, &encoded, error).await;
+    let key = paths::quarantined(&order.job, order.shard, order.epoch);
+    assert_eq!(error.code, Code::ShardUnfaithful);
+    assert!(error.message.ends_with(&format!("it lies at {key}")), "{}", error.message);
+    assert_eq!(store.get(&key, 1 << 20).await.unwrap(), encoded.bytes);
+    let reason = store.get(&paths::quarantine_reason(&order.job, order.shard, order.epoch), 1 << 20).await.unwrap();
+    let reason: serde_json::Value = serde_json::from_slice(&reason).unwrap();
+    assert_eq!((&reason["code"], &reason["shard"]), (&"shard-unfaithful".into(), &order.shard.into()));
+    assert_eq!(reason["fidelity"]["argmax_agreement"], 0.5);
+
+    // What cannot be kept is still the same failure.
+    let error = set_aside(&store, &order, &encoded, Error::new(Code::ShardUnfaithful, "off")).await;
+    assert_eq!(error.code, Code::ShardUnfaithful);
+    assert!(error.message.starts_with("off; it could not be kept at "), "{}", error.message);
 }
