@@ -69,7 +69,8 @@ fn assemble(header: &Header, batch: &RecordBatch, limits: &Limits, into: &mut Ve
     let lists = |index: usize| batch.column(index).as_list::<i32>();
     for r in 0..batch.num_rows() {
         let row_id = row_ids.value(r);
-        let fail = |why: String| corrupt(format!("row {row_id:.80?}: {why}"));
+        let shown: String = row_id.chars().take(80).collect();
+        let fail = |why: String| corrupt(format!("row {shown:?}: {why}"));
         let token_ids = values::<UInt32Type>(lists(TOKEN_IDS), r);
         let mask_list = lists(TARGET_MASK).value(r);
         let mask = mask_list.as_boolean();
@@ -164,6 +165,10 @@ impl Flat<'_> {
             if !value.is_finite() || f64::from(value) > MASS_TOLERANCE {
                 return Err(format!("its {what} log-probability is {value}"));
             }
+        }
+        // The most likely of n tokens has a probability of at least 1/n.
+        if f64::from(max) < -f64::from(header.vocab_size).ln() - MASS_TOLERANCE {
+            return Err(format!("its largest log-probability is {max} with a vocabulary of {}", header.vocab_size));
         }
         if !(0.0..=1.0).contains(&tail_mass) {
             return Err(format!("its tail has mass {tail_mass}"));

@@ -54,6 +54,8 @@ pub(super) fn open(bytes: &Bytes, limits: &Limits) -> Result<Opened> {
         return Err(too_large(format!("{} bytes", bytes.len()), format!("{} bytes", limits.max_bytes)));
     }
     let footer_start = footer_start(bytes)?;
+    thrift::check_footer(&bytes[footer_start..bytes.len() - 8])
+        .map_err(|why| corrupt(format!("its footer cannot be read: {why}")))?;
     let metadata = guarded(|| ParquetMetaDataReader::decode_metadata(&bytes[footer_start..bytes.len() - 8]))?
         .map_err(|error| corrupt(format!("its footer cannot be read: {error}")))?;
     let pairs = pairs(&metadata)?;
