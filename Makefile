@@ -3,7 +3,7 @@
 
 SHELL := /bin/bash
 .DEFAULT_GOAL := help
-.PHONY: help env setup build demo test test-rust test-parity test-python lint fmt clippy deny layers clean-demo
+.PHONY: help env setup build demo test test-rust test-parity test-python fuzz fuzz-build fuzz-corpus lint fmt clippy deny layers clean-demo
 
 # Everything that is downloaded or built lives here, outside the checkout.
 export RETORT_CACHE ?= $(HOME)/.cache/retort
@@ -22,6 +22,19 @@ SOURCES := proto crates orchestrator teacher student cli tests
 export RETORT_MODELS ?= $(RETORT_CACHE)/models
 TEACHER := $(RETORT_MODELS)/smollm2-135m-instruct
 DEMO_HOME ?= $(RETORT_CACHE)/demo
+
+# The fuzzer is built apart from all else: with coverage counters in every crate, which stable Rust can do,
+# and for a named target, so that build scripts have none.
+FUZZ_SECONDS ?= 60
+# What it finds: corpus/ grows from run to run, crashes/ has a file each.
+FUZZ_HOME ?= $(RETORT_CACHE)/fuzz/decode
+FUZZ := crates/artifact/fuzz
+FUZZ_TARGET = $(shell rustc -vV | sed -n 's/^host: //p')
+FUZZ_TARGET_DIR ?= $(RETORT_CACHE)/target-fuzz
+FUZZ_BIN = $(FUZZ_TARGET_DIR)/$(FUZZ_TARGET)/debug/decode
+FUZZ_RUSTFLAGS := -Cpasses=sancov-module $(addprefix -Cllvm-args=-sanitizer-coverage-,level=4 inline-8bit-counters \
+  pc-table trace-compares) -Ccodegen-units=1 --cfg fuzzing
+FUZZ_OPTIONS := -max_len=8000 -len_control=0 -timeout=10 -rss_limit_mb=2048
 
 help: ## Show this list
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /  make \1\t/' | expand -t 22
@@ -57,10 +70,36 @@ test-python: ## retort-data, the reader in Python
 	@$(FETCH) retort-data
 	cd python && $(RETORT_CACHE)/venv-retort-data/bin/python -m pytest -q -p no:cacheprovider tests
 
+fuzz-build:
+	CARGO_TARGET_DIR=$(FUZZ_TARGET_DIR) RUSTFLAGS="$(FUZZ_RUSTFLAGS)" \
+	  cargo build --locked --manifest-path $(FUZZ)/Cargo.toml --target $(FUZZ_TARGET)
+
+fuzz: fuzz-build ## Fuzz the soft-target decoder for FUZZ_SECONDS (60)
+	@mkdir -p $(FUZZ_HOME)/corpus $(FUZZ_HOME)/crashes
+	@echo "fuzzing for $(FUZZ_SECONDS) s; log in $(FUZZ_HOME)/log"
+	@$(FUZZ_BIN) $(FUZZ_OPTIONS) -max_total_time=$(FUZZ_SECONDS) -print_final_stats=1 \
+	  -artifact_prefix=$(FUZZ_HOME)/crashes/ $(FUZZ_HOME)/corpus $(FUZZ)/corpus/decode 2> $(FUZZ_HOME)/log || { \
+	  tail -n 40 $(FUZZ_HOME)/log; \
+	  echo "The input that failed is in $(FUZZ_HOME)/crashes; replay it with: $(FUZZ_BIN) FILE"; exit 1; }
+	@grep -E 'cov: |^stat::(number_of|average|peak)' $(FUZZ_HOME)/log | tail -n 4
+
+# Run it when the format or the decoder changes, and look at what it changes.
+fuzz-corpus: fuzz-build setup ## Make the fuzzer's corpus anew: seeds, FUZZ_SECONDS of fuzzing, the fewest files that cover as much
+	@rm -rf $(FUZZ_HOME)/seeds $(FUZZ_HOME)/merged && mkdir -p $(FUZZ_HOME)/seeds $(FUZZ_HOME)/merged
+	RETORT_WRITE_SEEDS=$(FUZZ_HOME)/seeds cargo test --workspace --locked --test soft_targets -- the_harness_takes_every_seed
+	cp $(FUZZ_HOME)/seeds/* $(FUZZ)/corpus/decode/
+	$(MAKE) fuzz
+	$(FUZZ_BIN) $(FUZZ_OPTIONS) -set_cover_merge=1 -use_counters=0 $(FUZZ_HOME)/merged $(FUZZ_HOME)/seeds \
+	  $(FUZZ)/corpus/decode $(FUZZ_HOME)/corpus 2> $(FUZZ_HOME)/merge-log
+	rm $(FUZZ)/corpus/decode/*
+	ls -S $(FUZZ_HOME)/merged | tail -n 28 | xargs -I FILE cp $(FUZZ_HOME)/merged/FILE $(FUZZ)/corpus/decode/
+	cp $(FUZZ_HOME)/seeds/* $(FUZZ)/corpus/decode/
+
 lint: fmt clippy layers deny ## Format, lints, dependency direction, licences
 
 fmt: ## Check the format
 	cargo fmt --all --check
+	cargo fmt --manifest-path $(FUZZ)/Cargo.toml --check
 
 clippy: setup ## Lints, warnings are errors
 	cargo clippy --workspace --all-targets --locked -- -D warnings
@@ -68,6 +107,7 @@ clippy: setup ## Lints, warnings are errors
 deny: ## Licences, bans and sources of every dependency
 	@$(FETCH) deny
 	$(RETORT_CACHE)/bin/cargo-deny --all-features check licenses bans sources
+	$(RETORT_CACHE)/bin/cargo-deny --manifest-path $(FUZZ)/Cargo.toml --config deny.toml check licenses bans sources
 
 layers: ## Who may depend on whom
 	@$(PYTHON) setup/layers.py

@@ -33,6 +33,7 @@ pub fn event(event: &proto::JobEvent) -> Value {
             "epoch": shard.epoch,
             "target_tokens": shard.target_tokens,
             "bytes": shard.bytes,
+            "reused": shard.reused,
         }),
         Some(What::AttemptLost(lost)) => json!({
             "kind": "attempt_lost",
@@ -131,6 +132,11 @@ pub fn report(report: &proto::Report) -> Value {
         "student_tokens_per_second": report.student_tokens_per_second,
         "trained_tokens": report.trained_tokens,
         "redone": report.redone.iter().map(redone).collect::<Vec<_>>(),
+        "reused": report.reused,
+        "soft_targets": report.soft_targets.as_ref().map(|stored| json!({
+            "train": stored.train.as_ref().map(fidelity),
+            "held_out": stored.held_out.as_ref().map(fidelity),
+        })),
         "promoted": report.promoted,
         "artifacts": artifacts,
     })
@@ -165,6 +171,15 @@ fn quality(quality: &proto::Quality) -> Value {
         "student_perplexity": quality.student_perplexity,
         "teacher_perplexity": quality.teacher_perplexity,
         "tokens": quality.tokens,
+    })
+}
+
+fn fidelity(fidelity: &proto::Fidelity) -> Value {
+    json!({
+        "head_mass": fidelity.head_mass,
+        "mean_abs_error": fidelity.mean_abs_error,
+        "argmax_agreement": fidelity.argmax_agreement,
+        "kl": fidelity.kl,
     })
 }
 

@@ -13,6 +13,10 @@ use crate::output::{Output, lost};
 
 /// A job that failed: the command itself did what it was asked.
 const EXIT_FAILED: u8 = 4;
+/// What was compared differs, as `diff` and `cmp` say it.
+const EXIT_DIFFERENT: u8 = 1;
+/// What was to be compared could not be, as `diff` and `cmp` say it.
+const EXIT_NOT_COMPARED: u8 = 2;
 /// Stopped by a signal, or the job was cancelled.
 pub const EXIT_INTERRUPTED: u8 = 130;
 
@@ -23,6 +27,10 @@ pub enum Outcome {
     Rejected,
     /// The job ended FAILED.
     Failed,
+    /// What was compared is not the same.
+    Different,
+    /// What was to be compared could not be, and why has been said.
+    NotCompared,
     /// The job was cancelled, or the user stopped the command.
     Interrupted,
 }
@@ -43,6 +51,8 @@ impl Outcome {
             Self::Done => ExitCode::SUCCESS,
             Self::Rejected => ExitCode::from(EXIT_REJECTED),
             Self::Failed => ExitCode::from(EXIT_FAILED),
+            Self::Different => ExitCode::from(EXIT_DIFFERENT),
+            Self::NotCompared => ExitCode::from(EXIT_NOT_COMPARED),
             Self::Interrupted => ExitCode::from(EXIT_INTERRUPTED),
         }
     }

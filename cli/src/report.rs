@@ -58,7 +58,18 @@ fn cost(job: &proto::Job, report: &proto::Report) -> String {
     }
     row("soft targets", format!("{} tokens", count(report.target_tokens)));
     row("stored in", format!("{}, {} bytes per token", bytes(report.store_bytes), rate(report.bytes_per_token)));
-    row("teacher", format!("{} tokens/s", rate(report.teacher_tokens_per_second)));
+    if let Some(stored) = report.soft_targets.as_ref().and_then(|stored| stored.train.as_ref()) {
+        let (kl, kept) = (fixed(stored.kl), percent(stored.argmax_agreement));
+        row("storing cost", format!("KL {kl} nats/token, {kept} of the first places kept"));
+    }
+    if report.reused > 0 {
+        let shards = job.plan.as_ref().map_or(0, |plan| u64::from(plan.train_shards) + u64::from(plan.held_out_shards));
+        let of = if shards > 0 { format!(" of {}", count(shards)) } else { String::new() };
+        row("reused", format!("{}{of} shards, computed for other jobs", count(report.reused.into())));
+    }
+    if report.reused == 0 || report.teacher_tokens_per_second > 0.0 {
+        row("teacher", format!("{} tokens/s", rate(report.teacher_tokens_per_second)));
+    }
     row(
         "student",
         format!("{} tokens/s, {} tokens trained", rate(report.student_tokens_per_second), count(report.trained_tokens)),

@@ -17,6 +17,7 @@ use retort_bus::EventRecord;
 use retort_core::{Error, Kind, Result};
 use tokio_util::sync::CancellationToken;
 
+pub(crate) use from_proto::is_sha256;
 pub use from_proto::{Event, What};
 
 use crate::{

@@ -1,5 +1,7 @@
 //! What a caller may ask of jobs: create, cancel, delete. And what a student may: withdraw a shard.
 
+use std::{collections::BTreeSet, slice};
+
 use retort_artifact::{paths, sha256_hex};
 use retort_core::{
     Code, Error, Result,
@@ -13,7 +15,7 @@ use crate::{
     bus::topic,
     context::Context,
     database::{
-        commit, deletions,
+        Connection, commit, deletions,
         jobs::{self, Job, NewJob},
         journal, models, shards, signed, tasks, to_json,
     },
@@ -130,11 +132,15 @@ pub async fn delete(context: &Context, id: &JobId) -> Result<()> {
             format!("{} is {}; cancel it first, or wait until it has ended", id.resource_name(), job.state),
         ));
     }
+    let reused = shards::reused_keys(&mut tx, id).await?;
     jobs::delete(&mut tx, id).await?;
-    let prefix = paths::job_prefix(id.as_str());
-    deletions::insert(&mut tx, &prefix, now_ms).await?;
+    release(&mut tx, &reused, now_ms).await?;
     // An attempt that has not yet heard of the end may write until its lease is over.
-    deletions::insert(&mut tx, &prefix, now_ms.saturating_add(context.settings.lease_ms().saturating_mul(4))).await?;
+    let later_ms = now_ms.saturating_add(context.settings.lease_ms().saturating_mul(4));
+    for prefix in [paths::job_prefix(id.as_str()), paths::quarantine_prefix(id.as_str())] {
+        deletions::insert(&mut tx, &prefix, now_ms).await?;
+        deletions::insert(&mut tx, &prefix, later_ms).await?;
+    }
     if !jobs::uses_prompt_set(&mut tx, &job.prompt_set_sha256).await? {
         deletions::insert(&mut tx, &paths::prompt_set(&job.prompt_set_sha256), now_ms).await?;
     }
@@ -144,8 +150,22 @@ pub async fn delete(context: &Context, id: &JobId) -> Result<()> {
     Ok(())
 }
 
+/// Has what a deleted job left swept again, after these keys of its shards lost a job that reused them.
+/// The objects of a job that is still there go with that job.
+async fn release(conn: &mut Connection, keys: &[String], now_ms: i64) -> Result<()> {
+    let owners: BTreeSet<&str> =
+        keys.iter().filter_map(|key| paths::parse_shard(key)).map(|(owner, ..)| owner).collect();
+    for owner in owners {
+        if jobs::find(&mut *conn, &owner.parse()?).await?.is_none() {
+            deletions::insert(&mut *conn, &paths::shards_prefix(owner), now_ms).await?;
+        }
+    }
+    Ok(())
+}
+
 /// Takes a published shard back because its bytes are not what was written; it is computed again.
-/// A shard that is not published with this epoch (any more) is left as it is.
+/// A shard that is not published with this epoch (any more) is left as it is. Other jobs that hold the
+/// same object keep it, until their own students find it corrupt; no further job gets it.
 pub async fn withdraw(context: &Context, id: &JobId, shard: u32, epoch: u64, worker: &str, reason: &str) -> Result<()> {
     let mut tx = context.database.begin().await?;
     let job = jobs::get(&mut tx, id).await?;
@@ -156,6 +176,10 @@ pub async fn withdraw(context: &Context, id: &JobId, shard: u32, epoch: u64, wor
         return Ok(());
     }
     shards::delete(&mut tx, id, shard).await?;
+    shards::mark_withdrawn(&mut tx, &published.key).await?;
+    if published.reused {
+        release(&mut tx, slice::from_ref(&published.key), context.now_ms()).await?;
+    }
     jobs::add_published(&mut tx, id, -1, -signed(published.target_tokens), -signed(published.bytes)).await?;
     tasks::void_attempts(&mut tx, &task.id).await?;
     let reason = format!("corrupt: {reason}");

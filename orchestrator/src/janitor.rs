@@ -64,25 +64,32 @@ async fn sweep_ended(context: &Context) -> Result<u64> {
 }
 
 async fn sweep_staged(context: &Context, id: &JobId) -> Result<u64> {
-    let published: HashSet<String> =
-        shards::keys(&mut *context.database.read().await?, id).await?.into_iter().collect();
-    let mut removed = 0;
-    for entry in context.store.list(&paths::shards_prefix(id.as_str())).await? {
-        if !published.contains(&entry.key) {
-            match context.store.delete(&entry.key).await {
-                Err(error) if error.code == Code::ObjectNotFound => {}
-                other => other?,
-            }
-            removed += 1;
-        }
-    }
+    let removed = sweep(context, &paths::shards_prefix(id.as_str())).await?;
     if removed > 0 {
         tracing::info!(job = %id, removed, "removed shards that were staged and never published");
     }
     Ok(removed)
 }
 
-/// What deleted jobs left. A prompt set goes only if no job uses it again by now.
+/// Removes what lies below `prefix`, but for the shards that a job holds. Only what some job holds can
+/// come to be held by another, so nothing that is removed here is asked for later.
+async fn sweep(context: &Context, prefix: &str) -> Result<u64> {
+    let held: HashSet<String> =
+        shards::keys_in_use(&mut *context.database.read().await?, prefix).await?.into_iter().collect();
+    if held.is_empty() {
+        return context.store.delete_prefix(prefix).await;
+    }
+    let mut removed = 0;
+    for entry in context.store.list(prefix).await? {
+        if !held.contains(&entry.key) {
+            removed += context.store.delete(&entry.key).await.map(|()| 1).or_else(gone)?;
+        }
+    }
+    Ok(removed)
+}
+
+/// What deleted jobs left. A prompt set goes only if no job uses it again by now, and a shard only if no
+/// other job holds it.
 async fn sweep_deleted(context: &Context) -> Result<u64> {
     let due = deletions::due(&mut *context.database.read().await?, context.now_ms()).await?;
     let mut removed = 0;
@@ -94,7 +101,7 @@ async fn sweep_deleted(context: &Context) -> Result<u64> {
                 let used = jobs::uses_prompt_set(&mut *context.database.read().await?, sha256).await?;
                 if used { 0 } else { context.store.delete(&prefix).await.map(|()| 1).or_else(gone)? }
             }
-            None => context.store.delete_prefix(&prefix).await?,
+            None => sweep(context, &prefix).await?,
         };
         let mut tx = context.database.begin().await?;
         deletions::remove(&mut tx, &prefix, due_ms).await?;

@@ -9,7 +9,7 @@ use std::time::Duration;
 
 use retort_core::{
     Code, Error, Result,
-    id::TaskId,
+    id::{JobId, TaskId},
     state::{JobState, TaskKind, TaskState},
 };
 use retort_proto::not_claimable::Reason;
@@ -272,6 +272,21 @@ pub async fn advance(conn: &mut Connection, job: &Job) -> Result<()> {
         (TaskState::Waiting, 0) => tasks::make_ready(conn, &id, 0).await,
         (TaskState::Ready | TaskState::Queued, 1..) => tasks::set_state(conn, &id, TaskState::Waiting).await,
         _ => Ok(()),
+    }
+}
+
+/// `attempt-fenced` unless this is the job's shard task and its current attempt; `request-invalid` for a
+/// task of another kind or job.
+pub async fn check(conn: &mut Connection, job: &JobId, id: &TaskId, epoch: u64) -> Result<()> {
+    match tasks::find(conn, id).await? {
+        Some(task) if task.job_id != *job || task.kind != TaskKind::Shard => {
+            Err(Error::new(Code::RequestInvalid, format!("{id} is no shard of {}", job.resource_name())))
+        }
+        Some(task) if !task.is_current(epoch) => Err(fenced(&task, epoch)),
+        Some(_) => Ok(()),
+        None => {
+            Err(Error::new(Code::AttemptFenced, format!("there is no task {id} any more; stop and write nothing more")))
+        }
     }
 }
 

@@ -27,7 +27,7 @@ use crate::{
         shards, tasks,
     },
     gates, progress,
-    report::{Evaluation, Quality, Report, TrainFinish},
+    report::{Evaluation, Quality, Report, SoftTargets, TrainFinish},
     retry::Backoff,
 };
 
@@ -250,6 +250,11 @@ async fn report(
     let recent = shards::recent(&mut snapshot, &job.id).await?;
     let redone = tasks::list_redone(&mut snapshot, &job.id).await?;
     let (train_tokens, train_bytes) = shards::totals(&mut snapshot, &job.id, Split::Train).await?;
+    let soft_targets = SoftTargets {
+        train: shards::mean_fidelity(&mut snapshot, &job.id, Split::Train).await?,
+        held_out: shards::mean_fidelity(&mut snapshot, &job.id, Split::HeldOut).await?,
+    };
+    let reused = shards::reused_keys(&mut snapshot, &job.id).await?;
     let id = job.id.as_str();
     let mut artifacts = BTreeMap::from([
         ("prompts".to_owned(), paths::prompt_set(&job.prompt_set_sha256)),
@@ -258,6 +263,9 @@ async fn report(
         ("initial".to_owned(), finish.initial_key.clone()),
         ("report".to_owned(), paths::report(id)),
     ]);
+    for (owner, ..) in reused.iter().filter_map(|key| paths::parse_shard(key)) {
+        artifacts.insert(format!("shards of {owner}"), paths::shards_prefix(owner));
+    }
     let model = promoted.map_or_else(|| paths::model_prefix(&finish.checkpoint_key), |model| model.key.clone());
     artifacts.insert("model".to_owned(), model);
     Ok(Report {
@@ -273,6 +281,8 @@ async fn report(
         student_tokens_per_second: finish.tokens_per_second,
         trained_tokens: finish.trained_tokens,
         redone,
+        reused: u32::try_from(reused.len()).unwrap_or(u32::MAX),
+        soft_targets,
         promoted: promoted.map(Model::resource_name).unwrap_or_default(),
         artifacts,
     })

@@ -5,6 +5,8 @@ use std::collections::BTreeMap;
 
 use serde::{Deserialize, Serialize};
 
+use crate::database::shards::Fidelity;
+
 /// How a student stands to its teacher on the held-out prompts.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 pub struct Quality {
@@ -96,10 +98,22 @@ pub struct Report {
     pub student_tokens_per_second: f64,
     pub trained_tokens: u64,
     pub redone: Vec<Redone>,
+    /// Shards that another job had computed.
+    #[serde(default)]
+    pub reused: u32,
+    #[serde(default)]
+    pub soft_targets: SoftTargets,
     /// `models/{name}/versions/{n}`; empty when a gate failed.
     pub promoted: String,
     /// Where the artefacts lie, as store keys.
     pub artifacts: BTreeMap<String, String>,
+}
+
+/// What storing the soft targets cost, means over the target tokens of a split.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Serialize, Deserialize)]
+pub struct SoftTargets {
+    pub train: Fidelity,
+    pub held_out: Fidelity,
 }
 
 /// JSON has no infinity and no NaN: a number that is not finite is written as null and read back as

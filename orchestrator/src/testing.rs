@@ -147,6 +147,26 @@ impl World {
         epoch
     }
 
+    /// As [`World::publish`], with the name of its work.
+    pub async fn publish_work(&self, job: &JobId, shard: u32, work: &str) -> u64 {
+        let task = TaskId::shard(job, shard);
+        let epoch = self.claim(&task, "teacher-1").await;
+        let key = paths::shard(job.as_str(), shard, epoch);
+        self.context.store.put_new(&key, Bytes::from_static(b"soft targets")).await.unwrap();
+        let What::ShardReady(ready) = shard_ready(job, shard, epoch) else { unreachable!() };
+        let ready = proto::ShardReady { work_sha256: work.to_owned(), ..ready };
+        assert_eq!(self.emit(&task, epoch, What::ShardReady(ready)).await, Outcome::Applied);
+        epoch
+    }
+
+    /// Claims a shard and reports the one at `key` as its own; its epoch.
+    pub async fn reuse(&self, job: &JobId, shard: u32, work: &str, key: &str) -> u64 {
+        let task = TaskId::shard(job, shard);
+        let epoch = self.claim(&task, "teacher-1").await;
+        assert_eq!(self.emit(&task, epoch, shard_reused(job, shard, work, key)).await, Outcome::Applied);
+        epoch
+    }
+
     /// Trains and leaves a candidate's folder in the store.
     pub async fn train(&self, job: &JobId) {
         let task = TaskId::train(job);
@@ -210,8 +230,17 @@ pub fn shard_ready(job: &JobId, shard: u32, epoch: u64) -> What {
         rows: 4,
         target_tokens: 20,
         seconds: 2.0,
-        fidelity: Some(proto::Fidelity { head_mass: 0.9, mean_abs_error: 0.01, argmax_agreement: 1.0 }),
+        fidelity: Some(proto::Fidelity { head_mass: 0.9, mean_abs_error: 0.01, argmax_agreement: 1.0, kl: 0.002 }),
+        work_sha256: String::new(),
+        reused: false,
     })
+}
+
+/// The shard at `key` again, reported by a job that did not compute it.
+pub fn shard_reused(job: &JobId, shard: u32, work: &str, key: &str) -> What {
+    let What::ShardReady(ready) = shard_ready(job, shard, 1) else { unreachable!() };
+    let (key, work_sha256) = (key.to_owned(), work.to_owned());
+    What::ShardReady(proto::ShardReady { key, work_sha256, reused: true, seconds: 0.1, ..ready })
 }
 
 pub fn train_progress(step: u32, loss: f64) -> What {

@@ -4,7 +4,11 @@ use retort_core::wire::{duration_to_proto, job_spec_to_proto, job_state_to_proto
 use retort_proto as proto;
 
 use crate::{
-    database::{jobs::Job, models::Model, shards::Published},
+    database::{
+        jobs::Job,
+        models::Model,
+        shards::{Fidelity, Published},
+    },
     planner::Plan,
     progress::Progress,
     report::{GateResult, Quality, Redone, Report, Sample},
@@ -76,6 +80,11 @@ pub fn report_to_proto(report: &Report) -> proto::Report {
             .iter()
             .map(|(tag, quality)| (tag.clone(), quality_to_proto(quality)))
             .collect(),
+        reused: report.reused,
+        soft_targets: Some(proto::SoftTargetReport {
+            train: fidelity_to_proto(&report.soft_targets.train),
+            held_out: fidelity_to_proto(&report.soft_targets.held_out),
+        }),
     }
 }
 
@@ -107,7 +116,19 @@ pub fn published_to_proto(shard: Published) -> proto::PublishedShard {
         bytes: shard.bytes,
         rows: shard.rows,
         target_tokens: shard.target_tokens,
+        work_sha256: shard.work_sha256.unwrap_or_default(),
+        reused: shard.reused,
     }
+}
+
+/// Absent when it was not measured, or not as a finite number.
+pub fn fidelity_to_proto(fidelity: &Fidelity) -> Option<proto::Fidelity> {
+    Some(proto::Fidelity {
+        head_mass: fidelity.head_mass?,
+        mean_abs_error: fidelity.mean_abs_error?,
+        argmax_agreement: fidelity.argmax_agreement?,
+        kl: fidelity.kl?,
+    })
 }
 
 pub fn model_to_proto(model: &Model) -> proto::Model {

@@ -134,6 +134,41 @@ async fn a_shard_that_stays_corrupt_ends_the_attempt() {
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn shards_that_another_job_computed_train_the_same_student() {
+    let own = World::published().await;
+    own.run(&own.train_attempt(1)).await.unwrap();
+
+    let mut world = World::new();
+    world.reuse();
+    for shard in 0..TRAIN_SHARDS + HELD_OUT_SHARDS {
+        world.publish(shard, 1).await;
+    }
+    world.run(&world.train_attempt(1)).await.unwrap();
+    assert_eq!(world.reported(), []);
+    assert_eq!(final_weights(&world).await, final_weights(&own).await);
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_reused_shard_of_other_rows_or_that_is_not_called_reused_is_refused() {
+    let mut world = World::new();
+    world.reuse();
+    world.shift = 1;
+    world.publish(0, 1).await;
+    let error = world.run(&world.train_attempt(1)).await.unwrap_err();
+    assert_eq!(error.code, Code::ShardCorrupt);
+    let expected = r#"it has row "row-1" of line 1, where the train rows go on with "row-0" of line 0"#;
+    assert!(error.message.contains(expected), "{}", error.message);
+
+    let mut world = World::new();
+    let other = "0190a5b4c6d87e8fa0b1c2d3e4f5eeee";
+    world.header.job = other.to_owned();
+    world.publish(0, 1).await;
+    let error = world.run(&world.train_attempt(1)).await.unwrap_err();
+    assert_eq!(error.code, Code::ShardCorrupt);
+    assert!(error.message.contains(other) && error.message.contains(JOB), "{}", error.message);
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn shards_of_another_tokenizer_or_vocabulary_are_refused_with_both_named() {
     let mut world = World::new();
     world.header.tokenizer_sha256 = "f00d".to_owned();

@@ -88,8 +88,8 @@ impl Judging<'_> {
         checkpoint::fetch_below(&self.cx.store, key, "model/", &folder).await?;
         let thread = self.load(folder.join("model")).await?;
 
-        let job = self.attempt.job.as_str().to_owned();
-        let mut stream = ShardStream::new(self.cx.clone(), job, Split::HeldOut, Teacher::clone(&self.teacher));
+        let mut stream =
+            ShardStream::new(self.cx.clone(), self.attempt.clone(), Split::HeldOut, Teacher::clone(&self.teacher));
         let mut overall = Tally::default();
         let mut by_tag: BTreeMap<String, Tally> = BTreeMap::new();
         let mut rows = Vec::new();

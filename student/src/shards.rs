@@ -5,10 +5,13 @@
 
 use std::{collections::VecDeque, time::Duration};
 
-use retort_artifact::soft_targets::{self, Limits, Shard};
+use retort_artifact::{
+    prompts::Row,
+    soft_targets::{self, Limits, Shard},
+};
 use retort_core::{Code, Error, Kind, Result, state::Split};
 use retort_proto::PublishedShard;
-use retort_worker::TaskContext;
+use retort_worker::{Attempt, TaskContext};
 use tokio::time::Instant;
 
 use crate::init::{Teacher, tokenizer_mismatch};
@@ -30,11 +33,13 @@ pub struct Fetched {
 /// Reads the shards of one split one after another.
 pub struct ShardStream {
     cx: TaskContext,
-    job: String,
+    attempt: Attempt,
     split: Split,
     teacher: Teacher,
     /// Lowest index that the next shard may have.
     next: u32,
+    /// Line of the prompt set that the next shard begins with; `None` at the split's first.
+    next_row: Option<u64>,
     queue: VecDeque<PublishedShard>,
     /// The queue ends with the split's last shard.
     complete: bool,
@@ -44,8 +49,18 @@ pub struct ShardStream {
 
 impl ShardStream {
     /// From the split's first shard on.
-    pub fn new(cx: TaskContext, job: String, split: Split, teacher: Teacher) -> Self {
-        Self { cx, job, split, teacher, next: 0, queue: VecDeque::new(), complete: false, withdrawn: None }
+    pub fn new(cx: TaskContext, attempt: Attempt, split: Split, teacher: Teacher) -> Self {
+        Self {
+            cx,
+            attempt,
+            split,
+            teacher,
+            next: 0,
+            next_row: None,
+            queue: VecDeque::new(),
+            complete: false,
+            withdrawn: None,
+        }
     }
 
     /// The next shard, waited for as long as the attempt lives; `None` after the last.
@@ -83,6 +98,7 @@ impl ShardStream {
             Ok(shard) => {
                 self.queue.pop_front();
                 self.next = published.shard.saturating_add(1);
+                self.next_row = shard.sequences.last().map(|last| last.row.saturating_add(1)).or(self.next_row);
                 self.withdrawn = None;
                 Ok(Some(Fetched { published, shard }))
             }
@@ -116,14 +132,20 @@ impl ShardStream {
         let decoded = tokio::task::spawn_blocking(move || soft_targets::decode(bytes, Limits::default())).await;
         let shard = decoded.map_err(|error| Error::internal(format!("decoding a shard failed: {error}")))??;
         let header = &shard.header;
-        if header.job != self.job || header.shard != published.shard || header.split != self.split.as_str() {
+        let job = self.attempt.job.as_str();
+        let own = header.job == job && header.shard == published.shard;
+        if header.split != self.split.as_str() || !(own || published.reused) {
             return Err(Error::new(
                 Code::ShardCorrupt,
                 format!(
-                    "{} says it is {} shard {} of job {}, not {} shard {} of job {}",
-                    published.key, header.split, header.shard, header.job, self.split, published.shard, self.job
+                    "{} says it is {} shard {} of job {}, not {} shard {} of job {job}",
+                    published.key, header.split, header.shard, header.job, self.split, published.shard
                 ),
             ));
+        }
+        if published.reused {
+            let rows = self.cx.prompt_set(&self.attempt).await?;
+            self.check_rows(published, &shard, &rows)?;
         }
         if header.tokenizer_sha256 != self.teacher.tokenizer_sha256 {
             return Err(tokenizer_mismatch(
@@ -142,6 +164,27 @@ impl ShardStream {
             ));
         }
         Ok(shard)
+    }
+
+    /// A reused shard's header names the job that computed it: its rows say whether it is this one.
+    fn check_rows(&self, published: &PublishedShard, shard: &Shard, rows: &[Row]) -> Result<()> {
+        let wrong = |what: String| Err(Error::new(Code::ShardCorrupt, format!("{}: {what}", published.key)));
+        if shard.sequences.len() as u64 != published.rows {
+            return wrong(format!("it has {} rows, and {} are published", shard.sequences.len(), published.rows));
+        }
+        let of_split = |row: &Row| row.split.unwrap_or(Split::Train) == self.split;
+        let first = self.next_row.or_else(|| rows.iter().position(of_split).map(|first| first as u64)).unwrap_or(0);
+        for (line, sequence) in (first..).zip(&shard.sequences) {
+            let row = usize::try_from(line).ok().and_then(|line| rows.get(line)).filter(|row| of_split(row));
+            let id = row.map_or("", |row| &row.id);
+            if row.is_none() || sequence.row != line || sequence.row_id != id {
+                return wrong(format!(
+                    "it has row {:?} of line {}, where the {} rows go on with {id:?} of line {line}",
+                    sequence.row_id, sequence.row, self.split
+                ));
+            }
+        }
+        Ok(())
     }
 
     async fn withdraw(&mut self, published: &PublishedShard, error: Error) -> Result<()> {

@@ -96,7 +96,7 @@ impl<'a> Run<'a> {
         let teacher = init::open_teacher(&attempt.spec.teacher.model).await?;
         let job = attempt.job.as_str().to_owned();
         let spec = serde_json::to_vec(&attempt.spec).map_err(|error| Error::internal(error.to_string()))?;
-        let stream = ShardStream::new(cx.clone(), job.clone(), Split::HeldOut, Teacher::clone(&teacher));
+        let stream = ShardStream::new(cx.clone(), attempt.clone(), Split::HeldOut, Teacher::clone(&teacher));
         let mut run = Self {
             attempt,
             cx,
@@ -192,8 +192,8 @@ impl<'a> Run<'a> {
         let first = self.progress.step;
         let first_pass = order.steps_per_pass();
         let (send, mut rows) = mpsc::channel(READ_AHEAD);
-        let job = self.attempt.job.as_str().to_owned();
-        let stream = ShardStream::new(self.cx.clone(), job, Split::Train, Teacher::clone(&self.teacher));
+        let stream =
+            ShardStream::new(self.cx.clone(), self.attempt.clone(), Split::Train, Teacher::clone(&self.teacher));
         let data = TrainingData::new(stream, order, self.teacher.vocab_size, self.workspace.path())?;
         // Dropped with this call, and with it the task.
         let mut loader = TaskGroup::new(CancellationToken::new());

@@ -52,6 +52,9 @@ pub struct Capabilities {
     pub generates: bool,
     pub scores: bool,
     pub teacher_sha256: String,
+    /// Of the config files that, beside the weights, say how the model computes and reads: shape, end
+    /// tokens, special tokens.
+    pub config_sha256: String,
     pub tokenizer_sha256: String,
     pub chat_template_sha256: String,
 }

@@ -1,15 +1,22 @@
 use std::time::{Duration, Instant};
 
-use retort_artifact::{paths, soft_targets::Encoded};
-use retort_core::{Code, Error, Result};
+use retort_artifact::{
+    Store, paths,
+    soft_targets::{self, Encoded, Limits},
+};
+use retort_core::{
+    Code, Error, Kind as ErrorKind, Result,
+    clock::{Clock as _, SystemClock},
+};
 use retort_proto::{self as proto, claimed::Task, worker_event::What};
 use retort_worker::{Attempt, Handler, ModelThread, TaskContext};
 use tch::{Device, Kind};
 use tokio::sync::watch;
 
 use crate::{
-    engine::native::Loaded,
-    shard::{Order, compute},
+    engine::{Capabilities, native::Loaded},
+    shard::{Order, compute, faithful},
+    work,
 };
 
 /// How often a running shard says how far it is.
@@ -38,6 +45,16 @@ impl Teacher {
             Loaded::new(device, kind)
         };
         Ok(Self { models: ModelThread::spawn("teacher-model", make)? })
+    }
+
+    /// What the teacher's engine is, and the name of the order's work, without loading the weights.
+    async fn name(&self, order: Order) -> Result<(Order, Capabilities, String)> {
+        let named = self.models.call(move |models| {
+            let teacher = models.describe(&order.teacher_dir()?)?;
+            let work_sha256 = work::work_sha256(&order, &teacher)?;
+            Ok((order, teacher, work_sha256))
+        });
+        named.await?
     }
 
     /// The shard and the seconds it took, without loading the teacher.
@@ -86,7 +103,16 @@ impl Handler for Teacher {
         };
         let rows = cx.prompt_set(&attempt).await?;
         let order = Order::new(&attempt, shard, rows)?;
-        let (encoded, seconds) = self.compute(order, cx).await?;
+        let (order, teacher, work_sha256) = self.name(order).await?;
+        let (order, found) = reuse(cx, order, teacher, &work_sha256).await?;
+        if let Some(ready) = found {
+            return cx.emit(What::ShardReady(ready)).await;
+        }
+        let (encoded, seconds) = self.compute(order.clone(), cx).await?;
+        if let Err(error) = faithful(&order, &encoded) {
+            cx.check()?;
+            return Err(set_aside(&cx.store, &order, &encoded, error).await);
+        }
         let key = paths::shard(attempt.job.as_str(), shard.shard, attempt.epoch);
         cx.check()?;
         publish(cx, &key, &encoded).await?;
@@ -108,10 +134,115 @@ impl Handler for Teacher {
                 head_mass: encoded.fidelity.head_mass,
                 mean_abs_error: encoded.fidelity.mean_abs_error,
                 argmax_agreement: encoded.fidelity.argmax_agreement,
+                kl: encoded.fidelity.kl,
             }),
+            work_sha256,
+            reused: false,
         }))
         .await
     }
+}
+
+/// The same work as some job has published it, verified as a student would; `None` when there is none
+/// or it is not sound, and then it must be computed.
+async fn reuse(
+    cx: &TaskContext,
+    order: Order,
+    teacher: Capabilities,
+    work_sha256: &str,
+) -> Result<(Order, Option<proto::ShardReady>)> {
+    let started = Instant::now();
+    let answer = match cx.find_shard(work_sha256).await {
+        Ok(answer) => answer,
+        Err(error) => {
+            cx.check()?;
+            if error.kind() == ErrorKind::Fenced {
+                return Err(error);
+            }
+            tracing::warn!(code = %error.code, "whether the shard is there already cannot be told: {}", error.chain());
+            return Ok((order, None));
+        }
+    };
+    let Some(found) = answer.shard else { return Ok((order, None)) };
+    let (order, checked) = verify(cx, order, teacher, &found).await?;
+    match checked {
+        Ok(()) => {}
+        // Computed, it would need the store too.
+        Err(error) if error.kind() == ErrorKind::Unavailable => return Err(error),
+        Err(error) => {
+            tracing::warn!(
+                key = found.key, code = %error.code,
+                "another job's shard of the same work cannot be used and is computed again: {}", error.chain()
+            );
+            return Ok((order, None));
+        }
+    }
+    tracing::info!(key = found.key, target_tokens = found.target_tokens, "another job has computed this shard");
+    let ready = proto::ShardReady {
+        key: found.key,
+        sha256: found.sha256,
+        bytes: found.bytes,
+        rows: found.rows,
+        target_tokens: found.target_tokens,
+        seconds: started.elapsed().as_secs_f64(),
+        fidelity: answer.fidelity,
+        work_sha256: work_sha256.to_owned(),
+        reused: true,
+    };
+    Ok((order, Some(ready)))
+}
+
+/// `Ok(Err(_))` says why the published shard is not what is asked for.
+async fn verify(
+    cx: &TaskContext,
+    order: Order,
+    teacher: Capabilities,
+    found: &proto::PublishedShard,
+) -> Result<(Order, Result<()>)> {
+    let bytes = match cx.store.get_verified(&found.key, &found.sha256, found.bytes).await {
+        Ok(bytes) => bytes,
+        Err(error) => return Ok((order, Err(error))),
+    };
+    let told = (found.bytes, found.rows, found.target_tokens);
+    let checked = tokio::task::spawn_blocking(move || {
+        let size = bytes.len() as u64;
+        let checked = soft_targets::decode(bytes, Limits::default()).and_then(|shard| {
+            let counted = (size, shard.sequences.len() as u64, shard.target_tokens());
+            if counted != told {
+                return Err(Error::new(
+                    Code::ShardCorrupt,
+                    format!("bytes, rows and target tokens are {counted:?}, and {told:?} are published"),
+                ));
+            }
+            work::check(&order, &teacher, &shard)
+        });
+        (order, checked)
+    });
+    checked.await.map_err(|error| Error::internal(format!("checking a shard failed: {error}")))
+}
+
+/// Keeps a shard that is not published, and why it is not, for whoever wants to know; the error names
+/// its key, or why it could not be kept.
+pub(crate) async fn set_aside(store: &Store, order: &Order, encoded: &Encoded, error: Error) -> Error {
+    let key = paths::quarantined(&order.job, order.shard, order.epoch);
+    let reason = serde_json::json!({
+        "code": error.code.as_str(),
+        "message": error.message,
+        "fidelity": encoded.fidelity,
+        "job": order.job,
+        "shard": order.shard,
+        "epoch": order.epoch,
+        "time_ms": SystemClock.now_ms(),
+    });
+    let kept = async {
+        store.put_new(&key, encoded.bytes.clone()).await?;
+        store.put_new(&paths::quarantine_reason(&order.job, order.shard, order.epoch), reason.to_string().into()).await
+    };
+    let message = match kept.await {
+        Ok(()) => format!("{}; it lies at {key}", error.message),
+        Err(why) => format!("{}; it could not be kept at {key}: {}", error.message, why.chain()),
+    };
+    Error { message, ..error }
 }
 
 /// Writes the shard under its key. The key holds the attempt's epoch, so an object that is there

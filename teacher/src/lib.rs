@@ -14,6 +14,7 @@ pub mod sampling;
 pub mod shard;
 pub mod text;
 mod torch;
+pub mod work;
 
 pub use handler::Teacher;
 

@@ -20,6 +20,7 @@ use crate::{
     engine::{Capabilities, Engine, Generation, Text, Watch},
     sampling::Sampler,
     text,
+    work::work_sha256,
 };
 
 /// Everything a shard's content depends on, besides the teacher.
@@ -111,7 +112,8 @@ impl Order {
         }
     }
 
-    fn header(&self, engine: &Capabilities) -> Result<Header> {
+    /// What the shard says of itself.
+    pub fn header(&self, engine: &Capabilities) -> Result<Header> {
         let sampling = &self.spec.teacher.sampling;
         let soft_targets = self.soft_targets();
         Ok(Header {
@@ -119,7 +121,7 @@ impl Order {
             job: self.job.clone(),
             shard: self.shard,
             epoch: self.epoch,
-            work_sha256: String::new(),
+            work_sha256: work_sha256(self, engine)?,
             split: self.split.as_str().to_owned(),
             engine: engine.engine.to_owned(),
             engine_version: engine.engine_version.to_owned(),
@@ -146,8 +148,8 @@ impl Order {
 /// Computes and encodes a shard. The same order and teacher give the same bytes.
 ///
 /// Every row is rendered and measured before the first is computed, so a row that does not fit is
-/// refused (prompt-too-long) before it costs anything. A shard whose stored numbers are not faithful
-/// to the teacher's is shard-unfaithful.
+/// refused (prompt-too-long) before it costs anything. Whether the stored numbers are what the teacher
+/// said, [`faithful`] tells.
 pub fn compute(engine: &mut dyn Engine, order: &Order, watch: Watch) -> Result<Encoded> {
     let able = engine.capabilities().clone();
     let capture = order.capture();
@@ -172,9 +174,7 @@ pub fn compute(engine: &mut dyn Engine, order: &Order, watch: Watch) -> Result<E
     } else {
         engine.score(&texts, &capture, watch)?
     };
-    let encoded = soft_targets::encode(&order.header(&able)?, &sequences)?;
-    faithful(order, &encoded)?;
-    Ok(encoded)
+    soft_targets::encode(&order.header(&able)?, &sequences)
 }
 
 /// Mean error of a stored log-probability above which a shard is not what the teacher said, nats.
@@ -182,7 +182,8 @@ const MAX_MEAN_ERROR: f64 = soft_targets::QUANTISER_MAX_ERROR as f64;
 /// Mean KL that rounding may cost, nats a position; today's takes about a thousandth of it.
 const MAX_KL: f64 = 0.01;
 
-fn faithful(order: &Order, encoded: &Encoded) -> Result<()> {
+/// Refuses (shard-unfaithful) a shard whose stored numbers are not the teacher's.
+pub fn faithful(order: &Order, encoded: &Encoded) -> Result<()> {
     let fidelity = &encoded.fidelity;
     // The first place is marked, so no rounding changes it.
     let sound = fidelity.mean_abs_error <= MAX_MEAN_ERROR && fidelity.kl <= MAX_KL && fidelity.argmax_agreement == 1.0;

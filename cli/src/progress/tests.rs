@@ -91,7 +91,13 @@ fn one_line_says_where_the_job_is() {
 #[test]
 fn text_lines_are_clean_and_complete() {
     let mut state = State::default();
-    let published = What::ShardPublished(proto::ShardPublished { shard: 1, epoch: 1, target_tokens: 1000, bytes: 9 });
+    let published = What::ShardPublished(proto::ShardPublished {
+        shard: 1,
+        epoch: 1,
+        target_tokens: 1000,
+        bytes: 9,
+        reused: false,
+    });
     let published = event(1, proto::JobState::Running, progress(2, 0), Some(published));
     state.apply(&published);
     assert_eq!(lines::line(&published, &state).unwrap(), "teach     shard 2 of 4, 2,000 tokens, 212 tokens/s");

@@ -33,6 +33,8 @@ fn job() -> proto::Job {
             worker: "teacher-9".to_owned(),
             reason: "lease expired".to_owned(),
         }],
+        reused: 0,
+        soft_targets: None,
         promoted: String::new(),
         artifacts: HashMap::from([
             ("shards".to_owned(), "jobs/j/shards/".to_owned()),
@@ -134,4 +136,20 @@ fn figures_that_are_no_numbers_do_not_break_the_table() {
     let text = render(&job, &Surroundings::default());
     let line: Vec<&str> = text.lines().filter(|line| line.starts_with("top-1 agreement")).collect();
     assert_eq!(line, ["top-1 agreement                   12.5 %      -"], "{text}");
+}
+
+#[test]
+fn what_was_reused_and_what_storing_cost_is_said_when_known() {
+    let mut job = job();
+    let report = job.report.as_mut().unwrap();
+    report.reused = 3;
+    report.teacher_tokens_per_second = 0.0;
+    let stored = proto::Fidelity { head_mass: 0.9, mean_abs_error: 0.01, argmax_agreement: 0.998, kl: 0.0123 };
+    report.soft_targets = Some(proto::SoftTargetReport { train: Some(stored), held_out: None });
+    let plan = job.plan.as_mut().unwrap();
+    (plan.train_shards, plan.held_out_shards) = (4, 1);
+    let text = render(&job, &Surroundings { width: 60, ..Default::default() });
+    assert!(text.contains("storing cost  KL 0.0123 nats/token, 99.8 % of the first places kept\n"), "{text}");
+    assert!(text.contains("reused        3 of 5 shards, computed for other jobs\n"), "{text}");
+    assert!(!text.contains("0 tokens/s\n"), "{text}");
 }

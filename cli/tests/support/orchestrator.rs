@@ -122,7 +122,7 @@ fn event(sequence: u64, last: proto::JobState) -> proto::JobEvent {
     let (state, shards, step, what) = match sequence {
         1 => (running, 0, 0, changed(proto::JobState::Queued, running)),
         2 => {
-            let shard = proto::ShardPublished { shard: 0, epoch: 1, target_tokens: 64, bytes: 512 };
+            let shard = proto::ShardPublished { shard: 0, epoch: 1, target_tokens: 64, bytes: 512, reused: false };
             (running, 1, 0, What::ShardPublished(shard))
         }
         3 => {

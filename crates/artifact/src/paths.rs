@@ -17,6 +17,14 @@ pub fn shard(job: &str, shard: u32, epoch: u64) -> String {
     format!("jobs/{job}/shards/{shard:05}/{epoch}.parquet")
 }
 
+/// Job, shard and epoch of a shard's key, None for any other key.
+pub fn parse_shard(key: &str) -> Option<(&str, u32, u64)> {
+    let (job, rest) = key.strip_prefix("jobs/")?.split_once("/shards/")?;
+    let (index, file) = rest.split_once('/')?;
+    let (index, epoch) = (index.parse().ok()?, file.strip_suffix(".parquet")?.parse().ok()?);
+    (shard(job, index, epoch) == key).then_some((job, index, epoch))
+}
+
 /// All shards of a job, every attempt at each.
 pub fn shards_prefix(job: &str) -> String {
     format!("jobs/{job}/shards/")
@@ -25,6 +33,22 @@ pub fn shards_prefix(job: &str) -> String {
 /// All attempts at one shard.
 pub fn shard_prefix(job: &str, shard: u32) -> String {
     format!("jobs/{job}/shards/{shard:05}/")
+}
+
+/// What an attempt wrote and the teacher would not answer for; never published. `epoch` is the fencing
+/// number of the attempt.
+pub fn quarantined(job: &str, shard: u32, epoch: u64) -> String {
+    format!("quarantine/{job}/{shard:05}-{epoch}.parquet")
+}
+
+/// Why it lies there, as JSON.
+pub fn quarantine_reason(job: &str, shard: u32, epoch: u64) -> String {
+    format!("quarantine/{job}/{shard:05}-{epoch}.json")
+}
+
+/// All that was set aside of a job.
+pub fn quarantine_prefix(job: &str) -> String {
+    format!("quarantine/{job}/")
 }
 
 /// Every checkpoint of a job.
@@ -108,10 +132,28 @@ mod tests {
     fn keys_are_what_the_format_says() {
         assert_eq!(prompt_set("ab12"), "prompts/ab12.jsonl");
         assert_eq!(shard("j", 7, 3), "jobs/j/shards/00007/3.parquet");
+        assert_eq!(quarantined("j", 7, 3), "quarantine/j/00007-3.parquet");
+        assert!(quarantine_reason("j", 7, 3).starts_with(&quarantine_prefix("j")));
         assert_eq!(checkpoint("j", 40, 2), "jobs/j/checkpoints/000040-2/");
         assert_eq!(manifest(&initial("j", 2)), "jobs/j/initial-2/manifest.json");
         assert_eq!(model_version("m", 1), "models/m/versions/000001.json");
         assert_eq!(model_folder("m", 1), "models/m/000001/");
+    }
+
+    #[test]
+    fn a_shards_key_says_its_job_and_attempt() {
+        assert_eq!(parse_shard(&shard("j", 7, 3)), Some(("j", 7, 3)));
+        assert_eq!(parse_shard(&shard("j", 123_456, 3)), Some(("j", 123_456, 3)));
+        for other in [
+            "jobs/j/shards/00007/3",
+            "jobs/j/shards/7/3.parquet",
+            "jobs/j/shards/00007/+3.parquet",
+            "jobs/j/shards/00007/../3.parquet",
+            "jobs/j/checkpoints/000040-12/",
+            "/jobs/j/shards/00007/3.parquet",
+        ] {
+            assert_eq!(parse_shard(other), None, "{other}");
+        }
     }
 
     #[test]

@@ -9,6 +9,7 @@
 mod decode;
 mod describe;
 mod encode;
+pub mod export;
 mod fidelity;
 mod guard;
 mod header;

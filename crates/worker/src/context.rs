@@ -191,6 +191,18 @@ impl TaskContext {
         self.ask(|| self.orchestrator.list_published_shards(request.clone())).await
     }
 
+    /// A published shard of any job with the content that `work_sha256` names; asks again while the
+    /// orchestrator is away.
+    pub async fn find_shard(&self, work_sha256: &str) -> Result<proto::FindShardResponse> {
+        let request = proto::FindShardRequest {
+            job_id: self.job_id.clone(),
+            task_id: self.task_id.clone(),
+            epoch: self.epoch,
+            work_sha256: work_sha256.to_owned(),
+        };
+        self.ask(|| self.orchestrator.find_shard(request.clone())).await
+    }
+
     /// Has a published shard withdrawn and computed again; asks again while the orchestrator is away.
     pub async fn report_corrupt_shard(&self, shard: u32, epoch: u64, reason: &str) -> Result<()> {
         let request = proto::ReportCorruptShardRequest {

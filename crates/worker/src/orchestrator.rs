@@ -67,6 +67,11 @@ impl ports::Orchestrator for Grpc {
         answer.map(tonic::Response::into_inner).map_err(|status| from_status(&status))
     }
 
+    async fn find_shard(&self, request: proto::FindShardRequest) -> Result<proto::FindShardResponse> {
+        let answer = self.client.clone().find_shard(request).await;
+        answer.map(tonic::Response::into_inner).map_err(|status| from_status(&status))
+    }
+
     async fn report_corrupt_shard(&self, request: proto::ReportCorruptShardRequest) -> Result<()> {
         let answer = self.client.clone().report_corrupt_shard(request).await;
         answer.map(|_| ()).map_err(|status| from_status(&status))

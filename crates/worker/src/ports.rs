@@ -13,6 +13,7 @@ pub trait Orchestrator: Send + Sync + 'static {
         &self,
         request: proto::ListPublishedShardsRequest,
     ) -> Result<proto::ListPublishedShardsResponse>;
+    async fn find_shard(&self, request: proto::FindShardRequest) -> Result<proto::FindShardResponse>;
     async fn report_corrupt_shard(&self, request: proto::ReportCorruptShardRequest) -> Result<()>;
 }
 

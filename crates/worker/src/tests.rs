@@ -260,3 +260,12 @@ async fn asking_for_shards_outlives_an_orchestrator_that_is_away() {
     assert_eq!(answer, proto::ListPublishedShardsResponse { shards: vec![], complete: true });
     cx.report_corrupt_shard(1, 2, "wrong sha256").await.unwrap();
 }
+
+#[tokio::test(start_paused = true)]
+async fn asking_for_published_work_outlives_an_orchestrator_that_is_away() {
+    let bench = Bench::new();
+    bench.orchestrator_away_for(Duration::from_secs(30));
+    let Answer::Claimed(claim) = claimed(1, 15.0) else { unreachable!() };
+    let answer = bench.context(&claim).find_shard(&"c".repeat(64)).await.unwrap();
+    assert_eq!(answer, proto::FindShardResponse::default());
+}

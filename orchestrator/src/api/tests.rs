@@ -146,16 +146,21 @@ impl Service {
             }
         };
         for what in whats {
-            self.bus.write(WorkerEvent {
-                event_id: uuid::Uuid::now_v7().to_string(),
-                time: None,
-                job_id: claimed.job_id.clone(),
-                task_id: claimed.task_id.clone(),
-                epoch: claimed.epoch,
-                worker_id: "worker-1".to_owned(),
-                what: Some(what),
-            });
+            self.report(&claimed.task_id, claimed.epoch, what);
         }
+    }
+
+    fn report(&self, task_id: &str, epoch: u64, what: What) {
+        let (job_id, _) = task_id.split_once('/').unwrap();
+        self.bus.write(WorkerEvent {
+            event_id: uuid::Uuid::now_v7().to_string(),
+            time: None,
+            job_id: job_id.to_owned(),
+            task_id: task_id.to_owned(),
+            epoch,
+            worker_id: "worker-1".to_owned(),
+            what: Some(what),
+        });
     }
 
     async fn watch(&mut self, name: &str, after_sequence: u64) -> (Vec<proto::JobEvent>, Option<Error>) {
@@ -425,5 +430,46 @@ async fn health_and_reflection_answer() {
         let answer = health.check(request).await.unwrap().into_inner();
         assert_eq!(answer.status(), tonic_health::pb::health_check_response::ServingStatus::Serving, "{name}");
     }
+    service.stop().await;
+}
+
+#[tokio::test]
+async fn a_teacher_is_told_of_a_published_shard_of_the_same_work() {
+    let mut service = service().await;
+    let created = service.create().await;
+    let id = format!("{}/shard-00000", created.uid);
+    let claimed = service.claim(&id, "worker-1").await.unwrap();
+    let good = proto::FindShardRequest {
+        job_id: created.uid.clone(),
+        task_id: claimed.task_id.clone(),
+        epoch: claimed.epoch,
+        work_sha256: "C".repeat(64),
+    };
+    let none = service.workers.find_shard(good.clone()).await.unwrap().into_inner();
+    assert_eq!(none, proto::FindShardResponse::default());
+    for (work, name) in [(String::new(), "empty"), ("c".repeat(65), "long"), ("g".repeat(64), "no hex")] {
+        let request = proto::FindShardRequest { work_sha256: work, ..good.clone() };
+        assert_eq!(code(&service.workers.find_shard(request).await.unwrap_err()), Code::RequestInvalid, "{name}");
+    }
+    for task_id in [format!("{}/train", created.uid), "nonsense".to_owned()] {
+        let request = proto::FindShardRequest { task_id, ..good.clone() };
+        assert_eq!(code(&service.workers.find_shard(request).await.unwrap_err()), Code::RequestInvalid);
+    }
+    let stale = proto::FindShardRequest { epoch: claimed.epoch + 1, ..good.clone() };
+    assert_eq!(code(&service.workers.find_shard(stale).await.unwrap_err()), Code::AttemptFenced);
+
+    let Some(proto::claimed::Task::Shard(task)) = claimed.task else { unreachable!() };
+    let ready = testing::shard_ready(&created.uid.parse().unwrap(), task.shard, claimed.epoch);
+    let What::ShardReady(ready) = ready else { unreachable!() };
+    let ready = proto::ShardReady { work_sha256: "c".repeat(64), ..ready };
+    service.report(&claimed.task_id, claimed.epoch, What::ShardReady(ready.clone()));
+    while service.get(&created.name).await.unwrap().progress.unwrap().shards_published < 1 {
+        tokio::time::sleep(Duration::from_millis(10)).await;
+    }
+    let found = service.workers.find_shard(good).await.unwrap().into_inner();
+    assert_eq!(found.fidelity, ready.fidelity);
+    let shard = found.shard.unwrap();
+    assert_eq!((shard.key, shard.sha256, shard.bytes), (ready.key, ready.sha256, ready.bytes));
+    assert_eq!((shard.work_sha256, shard.reused), (ready.work_sha256, false));
     service.stop().await;
 }

@@ -12,10 +12,11 @@ use super::{invalid, refuse};
 use crate::{
     context::Context,
     database::{jobs, shards},
+    events::is_sha256,
     intake,
     leases::{self, Beat, Claim, Lease},
     planner,
-    to_proto::published_to_proto,
+    to_proto::{fidelity_to_proto, published_to_proto},
 };
 
 /// Shards listed at once; the caller asks on from where the answer ends.
@@ -112,6 +113,25 @@ impl Workers {
         })
     }
 
+    async fn find(&self, request: proto::FindShardRequest) -> Result<proto::FindShardResponse> {
+        let id: JobId = request.job_id.parse()?;
+        let task_id: TaskId = request.task_id.parse()?;
+        if !is_sha256(&request.work_sha256) {
+            let shown: String = request.work_sha256.chars().take(80).collect();
+            return Err(invalid(format!("work_sha256 is {shown:?}; it must be 64 hexadecimal digits")));
+        }
+        let mut snapshot = self.context.database.read().await?;
+        leases::check(&mut snapshot, &id, &task_id, request.epoch).await?;
+        let found = shards::find_work(&mut snapshot, &request.work_sha256.to_ascii_lowercase()).await?;
+        Ok(match found {
+            Some((shard, fidelity)) => proto::FindShardResponse {
+                fidelity: fidelity_to_proto(&fidelity),
+                shard: Some(published_to_proto(shard)),
+            },
+            None => proto::FindShardResponse::default(),
+        })
+    }
+
     async fn withdraw(&self, request: proto::ReportCorruptShardRequest) -> Result<()> {
         let worker = worker_id(&request.worker_id)?;
         let id: JobId = request.job_id.parse()?;
@@ -142,6 +162,13 @@ impl WorkerService for Workers {
         request: Request<proto::ListPublishedShardsRequest>,
     ) -> Result<Response<proto::ListPublishedShardsResponse>, Status> {
         self.list(request.into_inner()).await.map(Response::new).map_err(refuse)
+    }
+
+    async fn find_shard(
+        &self,
+        request: Request<proto::FindShardRequest>,
+    ) -> Result<Response<proto::FindShardResponse>, Status> {
+        self.find(request.into_inner()).await.map(Response::new).map_err(refuse)
     }
 
     async fn report_corrupt_shard(

@@ -39,6 +39,16 @@ pub(super) async fn apply(context: &Context, conn: &mut Connection, event: &Even
             format!("epoch {} of {} was never claimed; the newest is {}", event.epoch, task.id, task.epoch),
         ));
     }
+    if let What::ShardReady { published, .. } = &event.what
+        && published.reused
+        && task.is_current(event.epoch)
+        && !shards::is_reusable(&mut *conn, published).await?
+    {
+        return Err(Error::new(
+            Code::BusMalformed,
+            format!("{} reuses {}, and no job has published that as this work", task.id, published.key),
+        ));
+    }
     if !offsets::mark_applied(&mut *conn, &event.id, &job.id).await? {
         return Ok(Outcome::Repeated);
     }
@@ -89,10 +99,11 @@ pub(super) async fn apply(context: &Context, conn: &mut Connection, event: &Even
                 epoch: published.epoch,
                 target_tokens: published.target_tokens,
                 bytes: published.bytes,
+                reused: published.reused,
             };
             tracing::info!(
                 job = %job.id, task = task.id.short(), epoch = event.epoch, tokens = published.target_tokens,
-                bytes = published.bytes, "published"
+                bytes = published.bytes, reused = published.reused, "published"
             );
             append(context, conn, &job, job_event::What::ShardPublished(what)).await
         }

@@ -10,7 +10,7 @@ use retort_proto::{self as proto, worker_event};
 use crate::{
     database::{
         jobs::Step,
-        shards::{Measured, Published},
+        shards::{Fidelity, Measured, Published},
     },
     report::{Evaluation, Quality, Sample, TrainFinish},
 };
@@ -69,29 +69,26 @@ fn what_from_proto(job: &JobId, task: &TaskId, epoch: u64, time_ms: i64, what: &
     Ok(match what {
         worker_event::What::ShardReady(ready) => {
             let shard = shard_index(task)?;
-            let expected = paths::shard(job.as_str(), shard, epoch);
-            if ready.key != expected {
-                return Err(malformed(&format!("shard_ready.key is {:?}, not {expected:?}", cut(&ready.key, 200))));
-            }
-            if ready.sha256.len() != 64 || !ready.sha256.bytes().all(|b| b.is_ascii_hexdigit()) {
-                return Err(malformed("shard_ready.sha256 is not 64 hexadecimal digits"));
-            }
+            let work_sha256 = match ready.work_sha256.as_str() {
+                "" => None,
+                text => Some(sha256("shard_ready.work_sha256", text)?),
+            };
+            shard_key(job, shard, epoch, ready, work_sha256.is_some())?;
             What::ShardReady {
                 published: Published {
                     shard,
                     epoch,
-                    key: expected,
-                    sha256: ready.sha256.to_ascii_lowercase(),
+                    key: ready.key.clone(),
+                    sha256: sha256("shard_ready.sha256", &ready.sha256)?,
                     bytes: bounded("shard_ready.bytes", ready.bytes)?,
                     rows: bounded("shard_ready.rows", ready.rows)?,
                     target_tokens: bounded("shard_ready.target_tokens", ready.target_tokens)?,
+                    work_sha256,
+                    reused: ready.reused,
                 },
                 measured: Measured {
                     seconds: not_negative(ready.seconds),
-                    fidelity: ready
-                        .fidelity
-                        .as_ref()
-                        .map(|fidelity| (fidelity.head_mass, fidelity.mean_abs_error, fidelity.argmax_agreement)),
+                    fidelity: ready.fidelity.as_ref().map(fidelity).unwrap_or_default(),
                     publish_ms: time_ms,
                 },
             }
@@ -170,6 +167,49 @@ fn sample(sample: &proto::Sample) -> Sample {
         student_before: cut(&sample.student_before, MAX_TEXT),
         student_after: cut(&sample.student_after, MAX_TEXT),
     }
+}
+
+/// An attempt writes under its own key. A reused shard lies at the key of some job's shard; whether it
+/// is published there, the database knows.
+fn shard_key(job: &JobId, shard: u32, epoch: u64, ready: &proto::ShardReady, has_work: bool) -> Result<()> {
+    let shown = cut(&ready.key, 200);
+    if !ready.reused {
+        let expected = paths::shard(job.as_str(), shard, epoch);
+        return if ready.key == expected {
+            Ok(())
+        } else {
+            Err(malformed(&format!("shard_ready.key is {shown:?}, not {expected:?}")))
+        };
+    }
+    if !has_work {
+        return Err(malformed("shard_ready is reused and does not say of which work_sha256"));
+    }
+    match paths::parse_shard(&ready.key) {
+        Some((owner, ..)) if owner.parse::<JobId>().is_ok() => Ok(()),
+        _ => Err(malformed(&format!("shard_ready.key is {shown:?}, which is no shard's"))),
+    }
+}
+
+fn fidelity(fidelity: &proto::Fidelity) -> Fidelity {
+    Fidelity {
+        head_mass: Some(fidelity.head_mass),
+        mean_abs_error: Some(fidelity.mean_abs_error),
+        argmax_agreement: Some(fidelity.argmax_agreement),
+        kl: Some(fidelity.kl),
+    }
+}
+
+fn sha256(field: &str, text: &str) -> Result<String> {
+    if is_sha256(text) {
+        Ok(text.to_ascii_lowercase())
+    } else {
+        Err(malformed(&format!("{field} is {:?}, not 64 hexadecimal digits", cut(text, 80))))
+    }
+}
+
+/// Whether this is a SHA-256 in hexadecimal.
+pub(crate) fn is_sha256(text: &str) -> bool {
+    text.len() == 64 && text.bytes().all(|byte| byte.is_ascii_hexdigit())
 }
 
 fn shard_index(task: &TaskId) -> Result<u32> {

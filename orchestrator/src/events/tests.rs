@@ -1,3 +1,4 @@
+use retort_artifact::paths;
 use retort_bus::EventRecord;
 use retort_core::{
     Code,
@@ -282,4 +283,65 @@ async fn a_full_disk_applies_neither_the_event_nor_its_offset() {
     world.context.database.limit_pages(None).await;
     assert_eq!(apply(&world.context, &record).await.unwrap(), Outcome::Applied);
     assert_eq!(next_offset(&world).await, 101);
+}
+
+#[tokio::test]
+async fn a_reused_shard_is_published_at_the_key_it_has() {
+    let world = World::new().await;
+    let (first, second) = (world.job().await, world.job().await);
+    let work = "c".repeat(64);
+    let epoch = world.publish_work(&first, 2, &work).await;
+    let key = paths::shard(first.as_str(), 2, epoch);
+    let of_second = world.reuse(&second, 2, &work, &key).await;
+    let found = shards::find(&mut world.context.database.read().await.unwrap(), &second, 2).await.unwrap().unwrap();
+    assert_eq!((found.key, found.epoch, found.reused), (key, of_second, true));
+    assert_eq!(found.work_sha256.unwrap(), work);
+
+    let read = world.read_job(&second).await;
+    assert_eq!((read.shards_published, read.target_tokens, read.store_bytes), (1, 20, 1000));
+    // What was not computed says nothing of the teacher's speed.
+    let progress = world.journal(&second).await.pop().unwrap().progress.unwrap();
+    assert_eq!(progress.teacher_tokens_per_second, 0.0);
+    let told = world.journal(&second).await.into_iter().find_map(|event| match event.what {
+        Some(job_event::What::ShardPublished(published)) => Some(published.reused),
+        _ => None,
+    });
+    assert_eq!(told, Some(true));
+}
+
+#[tokio::test]
+async fn only_a_published_shard_of_the_same_work_can_be_reused() {
+    let world = World::new().await;
+    let (first, second) = (world.job().await, world.job().await);
+    let work = "c".repeat(64);
+    let epoch = world.publish_work(&first, 2, &work).await;
+    let key = paths::shard(first.as_str(), 2, epoch);
+    let task = TaskId::shard(&second, 2);
+    let own = world.claim(&task, "teacher-1").await;
+
+    let changed = |change: fn(&mut proto::ShardReady)| {
+        let worker_event::What::ShardReady(mut ready) = shard_reused(&second, 2, &work, &key) else { unreachable!() };
+        change(&mut ready);
+        worker_event::What::ShardReady(ready)
+    };
+    let events = [
+        changed(|ready| ready.work_sha256 = "d".repeat(64)),
+        changed(|ready| ready.work_sha256.clear()),
+        changed(|ready| ready.work_sha256 = "c".repeat(63)),
+        changed(|ready| ready.sha256 = "b".repeat(64)),
+        changed(|ready| ready.bytes += 1),
+        changed(|ready| ready.target_tokens += 1),
+        changed(|ready| ready.reused = false),
+        changed(|ready| ready.key = ready.key.replace("/1.parquet", "/2.parquet")),
+        changed(|ready| ready.key = "models/support/000001/model.safetensors".to_owned()),
+        changed(|ready| ready.key = format!("jobs/../{}", ready.key)),
+    ];
+    let count = events.len() as i64;
+    for (index, what) in events.into_iter().enumerate() {
+        let outcome = world.emit(&task, own, what).await;
+        assert!(matches!(outcome, Outcome::Skipped(_)), "{index}: {outcome:?}");
+    }
+    assert_eq!(skipped(&world).await, count);
+    assert_eq!(world.task_state(&task).await, TaskState::Leased);
+    assert_eq!(world.emit(&task, own, changed(|_| {})).await, Outcome::Applied);
 }

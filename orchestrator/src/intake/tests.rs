@@ -56,3 +56,38 @@ async fn only_an_ended_job_is_deleted() {
     delete(&world.context, &job).await.unwrap();
     assert_eq!(delete(&world.context, &job).await.unwrap_err().code, Code::JobNotFound);
 }
+
+#[tokio::test]
+async fn a_shard_found_corrupt_is_told_to_no_further_job() {
+    let world = World::new().await;
+    let (first, second) = (world.job().await, world.job().await);
+    let work = "c".repeat(64);
+    let epoch = world.publish_work(&first, 0, &work).await;
+    let key = paths::shard(first.as_str(), 0, epoch);
+    let reused = world.reuse(&second, 0, &work, &key).await;
+    let find = async || {
+        let found = shards::find_work(&mut world.context.database.read().await.unwrap(), &work).await.unwrap();
+        found.map(|(shard, _)| shard.key)
+    };
+    assert_eq!(find().await, Some(key.clone()));
+
+    withdraw(&world.context, &second, 0, reused, "student-1", "wrong checksum").await.unwrap();
+    assert_eq!(world.task_state(&TaskId::shard(&second, 0)).await, TaskState::Ready);
+    // The first job keeps what it has until its own student complains.
+    assert_eq!(world.task_state(&TaskId::shard(&first, 0)).await, TaskState::Done);
+    assert_eq!(world.read_job(&first).await.shards_published, 1);
+    assert_eq!(find().await, None);
+    let task = TaskId::shard(&second, 0);
+    let again = world.claim(&task, "teacher-1").await;
+    let outcome = world.emit(&task, again, shard_reused(&second, 0, &work, &key)).await;
+    assert!(matches!(outcome, crate::events::Outcome::Skipped(_)), "{outcome:?}");
+
+    // The second job's own shard is the one to reuse from here on.
+    let retort_proto::worker_event::What::ShardReady(ready) = shard_ready(&second, 0, again) else { unreachable!() };
+    let ready = retort_proto::ShardReady { work_sha256: work.clone(), ..ready };
+    world.emit(&task, again, retort_proto::worker_event::What::ShardReady(ready)).await;
+    assert_eq!(find().await, Some(paths::shard(second.as_str(), 0, again)));
+
+    withdraw(&world.context, &first, 0, epoch, "student-1", "wrong checksum").await.unwrap();
+    assert_eq!(world.read_job(&second).await.shards_published, 1);
+}

@@ -33,8 +33,15 @@ async fn a_deleted_jobs_objects_go_and_its_model_stays() {
     world.context.store.put_new(&prompts, Bytes::from_static(b"{}")).await.unwrap();
     world.complete(&job, 0.1).await;
     promotion::judge_ready(&world.context).await.unwrap();
+    let aside = paths::quarantined(job.as_str(), 0, 1);
+    let aside_of_other = paths::quarantined(other.as_str(), 0, 1);
+    for key in [&aside, &aside_of_other] {
+        world.context.store.put_new(key, Bytes::from_static(b"unfaithful")).await.unwrap();
+    }
     intake::delete(&world.context, &job).await.unwrap();
     tidy(&world.context).await.unwrap();
+    assert!(!world.context.store.exists(&aside).await.unwrap());
+    assert!(world.context.store.exists(&aside_of_other).await.unwrap());
     assert_eq!(world.context.store.list(&paths::job_prefix(job.as_str())).await.unwrap().len(), 0);
     assert!(world.context.store.exists("models/support/versions/000001.json").await.unwrap());
     // The other job has the same prompt set.
@@ -51,4 +58,70 @@ async fn a_deleted_jobs_objects_go_and_its_model_stays() {
     intake::delete(&world.context, &other).await.unwrap();
     tidy(&world.context).await.unwrap();
     assert!(!world.context.store.exists(&prompts).await.unwrap());
+}
+
+/// Two jobs, the second with the first one's shards 0 and 1; the keys of both.
+async fn sharing(world: &World) -> ([JobId; 2], [String; 2]) {
+    let (first, second) = (world.job().await, world.job().await);
+    let mut keys = Vec::new();
+    for shard in [0, 1] {
+        let work = shard.to_string().repeat(64);
+        let epoch = world.publish_work(&first, shard, &work).await;
+        let key = paths::shard(first.as_str(), shard, epoch);
+        world.reuse(&second, shard, &work, &key).await;
+        keys.push(key);
+    }
+    world.publish(&first, 2).await;
+    ([first, second], keys.try_into().unwrap())
+}
+
+async fn end(world: &World, job: &JobId) {
+    intake::cancel(&world.context, job).await.unwrap();
+    intake::delete(&world.context, job).await.unwrap();
+    tidy(&world.context).await.unwrap();
+}
+
+async fn left(world: &World) -> Vec<String> {
+    let entries = world.context.store.list("jobs/").await.unwrap();
+    let mut keys: Vec<_> = entries.into_iter().map(|entry| entry.key).collect();
+    keys.sort();
+    keys
+}
+
+#[tokio::test]
+async fn a_shard_goes_with_the_last_job_that_holds_it() {
+    let world = World::new().await;
+    let ([first, second], keys) = sharing(&world).await;
+    end(&world, &first).await;
+    assert_eq!(left(&world).await, keys);
+    // The second sweep, and the tidying of ended jobs, spare them too.
+    world.clock.advance_ms(60_000);
+    tidy(&world.context).await.unwrap();
+    assert_eq!(left(&world).await, keys);
+    end(&world, &second).await;
+    assert_eq!(left(&world).await, Vec::<String>::new());
+}
+
+#[tokio::test]
+async fn a_job_that_reused_goes_and_leaves_the_others_shards() {
+    let world = World::new().await;
+    let ([first, second], _) = sharing(&world).await;
+    let before = left(&world).await;
+    end(&world, &second).await;
+    assert_eq!(left(&world).await, before);
+    end(&world, &first).await;
+    assert_eq!(left(&world).await, Vec::<String>::new());
+}
+
+#[tokio::test]
+async fn a_shard_withdrawn_by_the_last_job_that_holds_it_goes() {
+    let world = World::new().await;
+    let ([first, second], [gone, kept]) = sharing(&world).await;
+    end(&world, &first).await;
+    let epoch =
+        shards::find(&mut world.context.database.read().await.unwrap(), &second, 0).await.unwrap().unwrap().epoch;
+    intake::withdraw(&world.context, &second, 0, epoch, "student-1", "wrong checksum").await.unwrap();
+    tidy(&world.context).await.unwrap();
+    assert_eq!(left(&world).await, [kept]);
+    assert!(!world.context.store.exists(&gone).await.unwrap());
 }

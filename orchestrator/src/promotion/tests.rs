@@ -1,6 +1,7 @@
 use bytes::Bytes;
 use retort_artifact::paths;
-use retort_core::state::JobState;
+use retort_core::{id::TaskId, state::JobState};
+use retort_proto::worker_event;
 
 use super::*;
 use crate::testing::*;
@@ -142,4 +143,33 @@ async fn nothing_is_judged_while_a_shard_is_being_redone() {
     let report = world.read_job(&job).await.report.unwrap();
     assert_eq!(report.redone.len(), 1);
     assert_eq!(report.redone[0].reason, "corrupt: bad");
+}
+
+#[tokio::test]
+async fn the_report_says_what_was_reused_and_what_storing_cost() {
+    let world = World::new().await;
+    let (first, second) = (world.job().await, world.job().await);
+    let work = "c".repeat(64);
+    let epoch = world.publish_work(&first, 0, &work).await;
+    let key = paths::shard(first.as_str(), 0, epoch);
+    world.reuse(&second, 0, &work, &key).await;
+    // A shard of twice as many tokens, stored five times as badly, and a held-out one not measured.
+    for (shard, tokens, kl) in [(1, 40, 0.01), (2, 0, 9.0), (3, 20, 0.004), (4, 20, f64::NAN)] {
+        let task = TaskId::shard(&second, shard);
+        let epoch = world.claim(&task, "teacher-1").await;
+        let worker_event::What::ShardReady(mut ready) = shard_ready(&second, shard, epoch) else { unreachable!() };
+        ready.target_tokens = tokens;
+        ready.fidelity.as_mut().unwrap().kl = kl;
+        world.emit(&task, epoch, worker_event::What::ShardReady(ready)).await;
+    }
+    world.train(&second).await;
+    world.evaluate(&second, 0.1).await;
+    judge_ready(&world.context).await.unwrap();
+    let report = world.read_job(&second).await.report.unwrap();
+    assert_eq!(report.reused, 1);
+    assert_eq!(report.artifacts[&format!("shards of {first}")], paths::shards_prefix(first.as_str()));
+    let train = report.soft_targets.train;
+    assert!((train.kl.unwrap() - (20.0 * 0.002 + 40.0 * 0.01) / 60.0).abs() < 1e-12, "{train:?}");
+    assert!((train.head_mass.unwrap() - 0.9).abs() < 1e-12, "{train:?}");
+    assert_eq!(report.soft_targets.held_out.kl, Some(0.004));
 }

@@ -5,9 +5,9 @@ mod score;
 
 use std::path::{Path, PathBuf};
 
-use retort_artifact::soft_targets::Sequence;
+use retort_artifact::{sha256_hex, soft_targets::Sequence};
 use retort_core::{Code, Error, Result, spec::MAX_HEAD};
-use retort_llama::{Model, Tokenizer};
+use retort_llama::{Config, Model, Tokenizer};
 use tch::{Device, Kind};
 use time::{OffsetDateTime, macros::datetime};
 
@@ -28,13 +28,27 @@ impl Native {
     /// Loads a Hugging Face folder.
     pub fn load(dir: &Path, device: Device, kind: Kind) -> Result<Self> {
         let fingerprint = Fingerprint::of(dir)?;
-        let mut tokenizer = Tokenizer::from_dir(dir).map_err(model)?;
-        // Some templates write today's date into the prompt; a shard computed again tomorrow must
-        // be the same.
-        tokenizer.pin_date(PINNED_DATE).map_err(model)?;
+        let tokenizer = tokenizer(dir)?;
         let model_ = Model::load(dir, device, kind).map_err(model)?;
         model_.set_trainable(false);
-        let config = model_.config();
+        let capabilities = Self::capabilities(dir, &fingerprint, &tokenizer, model_.config(), kind)?;
+        Ok(Self { model: model_, tokenizer, capabilities })
+    }
+
+    /// What the folder's engine will be, without its weights in memory; they are read once, for their hash.
+    pub fn describe(dir: &Path, kind: Kind) -> Result<Capabilities> {
+        let fingerprint = Fingerprint::of(dir)?;
+        let config = Config::from_dir(dir).map_err(model)?;
+        Self::capabilities(dir, &fingerprint, &tokenizer(dir)?, &config, kind)
+    }
+
+    fn capabilities(
+        dir: &Path,
+        fingerprint: &Fingerprint,
+        tokenizer: &Tokenizer,
+        config: &Config,
+        kind: Kind,
+    ) -> Result<Capabilities> {
         let vocab_size = u32::try_from(config.vocab_size)
             .map_err(|_| Error::new(Code::ModelUnsupported, format!("a vocabulary of {}", config.vocab_size)))?;
         if tokenizer.vocab_size() > vocab_size {
@@ -47,7 +61,7 @@ impl Native {
                 ),
             ));
         }
-        let capabilities = Capabilities {
+        Ok(Capabilities {
             engine: "native",
             engine_version: env!("CARGO_PKG_VERSION"),
             dtype: match kind {
@@ -61,11 +75,35 @@ impl Native {
             generates: true,
             scores: true,
             teacher_sha256: fingerprint.weights_sha256()?,
+            config_sha256: config_sha256(dir)?,
             tokenizer_sha256: tokenizer.tokenizer_sha256(),
             chat_template_sha256: tokenizer.chat_template_sha256(),
-        };
-        Ok(Self { model: model_, tokenizer, capabilities })
+        })
     }
+}
+
+fn tokenizer(dir: &Path) -> Result<Tokenizer> {
+    let mut tokenizer = Tokenizer::from_dir(dir).map_err(model)?;
+    // Some templates write today's date into the prompt; a shard computed again tomorrow must be the
+    // same.
+    tokenizer.pin_date(PINNED_DATE).map_err(model)?;
+    Ok(tokenizer)
+}
+
+/// SHA-256 over the names and contents of the folder's config files, those that there are.
+fn config_sha256(dir: &Path) -> Result<String> {
+    let mut listing = Vec::new();
+    for name in ["config.json", "generation_config.json", "tokenizer_config.json", "special_tokens_map.json"] {
+        match std::fs::read(dir.join(name)) {
+            Ok(bytes) => {
+                listing.extend_from_slice(format!("{name} {}\n", bytes.len()).as_bytes());
+                listing.extend_from_slice(&bytes);
+            }
+            Err(error) if error.kind() == std::io::ErrorKind::NotFound => {}
+            Err(error) => return Err(Error::io(dir.join(name), error)),
+        }
+    }
+    Ok(sha256_hex(&listing))
 }
 
 impl Engine for Native {
@@ -102,11 +140,27 @@ pub struct Loaded {
     device: Device,
     kind: Kind,
     engine: Option<(PathBuf, Fingerprint, Native)>,
+    /// Of the folder that was asked about last.
+    described: Option<(PathBuf, Fingerprint, Capabilities)>,
 }
 
 impl Loaded {
     pub fn new(device: Device, kind: Kind) -> Self {
-        Self { device, kind, engine: None }
+        Self { device, kind, engine: None, described: None }
+    }
+
+    /// [`Native::describe`], read again only when another folder is asked about or its files changed.
+    pub fn describe(&mut self, dir: &Path) -> Result<Capabilities> {
+        let fingerprint = Fingerprint::of(dir)?;
+        if let Some((path, known, capabilities)) = &self.described
+            && path == dir
+            && *known == fingerprint
+        {
+            return Ok(capabilities.clone());
+        }
+        let capabilities = Native::describe(dir, self.kind)?;
+        self.described = Some((dir.to_owned(), fingerprint, capabilities.clone()));
+        Ok(capabilities)
     }
 
     pub fn get(&mut self, dir: &Path) -> Result<&mut Native> {

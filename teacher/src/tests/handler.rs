@@ -13,7 +13,11 @@ use retort_worker::{
 use tch::{Device, Kind};
 
 use super::{SAMPLED, rows, spec, tiny};
-use crate::Teacher;
+use crate::{
+    Teacher,
+    handler::set_aside,
+    shard::{compute, faithful},
+};
 
 const JOB: &str = "0190a5b4c6d87e8fa0b1c2d3e4f50617";
 
@@ -28,10 +32,12 @@ impl Events for Seen {
     }
 }
 
-struct Nobody;
+/// What is published, by its work.
+#[derive(Default)]
+struct Published(Mutex<Vec<(String, proto::FindShardResponse)>>);
 
 #[async_trait]
-impl Orchestrator for Nobody {
+impl Orchestrator for Published {
     async fn claim(&self, _: proto::ClaimTaskRequest) -> Result<proto::ClaimTaskResponse> {
         Err(Error::internal("not asked here"))
     }
@@ -44,6 +50,14 @@ impl Orchestrator for Nobody {
     ) -> Result<proto::ListPublishedShardsResponse> {
         Err(Error::internal("not asked here"))
     }
+    async fn find_shard(&self, request: proto::FindShardRequest) -> Result<proto::FindShardResponse> {
+        let known = self.0.lock().unwrap();
+        Ok(known
+            .iter()
+            .find(|(work, _)| *work == request.work_sha256)
+            .map(|(_, answer)| answer.clone())
+            .unwrap_or_default())
+    }
     async fn report_corrupt_shard(&self, _: proto::ReportCorruptShardRequest) -> Result<()> {
         Err(Error::internal("not asked here"))
     }
@@ -53,6 +67,7 @@ struct World {
     folder: tempfile::TempDir,
     store: Store,
     seen: Arc<Seen>,
+    published: Arc<Published>,
     teacher: Teacher,
     prompt_set: String,
 }
@@ -66,7 +81,7 @@ impl World {
         let prompt_set = sha256_hex(&jsonl);
         store.put_new(&paths::prompt_set(&prompt_set), jsonl.into()).await.unwrap();
         let teacher = Teacher::new(Device::Cpu, Kind::Float, Some(1)).unwrap();
-        Self { folder, store, seen: Arc::default(), teacher, prompt_set }
+        Self { folder, store, seen: Arc::default(), published: Arc::default(), teacher, prompt_set }
     }
 
     fn claimed(&self, epoch: u64) -> proto::Claimed {
@@ -84,9 +99,9 @@ impl World {
     }
 
     async fn run(&mut self, claimed: proto::Claimed, stop: StopSwitch) -> Result<()> {
-        let (nobody, seen) = (Arc::new(Nobody), Arc::clone(&self.seen));
+        let (published, seen) = (Arc::clone(&self.published), Arc::clone(&self.seen));
         let worker = WorkerId::generate("teacher");
-        let cx = TaskContext::new(&claimed, worker, self.store.clone(), nobody, seen, stop);
+        let cx = TaskContext::new(&claimed, worker, self.store.clone(), published, seen, stop);
         self.teacher.run(Attempt::try_from(claimed)?, &cx).await
     }
 
@@ -169,4 +184,129 @@ async fn wrong_claims_are_refused() {
 
 fn shard_task(first_row: u64, rows: u32, split: proto::Split) -> Option<proto::claimed::Task> {
     Some(proto::claimed::Task::Shard(proto::ShardTask { shard: 1, split: split as i32, first_row, rows }))
+}
+
+const OTHER: &str = "0190a5b4c6d87e8fa0b1c2d3e4f50618";
+
+impl World {
+    /// The same shard as a second job's third.
+    fn claimed_by_other(&self) -> proto::Claimed {
+        let mut claimed = proto::Claimed { job_id: OTHER.to_owned(), ..self.claimed(1) };
+        claimed.task_id = format!("{OTHER}/shard-00003");
+        if let Some(proto::claimed::Task::Shard(shard)) = &mut claimed.task {
+            shard.shard = 3;
+        }
+        claimed
+    }
+
+    /// Has the shard computed for the first job and published as it was reported.
+    async fn publish(&mut self) -> proto::ShardReady {
+        self.run(self.claimed(7), StopSwitch::default()).await.unwrap();
+        let ready = self.ready().remove(0);
+        let shard = proto::PublishedShard {
+            shard: 1,
+            epoch: 7,
+            key: ready.key.clone(),
+            sha256: ready.sha256.clone(),
+            bytes: ready.bytes,
+            rows: ready.rows,
+            target_tokens: ready.target_tokens,
+            work_sha256: ready.work_sha256.clone(),
+            reused: false,
+        };
+        let answer = proto::FindShardResponse { shard: Some(shard), fidelity: ready.fidelity };
+        self.published.0.lock().unwrap().push((ready.work_sha256.clone(), answer));
+        ready
+    }
+
+    fn change_published(&self, change: impl FnOnce(&mut proto::PublishedShard)) {
+        change(self.published.0.lock().unwrap()[0].1.shard.as_mut().unwrap());
+    }
+}
+
+#[tokio::test]
+async fn a_published_shard_of_the_same_work_is_reported_and_not_computed() {
+    let mut world = World::new().await;
+    let first = world.publish().await;
+    world.run(world.claimed_by_other(), StopSwitch::default()).await.unwrap();
+    let second = world.ready().remove(1);
+    assert_eq!(second, proto::ShardReady { reused: true, seconds: second.seconds, ..first });
+    assert!(!world.store.exists(&paths::shard(OTHER, 3, 1)).await.unwrap());
+}
+
+#[tokio::test]
+async fn a_published_shard_that_is_not_sound_is_computed_again() {
+    let cases: [(&str, fn(&World, &proto::ShardReady)); 4] = [
+        ("gone", |world, first| std::fs::remove_file(world.store.root().join(&first.key)).unwrap()),
+        ("rotten", |world, first| {
+            let path = world.store.root().join(&first.key);
+            let mut bytes = std::fs::read(&path).unwrap();
+            let middle = bytes.len() / 2;
+            bytes[middle] ^= 0x40;
+            std::fs::write(path, bytes).unwrap();
+        }),
+        ("no shard", |world, first| {
+            std::fs::write(world.store.root().join(&first.key), b"nonsense").unwrap();
+            world.change_published(|shard| (shard.sha256, shard.bytes) = (sha256_hex(b"nonsense"), 8));
+        }),
+        ("miscounted", |world, _| world.change_published(|shard| shard.target_tokens += 1)),
+    ];
+    for (name, damage) in cases {
+        let mut world = World::new().await;
+        let first = world.publish().await;
+        damage(&world, &first);
+        world.run(world.claimed_by_other(), StopSwitch::default()).await.unwrap();
+        let second = world.ready().remove(1);
+        assert!(!second.reused, "{name}");
+        assert_eq!(second.key, paths::shard(OTHER, 3, 1), "{name}");
+        assert_eq!(second.work_sha256, first.work_sha256, "{name}");
+        assert_eq!(second.target_tokens, first.target_tokens, "{name}");
+    }
+}
+
+#[tokio::test]
+async fn a_shard_published_under_another_works_name_is_not_taken() {
+    let mut world = World::new().await;
+    world.publish().await;
+    // The same rows with another seed, whose name the orchestrator answers with the first one's shard.
+    let mut claimed = world.claimed_by_other();
+    claimed.spec.as_mut().unwrap().seed += 1;
+    world.run(claimed.clone(), StopSwitch::default()).await.unwrap();
+    let computed = world.ready().remove(1);
+    assert!(!computed.reused);
+    world.published.0.lock().unwrap()[0].0 = computed.work_sha256.clone();
+    claimed.epoch += 1;
+    world.run(claimed, StopSwitch::default()).await.unwrap();
+    let again = world.ready().remove(2);
+    assert!(!again.reused);
+    assert_eq!(again.key, paths::shard(OTHER, 3, 2));
+}
+
+#[tokio::test]
+async fn a_shard_that_is_not_what_the_teacher_said_is_set_aside_and_named() {
+    let (_teacher, mut engine) = super::teacher();
+    let spec = spec(std::path::Path::new("/teacher"), SAMPLED);
+    let order = super::order(spec, rows(4), 0..2);
+    let mut encoded = compute(&mut engine, &order, &mut super::on).unwrap();
+    faithful(&order, &encoded).unwrap();
+    encoded.fidelity.argmax_agreement = 0.5;
+    let error = faithful(&order, &encoded).unwrap_err();
+    assert_eq!((error.code, error.is_retryable()), (Code::ShardUnfaithful, false));
+
+    let folder = tempfile::tempdir().unwrap();
+    let store = Store::open(folder.path().to_str().unwrap()).unwrap();
+    let error = set_aside(&store, &order, &encoded, error).await;
+    let key = paths::quarantined(&order.job, order.shard, order.epoch);
+    assert_eq!(error.code, Code::ShardUnfaithful);
+    assert!(error.message.ends_with(&format!("it lies at {key}")), "{}", error.message);
+    assert_eq!(store.get(&key, 1 << 20).await.unwrap(), encoded.bytes);
+    let reason = store.get(&paths::quarantine_reason(&order.job, order.shard, order.epoch), 1 << 20).await.unwrap();
+    let reason: serde_json::Value = serde_json::from_slice(&reason).unwrap();
+    assert_eq!((&reason["code"], &reason["shard"]), (&"shard-unfaithful".into(), &order.shard.into()));
+    assert_eq!(reason["fidelity"]["argmax_agreement"], 0.5);
+
+    // What cannot be kept is still the same failure.
+    let error = set_aside(&store, &order, &encoded, Error::new(Code::ShardUnfaithful, "off")).await;
+    assert_eq!(error.code, Code::ShardUnfaithful);
+    assert!(error.message.starts_with("off; it could not be kept at "), "{}", error.message);
 }

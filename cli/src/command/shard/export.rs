@@ -1,88 +1,185 @@
+mod target;
+mod work;
+
 use std::{
-    fs::File,
-    io::{BufWriter, Write},
     path::{Path, PathBuf},
+    str::FromStr,
 };
 
-use clap::Args;
-use retort_artifact::soft_targets::DecodedSequence;
+use clap::{Args, ValueEnum};
+use indicatif::{ProgressBar, ProgressStyle};
 use retort_core::{Code, Error, Result};
-use serde_json::{Value, json};
+use serde_json::json;
 
+use self::work::{Ended, STEPS, Work};
 use super::files;
-use crate::{command::Context, outcome::Outcome, text::count};
+use crate::{
+    command::Context,
+    outcome::Outcome,
+    signals::Signals,
+    text::{bytes, count},
+};
 
-/// Writes soft targets as JSON lines
+/// Writes soft targets as JSON lines, numpy arrays or top-k lists
 ///
-/// One line a sequence: row_id, row, tags, token_ids, target_mask, finish_reason, and "targets", one
-/// object a target token with its support: "ids", "mass" (what a loss uses; sums to 1), "logprobs",
-/// "top" (the most likely id) and "label_logprob". Large: about ten times the shard.
+/// jsonl: one line a sequence: row_id, row, tags, token_ids, target_mask, finish_reason, and
+/// "targets", one object a target token with its support: "ids", "mass" (what a loss uses; sums to
+/// 1), "logprobs", "top" (the most likely id) and "label_logprob". Ten times the shard and more.
+///
+/// npz: arrays for numpy.load, among them the dense masses, positions x vocabulary: large once
+/// loaded, so --max-bytes limits it.
+///
+/// top-k: Parquet with input_ids, labels, top_indices and top_values (log-probabilities), as
+/// trainers on a teacher's top-k read them. The sampled tail is left out.
 #[derive(Debug, Args)]
 #[command(after_help = "Examples:
   retort shard export 1.parquet --out 1.jsonl
-  retort shard export ~/.retort/store/jobs/JOB/shards --out all.jsonl
-  retort shard export 1.parquet --out /dev/stdout | head -1 | jq .targets[0]")]
+  retort shard export 1.parquet --out - | head -1 | jq .targets[0]
+  retort shard export 1.parquet --format npz --dtype f16 --rows 0..64 --out 1.npz
+  retort shard export ~/.retort/store/jobs/JOB/shards --format top-k --k 16 --out all.parquet")]
 pub struct Export {
     /// Shards, or folders to search for *.parquet
     #[arg(required = true, value_name = "PATH")]
     paths: Vec<PathBuf>,
-    /// Where the lines go; a file that is there is kept
+    /// Where it goes, whole or not at all; - is standard output (jsonl)
     #[arg(long, value_name = "FILE")]
     out: PathBuf,
+    #[arg(long, value_enum, default_value_t = Format::Jsonl)]
+    format: Format,
+    /// Replace a file that is there
+    #[arg(long)]
+    force: bool,
+    /// Only these lines of the prompt set, from 0, B left out; either end may be missing
+    #[arg(long, value_name = "A..B")]
+    rows: Option<Rows>,
+    /// top-k: how many tokens a position; all that are exact if not said
+    #[arg(long, value_name = "N", value_parser = clap::value_parser!(u32).range(1..))]
+    k: Option<u32>,
+    /// npz: of the masses [default: f32]
+    #[arg(long, value_enum)]
+    dtype: Option<Precision>,
+    /// npz: refuse arrays that take more once loaded [default: 4294967296]
+    #[arg(long, value_name = "BYTES")]
+    max_bytes: Option<u64>,
+}
+
+const DEFAULT_MAX_BYTES: u64 = 4 << 30;
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
+enum Format {
+    Jsonl,
+    Npz,
+    TopK,
+}
+
+impl Format {
+    fn name(self) -> &'static str {
+        match self {
+            Self::Jsonl => "jsonl",
+            Self::Npz => "npz",
+            Self::TopK => "top-k",
+        }
+    }
+}
+
+#[derive(Clone, Copy, Debug, ValueEnum)]
+enum Precision {
+    F16,
+    F32,
+}
+
+/// `A..B`, `A..` or `..B`.
+#[derive(Clone, Copy, Debug)]
+struct Rows {
+    from: u64,
+    to: u64,
+}
+
+impl Rows {
+    fn contains(self, row: u64) -> bool {
+        (self.from..self.to).contains(&row)
+    }
+}
+
+impl FromStr for Rows {
+    type Err = String;
+
+    fn from_str(text: &str) -> Result<Self, String> {
+        let end = |end: &str, missing| if end.is_empty() { Ok(missing) } else { end.parse::<u64>() };
+        let (from, to) = text.split_once("..").ok_or("it must be A..B, such as 0..100")?;
+        let (Ok(from), Ok(to)) = (end(from, 0), end(to, u64::MAX)) else {
+            return Err("both ends of A..B are whole numbers from 0".to_owned());
+        };
+        if from < to { Ok(Self { from, to }) } else { Err("A must be smaller than B in A..B".to_owned()) }
+    }
 }
 
 impl Export {
     pub async fn run(self, context: &Context) -> Result<Outcome> {
+        self.check()?;
         let files = files::find(&self.paths)?;
-        let mut out = BufWriter::new(create(&self.out)?);
-        let io = |error: std::io::Error| Error::io(&self.out, error);
-        let mut sequences = 0u64;
-        for file in &files {
-            for sequence in files::decode(file)?.sequences {
-                match writeln!(out, "{}", line(&sequence)) {
-                    Err(error) if error.kind() == std::io::ErrorKind::BrokenPipe => return Ok(Outcome::Done),
-                    written => written.map_err(io)?,
+        let (shards, stream) = (files.len(), target::is_stream(&self.out));
+        let (out, format, bar) = (self.out.clone(), self.format, bar(shards));
+        // Writing to a stream may wait for its reader: there a signal ends the process at once.
+        let signals = if stream { None } else { Some(Signals::listen()?) };
+        let stop = signals.as_ref().map(|signals| signals.stop.clone()).unwrap_or_default();
+        let work = Work { options: self, files, stop, bar: bar.clone() };
+        let ended = tokio::task::spawn_blocking(move || work.run())
+            .await
+            .unwrap_or_else(|error| Err(Error::internal(format!("the export broke off: {error}"))));
+        bar.finish_and_clear();
+        match ended? {
+            Ended::Unread => Ok(Outcome::Done),
+            Ended::Stopped => {
+                context.output.remark(&format!("stopped: {} was not written", out.display()));
+                Ok(Outcome::Interrupted)
+            }
+            Ended::Done(written) => {
+                if out != Path::new("-") {
+                    context.output.json(&json!({
+                        "path": out.display().to_string(), "format": format.name(), "files": shards, "sequences": written.sequences,
+                        "target_tokens": written.positions, "bytes": written.bytes,
+                    }));
                 }
-                sequences += 1;
+                let size = written.bytes.map(|n| format!(", {}", bytes(n))).unwrap_or_default();
+                context.output.remark(&format!(
+                    "{} sequences are in {}: {} target tokens{size}",
+                    count(written.sequences),
+                    if out == Path::new("-") { "the output".to_owned() } else { out.display().to_string() },
+                    count(written.positions)
+                ));
+                Ok(Outcome::Done)
             }
         }
-        out.flush().map_err(io)?;
-        context.output.json(&json!({ "path": self.out, "sequences": sequences, "files": files.len() }));
-        context.output.remark(&format!("{} sequences are in {}", count(sequences), self.out.display()));
-        Ok(Outcome::Done)
+    }
+
+    /// Options that say something of another form are a mistake, not to be passed over.
+    fn check(&self) -> Result<()> {
+        let options = [
+            ("--k", Format::TopK, self.k.is_some()),
+            ("--dtype", Format::Npz, self.dtype.is_some()),
+            ("--max-bytes", Format::Npz, self.max_bytes.is_some()),
+        ];
+        for (option, format, given) in options {
+            if given && format != self.format {
+                return Err(Error::new(
+                    Code::RequestInvalid,
+                    format!("{option} goes with --format {}, not {}", format.name(), self.format.name()),
+                ));
+            }
+        }
+        if self.format != Format::Jsonl && target::is_stream(&self.out) {
+            let (out, format) = (self.out.display(), self.format.name());
+            let message = format!("--out {out} is a stream, and {format} needs a file; only jsonl can be streamed");
+            return Err(Error::new(Code::RequestInvalid, message));
+        }
+        Ok(())
     }
 }
 
-/// A new file; or a pipe or terminal that is there.
-fn create(path: &Path) -> Result<File> {
-    if path.metadata().is_ok_and(|metadata| metadata.is_file()) {
-        return Err(Error::new(
-            Code::ObjectExists,
-            format!("{}: it is there already; remove it or name another with --out", path.display()),
-        ));
-    }
-    File::options().write(true).create(true).truncate(true).open(path).map_err(|error| Error::io(path, error))
-}
-
-fn line(sequence: &DecodedSequence) -> Value {
-    let targets = &sequence.targets;
-    let position = |p: usize| {
-        let range = targets.range(p);
-        json!({
-            "ids": targets.ids[range.clone()],
-            "mass": targets.masses[range.clone()],
-            "logprobs": targets.logprobs[range],
-            "top": targets.top_ids[p],
-            "label_logprob": targets.label_logprobs[p],
-        })
-    };
-    json!({
-        "row_id": sequence.row_id,
-        "row": sequence.row,
-        "tags": sequence.tags,
-        "token_ids": sequence.token_ids,
-        "target_mask": sequence.target_mask,
-        "finish_reason": sequence.finish_reason,
-        "targets": (0..targets.len()).map(position).collect::<Vec<_>>(),
-    })
+/// On standard error, and hidden where that is no terminal.
+fn bar(files: usize) -> ProgressBar {
+    let template = "{msg:<8} {bar:32.cyan/dim} {percent:>3} %  {eta} left";
+    ProgressBar::new(STEPS * files as u64)
+        .with_style(ProgressStyle::with_template(template).unwrap_or_else(|_| ProgressStyle::default_bar()))
 }

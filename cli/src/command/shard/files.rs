@@ -67,7 +67,12 @@ pub fn read(path: &Path) -> Result<Bytes> {
 }
 
 pub fn decode(path: &Path) -> Result<Shard> {
-    soft_targets::decode(read(path)?, Limits::default()).map_err(|error| named(path, &error))
+    decode_bytes(path, read(path)?)
+}
+
+/// The shard that a file's content is.
+pub fn decode_bytes(path: &Path, content: Bytes) -> Result<Shard> {
+    soft_targets::decode(content, Limits::default()).map_err(|error| named(path, &error))
 }
 
 /// The error with the file's name before it.

@@ -141,7 +141,8 @@ pub(super) fn assemble(header: &Header, batch: &RecordBatch, limits: &Limits) ->
     let mut sequences = Vec::with_capacity(batch.num_rows());
     for r in 0..batch.num_rows() {
         let row_id = row_ids.value(r);
-        let fail = |why: String| corrupt(format!("row {row_id:.80?}: {why}"));
+        let shown: String = row_id.chars().take(80).collect();
+        let fail = |why: String| corrupt(format!("row {shown:?}: {why}"));
         let token_ids = values::<UInt32Type>(list_of(batch, TOKEN_IDS), r);
         let mask_list = list_of(batch, TARGET_MASK).value(r);
         let mask = mask_list.as_boolean();
@@ -197,11 +198,16 @@ pub(super) fn values<T: ArrowPrimitiveType>(list: &ListArray, row: usize) -> Pri
 }
 
 /// What every version asks of a position's floats.
-pub(super) fn check_floats(max: f32, tail_mass: f32, label: f32) -> Result<(), String> {
+pub(super) fn check_floats(header: &Header, max: f32, tail_mass: f32, label: f32) -> Result<(), String> {
     for (what, value) in [("largest", max), ("label's", label)] {
         if !value.is_finite() || f64::from(value) > MASS_TOLERANCE {
             return Err(format!("its {what} log-probability is {value}"));
         }
+    }
+    // The most likely of n tokens has a probability of at least 1/n; of those drawn, any.
+    let least = f64::from(header.vocab_size).ln() * (1.0 + COARSE_TOLERANCE) + MASS_TOLERANCE;
+    if f64::from(max) < -least && !matches!(header.soft_targets.codec, Codec::Random { .. }) {
+        return Err(format!("its largest log-probability is {max} with a vocabulary of {}", header.vocab_size));
     }
     if (0.0..=1.0).contains(&tail_mass) { Ok(()) } else { Err(format!("its tail has mass {tail_mass}")) }
 }
@@ -310,7 +316,7 @@ impl<'a> Row<'a> {
                 tail_mass: self.tail_masses.value(p),
             };
             let fail = |why: String| format!("position {p}: {why}");
-            check_floats(position.max, position.tail_mass, self.labels.value(p)).map_err(fail)?;
+            check_floats(self.header, position.max, position.tail_mass, self.labels.value(p)).map_err(fail)?;
             let top_id = position.entries(self.header, self.table, &mut entries).map_err(fail)?;
             for &(id, mass, logprob) in &entries {
                 targets.ids.push(id);

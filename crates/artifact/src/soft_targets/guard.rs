@@ -40,7 +40,7 @@ const MIN_BYTES: u64 = 12;
 const MAX_FOOTER: u64 = 512 << 10;
 /// Ours take about 30 bytes.
 const MAX_PAGE_HEADER: u64 = 4 << 10;
-/// Row ids, tags and finish reasons of one row group, each.
+/// Row ids, tags and finish reasons of a shard, each: many row groups may point at the same pages.
 const MAX_TEXT: u64 = 64 << 20;
 /// Of a file that is hashed, at once.
 const PIECE: usize = 256 << 10;
@@ -66,6 +66,7 @@ pub(super) fn open(source: &Source, limits: &Limits) -> Result<Opened> {
     }
     let footer_start = footer_start(source)?;
     let footer = read(source, footer_start, (source.len() - 8 - footer_start) as usize)?;
+    thrift::check_footer(&footer).map_err(|why| corrupt(format!("its footer cannot be read: {why}")))?;
     let metadata = guarded(|| ParquetMetaDataReader::decode_metadata(&footer))?
         .map_err(|error| corrupt(format!("its footer cannot be read: {error}")))?;
     let pairs = pairs(&metadata)?;
@@ -221,10 +222,11 @@ fn check_sizes(
         return Err(too_large(format!("{rows} rows"), format!("{} rows", limits.max_rows)));
     }
     let (mut group_rows, mut entries) = (0u64, 0u64);
+    let mut texts = vec![0; columns(header).len()];
     for group in metadata.row_groups() {
         let rows = u64::try_from(group.num_rows()).map_err(|_| corrupt("a row group has negative rows".to_owned()))?;
         group_rows = group_rows.saturating_add(rows);
-        entries = entries.saturating_add(check_group(source, footer_start, group, rows, header, limits)?);
+        entries = entries.saturating_add(check_group(source, footer_start, group, rows, header, limits, &mut texts)?);
     }
     if group_rows != rows {
         return Err(corrupt(format!("its row groups have {group_rows} rows, the file says {rows}")));
@@ -240,6 +242,7 @@ fn check_group(
     rows: u64,
     header: &Header,
     limits: &Limits,
+    texts: &mut [u64],
 ) -> Result<u64> {
     let columns = columns(header);
     if group.columns().len() != columns.len() {
@@ -248,7 +251,7 @@ fn check_group(
     let tokens = rows.saturating_mul(limits.max_tokens_per_row);
     let temperatures = header.soft_targets.temperatures.len() as u64;
     let mut entries = 0;
-    for (column, chunk) in columns.iter().zip(group.columns()) {
+    for ((column, chunk), text) in columns.iter().zip(group.columns()).zip(texts) {
         let max = match column.per {
             Per::Row => rows,
             Per::Tag | Per::Token | Per::Target => tokens,
@@ -256,7 +259,7 @@ fn check_group(
             Per::Entry => limits.max_entries.min(tokens.saturating_mul(header.max_support())),
             Per::Vocabulary => header.vocab_size.into(),
         };
-        let values = check_pages(source, footer_start, chunk)?;
+        let values = check_pages(source, footer_start, chunk, text)?;
         // An empty list counts as one value.
         let max = max.saturating_add(rows);
         if values > max {
@@ -269,8 +272,9 @@ fn check_group(
     Ok(entries)
 }
 
-/// Walks the pages of one column chunk; the number of its values.
-fn check_pages(source: &Source, footer_start: u64, column: &ColumnChunkMetaData) -> Result<u64> {
+/// Walks the pages of one column chunk; the number of its values. `text` sums the column's bytes of
+/// text over row groups.
+fn check_pages(source: &Source, footer_start: u64, column: &ColumnChunkMetaData, text: &mut u64) -> Result<u64> {
     let name = column.column_path().string();
     let bad = |why: String| corrupt(format!("column {name}: {why}"));
     if !matches!(column.compression(), Compression::ZSTD(_) | Compression::UNCOMPRESSED) {
@@ -284,20 +288,22 @@ fn check_pages(source: &Source, footer_start: u64, column: &ColumnChunkMetaData)
     let length = u64::try_from(column.compressed_size()).map_err(|_| bad("its size is negative".to_owned()))?;
     let end = offset.checked_add(length).filter(|&end| end <= footer_start);
     let end = end.ok_or_else(|| bad(format!("it claims {length} bytes at {offset}, outside the file")))?;
-    let (mut at, mut values, mut unpacked) = (offset, 0u64, 0u64);
+    let (mut at, mut values) = (offset, 0u64);
     while at < end {
         let start = read(source, at, (end - at).min(MAX_PAGE_HEADER) as usize)?;
         let page = PageHeader::read(&start, end - at).map_err(|why| bad(format!("the page at {at}: {why}")))?;
         check_page(column, &page, claimed - values).map_err(|why| bad(format!("the page at {at}: {why}")))?;
         values += u64::from(page.num_values);
-        unpacked += u64::from(page.uncompressed);
+        if column.column_type() == Type::BYTE_ARRAY {
+            *text += u64::from(page.uncompressed);
+        }
         at += page.header_bytes as u64 + u64::from(page.compressed);
     }
     if at != end || values != claimed {
         return Err(bad(format!("its pages have {values} values and end at {at}, not {claimed} and {end}")));
     }
-    if column.column_type() == Type::BYTE_ARRAY && unpacked > MAX_TEXT {
-        return Err(too_large(format!("{unpacked} bytes of {name}"), format!("{MAX_TEXT} bytes")));
+    if *text > MAX_TEXT {
+        return Err(too_large(format!("{text} bytes of {name}"), format!("{MAX_TEXT} bytes")));
     }
     Ok(values)
 }

@@ -64,7 +64,7 @@ pub(super) fn targets(header: &Header, batch: &RecordBatch, r: usize, positions:
         other => return Err(format!("version 1 has no codec {}", other.name())),
     };
     Flat {
-        vocab_size: header.vocab_size,
+        header,
         head,
         draws,
         sizes: &values::<UInt16Type>(list_of(batch, SUPPORT_SIZE), r),
@@ -80,7 +80,7 @@ pub(super) fn targets(header: &Header, batch: &RecordBatch, r: usize, positions:
 
 /// One row's flat lists.
 struct Flat<'a> {
-    vocab_size: u32,
+    header: &'a Header,
     head: u32,
     draws: u32,
     sizes: &'a PrimitiveArray<UInt16Type>,
@@ -132,8 +132,8 @@ impl Flat<'_> {
         let (deltas, counts, qs) =
             (&self.deltas.values()[start..end], &self.counts.values()[start..end], &self.qs.values()[start..end]);
         let (max, tail_mass, label) = (self.maxima.value(p), self.tail_masses.value(p), self.labels.value(p));
-        check_floats(max, tail_mass, label)?;
-        let top_id = push_ids(self.vocab_size, deltas, qs, &mut targets.ids)?;
+        check_floats(self.header, max, tail_mass, label)?;
+        let top_id = push_ids(self.header.vocab_size, deltas, qs, &mut targets.ids)?;
         check_counts((self.head, self.draws), counts, qs, tail_mass)?;
 
         head_qs.clear();

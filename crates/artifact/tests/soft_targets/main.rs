@@ -3,6 +3,8 @@
 
 #![allow(clippy::unwrap_used)] // helpers of tests unwrap as tests do
 
+mod corpus;
+mod export;
 mod golden;
 mod hostile;
 mod round_trip;

@@ -78,6 +78,7 @@ fn fidelity_says_what_storing_cost() {
     let fidelity = encode(&header, &sequences).unwrap().fidelity;
     assert_eq!(fidelity.argmax_agreement, 1.0);
     assert!((0.005..0.03).contains(&fidelity.mean_abs_error), "{fidelity:?}");
+    assert!((1e-6..0.01).contains(&fidelity.kl), "{fidelity:?}");
     let mass = |position: &Position| position.head.iter().map(|&(_, lp)| f64::from(lp).exp()).sum::<f64>();
     let expected = sequences.iter().flat_map(|s| &s.positions).map(mass).sum::<f64>() / 200.0;
     assert!((fidelity.head_mass - expected).abs() < 1e-9, "{fidelity:?}, {expected}");

@@ -84,6 +84,23 @@ impl PageHeader {
     }
 }
 
+/// Refuses a footer whose schema claims more children than it has elements, because the library takes
+/// memory for what is claimed. A field of another type than the format's is refused too: the library
+/// does not look at the type.
+pub(super) fn check_footer(footer: &[u8]) -> Result<(), String> {
+    let mut input = Input { bytes: footer, at: 0 };
+    let mut field = 0;
+    while let Some(of) = input.field(&mut field)? {
+        match (field, of) {
+            (2, LIST) => input.schema()?,
+            (1, I32) | (3, I64) | (4 | 5 | 7, LIST) | (6, BINARY) => input.skip(of, MAX_DEPTH)?,
+            (1..=7, _) => return Err(format!("field {field} is of type {of}")),
+            _ => input.skip(of, MAX_DEPTH)?,
+        }
+    }
+    Ok(())
+}
+
 fn size(value: Option<i64>, what: &str) -> Result<u32, String> {
     let value = value.ok_or_else(|| format!("it does not say its {what}"))?;
     i32::try_from(value).ok().and_then(|value| u32::try_from(value).ok()).ok_or(format!("its {what} is {value}"))
@@ -106,6 +123,35 @@ impl Input<'_> {
             step => field.saturating_add(i64::from(step)),
         };
         Ok(Some(byte & 15))
+    }
+
+    /// The list of a footer's schema elements.
+    fn schema(&mut self) -> Result<(), String> {
+        let head = self.byte()?;
+        let length = match head >> 4 {
+            15 => self.unsigned()?,
+            length => u64::from(length),
+        };
+        if head & 15 != STRUCT || length > (self.bytes.len() - self.at) as u64 {
+            return Err(format!("its schema claims {length} elements"));
+        }
+        for _ in 0..length {
+            let mut field = 0;
+            while let Some(of) = self.field(&mut field)? {
+                match (field, of) {
+                    (5, I32) => {
+                        let children = self.signed()?;
+                        if u64::try_from(children).map_or(true, |children| children > length) {
+                            return Err(format!("a group of its {length} schema elements claims {children} children"));
+                        }
+                    }
+                    (1..=3 | 6..=9, I32) | (4, BINARY) | (10, STRUCT) => self.skip(of, MAX_DEPTH)?,
+                    (1..=10, _) => return Err(format!("field {field} of its schema is of type {of}")),
+                    _ => self.skip(of, MAX_DEPTH)?,
+                }
+            }
+        }
+        Ok(())
     }
 
     fn byte(&mut self) -> Result<u8, String> {
