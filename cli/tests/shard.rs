@@ -11,7 +11,8 @@ use std::{
     time::{Duration, Instant},
 };
 
-use retort_artifact::soft_targets::{Header, Position, QUANTISER, Sequence, encode};
+use retort_artifact::soft_targets::{Header, Position, SCHEMA_VERSION, Sequence, TailLogprobs, encode};
+use retort_core::spec::{Codec, SoftTargets};
 use rustix::process::{Pid, Signal, kill_process};
 use serde_json::{Value, json};
 
@@ -86,8 +87,12 @@ fn stats_sum_up_whole_folders() {
 /// A teacher's answer of as many tokens, to line `row` of the prompt set: id 7 with probability
 /// `top` at each position, 9 with 0.1, and the rest of the mass drawn at `tail`.
 fn sequence(row: u64, tokens: usize, top: f32, tail: u32) -> Sequence {
-    let position =
-        Position { head: vec![(7, top.ln()), (9, 0.1f32.ln())], tail: vec![(tail, 2, -9.0)], label_logprob: top.ln() };
+    let position = Position {
+        head: vec![(7, top.ln()), (9, 0.1f32.ln())],
+        tail: vec![(tail, 2, -9.0)],
+        label_logprob: top.ln(),
+        log_sum_exps: vec![],
+    };
     Sequence {
         row_id: format!("row-{row}"),
         row,
@@ -101,10 +106,11 @@ fn sequence(row: u64, tokens: usize, top: f32, tail: u32) -> Sequence {
 
 fn write_shard(path: &Path, epoch: u64, vocab_size: u32, sequences: &[Sequence]) -> String {
     let header = Header {
-        schema_version: 1,
+        schema_version: SCHEMA_VERSION,
         job: "j".to_owned(),
         shard: 0,
         epoch,
+        work_sha256: "ee".repeat(32),
         split: "train".to_owned(),
         engine: "native".to_owned(),
         engine_version: "0.1.0".to_owned(),
@@ -113,14 +119,12 @@ fn write_shard(path: &Path, epoch: u64, vocab_size: u32, sequences: &[Sequence])
         tokenizer_sha256: "bb".repeat(32),
         chat_template_sha256: "cc".repeat(32),
         vocab_size,
-        head: 2,
-        draws: 2,
-        capture_temperature: 1.0,
+        soft_targets: SoftTargets::of(Codec::HeadDraws { head: 2, draws: 2 }),
+        tail_logprobs: TailLogprobs::Stored,
         seed: 7,
         prompt_set_sha256: "dd".repeat(32),
         mode: "generate".to_owned(),
         sampling_json: "{}".to_owned(),
-        quantiser: QUANTISER.to_owned(),
     };
     fs::write(path, encode(&header, sequences).unwrap().bytes).unwrap();
     path.display().to_string()

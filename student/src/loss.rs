@@ -284,7 +284,9 @@ impl Chunk {
         let of = |p: usize| {
             let kept: f64 = (targets.offsets[p]..targets.offsets[p + 1]).map(term).sum();
             match f64::from(targets.residuals[p]) {
-                residual if residual > 0.0 => kept + residual * (residual / self.student_bucket(targets, student_e, p)).ln(),
+                residual if residual > 0.0 => {
+                    kept + residual * (residual / self.student_bucket(targets, student_e, p)).ln()
+                }
                 _ => kept,
             }
         };

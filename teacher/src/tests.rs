@@ -11,7 +11,7 @@ use retort_artifact::{
 };
 use retort_core::{
     Code, Error, Result,
-    spec::{JobSpec, TeacherMode, parse_yaml},
+    spec::{Codec, HELD_OUT_CODEC, JobSpec, TeacherMode, parse_yaml},
     state::Split,
 };
 use tch::{Device, Kind, Tensor};
@@ -83,8 +83,7 @@ fn texts(engine: &Native, rows: &[Row]) -> Vec<Text> {
     rows.iter().enumerate().map(prompt).collect()
 }
 
-const CAPTURE: Capture =
-    Capture { codec: Codec::HeadDraws { head: 12, draws: 20 }, temperatures: Vec::new(), seed: 9 };
+const CAPTURE: Capture = Capture { codec: Codec::HeadDraws { head: 12, draws: 20 }, temperatures: Vec::new(), seed: 9 };
 
 fn generation(temperature: f64) -> Generation {
     Generation { sampler: Sampler { temperature, top_p: 0.9, seed: 9 }, max_new_tokens: 24 }

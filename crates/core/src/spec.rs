@@ -7,7 +7,8 @@ mod yaml;
 use serde::{Deserialize, Deserializer, Serialize};
 
 pub use soft_targets::{
-    Codec, CodecName, Flat as FlatSoftTargets, HELD_OUT_CODEC, MAX_DRAWS, MAX_HEAD, MAX_TEMPERATURES, Quantiser, SoftTargets, TEMPERATURES,
+    Codec, CodecName, Flat as FlatSoftTargets, HELD_OUT_CODEC, MAX_DRAWS, MAX_HEAD, MAX_TEMPERATURES, Quantiser,
+    SoftTargets, TEMPERATURES,
 };
 pub use yaml::parse_yaml;
 

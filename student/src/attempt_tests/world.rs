@@ -15,7 +15,7 @@ use retort_core::{
     Result,
     id::WorkerId,
     random::{Counter, Purpose},
-    spec::{self, JobSpec},
+    spec::{self, Codec, JobSpec, SoftTargets},
     wire::job_spec_to_proto,
 };
 use retort_proto::{self as proto, PublishedShard, claimed::Task, worker_event::What};
@@ -358,6 +358,7 @@ fn sequence(row: u64) -> Sequence {
             head: head.iter().map(entry).collect(),
             tail: rest[first..first + 2].iter().map(|id| (*id, 2, logprobs[*id as usize])).collect(),
             label_logprob: logprobs[label as usize],
+            log_sum_exps: vec![],
         });
         token_ids.push(label);
     }

@@ -1,6 +1,8 @@
 //! What a setting costs and keeps, against the whole distribution.
 
-use retort_artifact::soft_targets::{Header, Limits, SCHEMA_VERSION, Sequence, SparseTargets, TailLogprobs, decode, encode};
+use retort_artifact::soft_targets::{
+    Header, Limits, SCHEMA_VERSION, Sequence, SparseTargets, TailLogprobs, decode, encode,
+};
 use retort_core::spec::{Codec, SoftTargets};
 use retort_teacher::capture::{Capture, Target};
 use serde_json::{Value, json};
@@ -189,7 +191,8 @@ impl Sums {
             let even = ((1.0 - read_mass).max(1e-6) / others).ln();
             let rest = truth.iter().zip(&kept).filter(|(_, kept)| !**kept);
             kl += rest.map(|(&logprob, _)| f64::from(logprob).exp() * (f64::from(logprob) - even)).sum::<f64>();
-            let top = (0..vocab_size as u32).max_by(|&a, &b| truth[a as usize].total_cmp(&truth[b as usize]).then(b.cmp(&a)));
+            let top =
+                (0..vocab_size as u32).max_by(|&a, &b| truth[a as usize].total_cmp(&truth[b as usize]).then(b.cmp(&a)));
             self.argmax += usize::from(top == Some(read.top_ids[p]));
             self.mass += mass;
             self.kl += kl;

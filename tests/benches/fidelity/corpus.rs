@@ -102,7 +102,8 @@ fn answer() -> Result<Vec<Answered>, Failure> {
     let prompts = std::fs::read(Path::new(env!("CARGO_MANIFEST_DIR")).join("../examples/support/prompts.jsonl"))?;
     let rows: Vec<Row> = prompts::parse("prompts.jsonl", &prompts)?;
     let context = engine.capabilities().context;
-    let texts = (0u64..).zip(&rows).map(|(line, row)| text::prompt(engine.tokenizer(), context, MAX_NEW_TOKENS, line, row));
+    let texts =
+        (0u64..).zip(&rows).map(|(line, row)| text::prompt(engine.tokenizer(), context, MAX_NEW_TOKENS, line, row));
     let texts = texts.collect::<Result<Vec<_>, _>>()?;
     let sampler = Sampler { temperature: 0.7, top_p: 0.95, seed: SEED };
     let capture = Capture { codec: Codec::TopK { head: 1 }, temperatures: vec![], seed: SEED };

@@ -70,7 +70,8 @@ fn all(folder: &Path) -> Result<(), Failure> {
         figure["trained"] = results.into();
         println!("{figure}");
     }
-    let full = (0..SEEDS).map(|seed| read(&result_path(folder, training::ONLINE, seed))).collect::<Result<Vec<_>, _>>()?;
+    let full =
+        (0..SEEDS).map(|seed| read(&result_path(folder, training::ONLINE, seed))).collect::<Result<Vec<_>, _>>()?;
     write(&folder.join("figures.json"), &json!({ "online": full, "settings": figures, "speed": read(&path)? }))
 }
 

@@ -31,7 +31,8 @@ pub fn run(corpus: &Corpus) -> Result<Value, Failure> {
     let rows: Vec<usize> = corpus.of(false).map(|(index, _)| index).take(ROWS).collect();
     let targets: usize = rows.iter().map(|&index| corpus.rows[index].targets()).sum();
 
-    let sequences = rows.iter().map(|&index| captured(corpus, index, &soft_targets, 0)).collect::<Result<Vec<_>, _>>()?;
+    let sequences =
+        rows.iter().map(|&index| captured(corpus, index, &soft_targets, 0)).collect::<Result<Vec<_>, _>>()?;
     let header = header(corpus, &soft_targets, 0, 0);
     let (mut encoding, mut decoding, mut decoded) = (Vec::new(), Vec::new(), Vec::new());
     for _ in 0..REPEATS {
@@ -60,13 +61,10 @@ pub fn run(corpus: &Corpus) -> Result<Value, Failure> {
     let teacher = scored as f64 / started.elapsed().as_secs_f64();
     drop(model);
 
-    let options = Options {
-        train: Train::default(),
-        steps: 100,
-        limits: BatchLimits::for_device(Device::Cpu),
-    };
+    let options = Options { train: Train::default(), steps: 100, limits: BatchLimits::for_device(Device::Cpu) };
     let mut trainer = Trainer::new(training::start()?, options)?;
-    let examples = rows.iter().zip(decoded).map(|(&index, sequence)| training::example(&corpus.rows[index], sequence.targets));
+    let examples =
+        rows.iter().zip(decoded).map(|(&index, sequence)| training::example(&corpus.rows[index], sequence.targets));
     let examples: Vec<_> = examples.collect();
     trainer.step(&examples[..8], &|| Ok(()))?;
     let started = Instant::now();

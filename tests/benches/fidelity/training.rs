@@ -30,7 +30,7 @@ use crate::{
 pub const ONLINE: &str = "online";
 
 const LAYERS: usize = 4;
-const PASSES: u32 = 3;
+const PASSES: u32 = 1;
 const BATCH_ROWS: usize = 4;
 const LEARNING_RATE: f64 = 1e-3;
 

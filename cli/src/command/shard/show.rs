@@ -65,10 +65,7 @@ fn render(shard: &Description) -> String {
                     count(shard.target_tokens)
                 ),
             ),
-            (
-                "support",
-                format!("{}, {:.1} tokens a position", codec(&header.soft_targets), shard.mean_support),
-            ),
+            ("support", format!("{}, {:.1} tokens a position", codec(&header.soft_targets), shard.mean_support)),
             ("tail mass", format!("{:.4} outside the head on average", shard.mean_tail_mass)),
             ("perplexity", format!("{:.3} of the teacher on these targets", shard.teacher_perplexity)),
             (

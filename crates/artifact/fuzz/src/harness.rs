@@ -3,8 +3,8 @@
 //! The fuzzer calls [`check`] on what it makes up, `cargo test` on every file of `corpus/decode`.
 
 use bytes::Bytes;
-use retort_artifact::soft_targets::{DecodedSequence, Limits, Shard, SparseTargets, decode, describe};
-use retort_core::{Code, Error};
+use retort_artifact::soft_targets::{DecodedSequence, Header, Limits, Shard, SparseTargets, decode, describe};
+use retort_core::{Code, Error, spec::Codec};
 
 /// Small, so that a file which takes more than it should stands out.
 pub const LIMITS: Limits = Limits { max_bytes: 64 << 10, max_rows: 64, max_tokens_per_row: 1024, max_entries: 1 << 14 };
@@ -57,11 +57,12 @@ fn check_shard(shard: &Shard) {
     let entries: u64 = shard.sequences.iter().map(|sequence| sequence.targets.ids.len() as u64).sum();
     assert!(entries <= LIMITS.max_entries + LIMITS.max_rows, "{entries} entries");
     for sequence in &shard.sequences {
-        check_sequence(sequence, shard.header.vocab_size);
+        check_sequence(sequence, &shard.header);
     }
 }
 
-fn check_sequence(sequence: &DecodedSequence, vocab_size: u32) {
+fn check_sequence(sequence: &DecodedSequence, header: &Header) {
+    let vocab_size = header.vocab_size;
     let DecodedSequence { token_ids, target_mask, targets, .. } = sequence;
     assert!(token_ids.len() as u64 <= LIMITS.max_tokens_per_row);
     assert!(token_ids.iter().all(|&id| id < vocab_size), "a token is outside the vocabulary");
@@ -74,11 +75,12 @@ fn check_sequence(sequence: &DecodedSequence, vocab_size: u32) {
     assert_eq!((targets.masses.len(), targets.logprobs.len()), (entries, entries));
     assert_eq!((targets.offsets[0], targets.offsets[positions]), (0, entries as u32));
     for p in 0..positions {
-        check_position(targets, p, vocab_size);
+        check_position(targets, p, header);
     }
 }
 
-fn check_position(targets: &SparseTargets, p: usize, vocab_size: u32) {
+fn check_position(targets: &SparseTargets, p: usize, header: &Header) {
+    let vocab_size = header.vocab_size;
     let range = targets.range(p);
     assert!(range.start < range.end, "position {p} has no support");
     let ids = &targets.ids[range.clone()];
@@ -87,9 +89,19 @@ fn check_position(targets: &SparseTargets, p: usize, vocab_size: u32) {
     assert!(ids.binary_search(&targets.top_ids[p]).is_ok(), "the likeliest token of position {p} has no mass");
     let masses = &targets.masses[range.clone()];
     assert!(masses.iter().all(|&mass| mass.is_finite() && mass >= 0.0), "masses of position {p}: {masses:?}");
-    let whole: f64 = masses.iter().map(|&mass| f64::from(mass)).sum();
-    // Below where nothing was drawn: then the tail's mass belongs to no entry.
-    assert!(whole <= 1.0 + 2.0 * MASS_TOLERANCE, "masses of position {p} sum to {whole}");
+    let residual = targets.residuals[p];
+    assert!((0.0..=1.0).contains(&residual), "the residual of position {p} is {residual}");
+    let whole: f64 = masses.iter().chain([&residual]).map(|&mass| f64::from(mass)).sum();
+    // Below where nothing was drawn: then the tail's mass belongs to no entry. Above where the one sample
+    // of a light tail weighs more than the tail.
+    let above = match header.soft_targets.codec {
+        Codec::Threshold { threshold } => threshold,
+        _ => 0.0,
+    };
+    assert!(whole <= 1.0 + above + 2.0 * MASS_TOLERANCE, "masses of position {p} sum to {whole}");
+    let temperatures = header.soft_targets.temperatures.len();
+    assert_eq!(targets.log_sum_exps.len(), temperatures * targets.len());
+    assert!(targets.log_sum_exps.iter().all(|value| value.is_finite()), "a log-sum-exp is not finite");
     let label = targets.label_logprobs[p];
     for &logprob in targets.logprobs[range].iter().chain([&label]) {
         let sound = logprob.is_finite() && f64::from(logprob) <= 2.0 * MASS_TOLERANCE;

@@ -27,6 +27,9 @@ use super::{
 /// How far the stored top and tail may miss their sum: both are rounded to eight bits.
 const COARSE_TOLERANCE: f64 = 0.02;
 
+/// How much less than the most likely token another one has at least, relatively; more than f32 rounds.
+const BELOW_TOP: f64 = 1.0 - 1e-6;
+
 /// Reads a whole shard. Never panics, whatever the bytes.
 ///
 /// `ShardCorrupt` on anything malformed, `ShardTooNew` for a schema version above
@@ -116,7 +119,11 @@ impl Reader {
             && batch.columns().iter().zip(expected.fields()).all(|(column, field)| {
                 column.data_type().equals_datatype(field.data_type()) && column.null_count() == 0
             });
-        if same { Ok(batch) } else { Err(corrupt("its columns have other types or lengths than its version's".to_owned())) }
+        if same {
+            Ok(batch)
+        } else {
+            Err(corrupt("its columns have other types or lengths than its version's".to_owned()))
+        }
     }
 }
 
@@ -277,7 +284,9 @@ impl<'a> Row<'a> {
             self.labels.len(),
         ];
         if lengths.iter().any(|&length| length != positions) {
-            return Err(format!("{positions} targets have {lengths:?} head sizes, tail sizes, maxima, tail masses and labels"));
+            return Err(format!(
+                "{positions} targets have {lengths:?} head sizes, tail sizes, maxima, tail masses and labels"
+            ));
         }
         let temperatures = self.header.soft_targets.temperatures.len();
         if self.log_sum_exps.len() != positions.saturating_mul(temperatures) {
@@ -304,7 +313,8 @@ impl<'a> Row<'a> {
             let heads = head..head + self.head_sizes.value(p) as usize;
             let tails = tail..tail + self.tail_sizes.value(p) as usize;
             (head, tail) = (heads.end, tails.end);
-            let or_empty = |range: &std::ops::Range<usize>, length: usize| if length == 0 { 0..0 } else { range.clone() };
+            let or_empty =
+                |range: &std::ops::Range<usize>, length: usize| if length == 0 { 0..0 } else { range.clone() };
             let position = Position {
                 head_deltas: &self.head_deltas.values()[heads.clone()],
                 head_qs: &self.head_qs.values()[or_empty(&heads, self.head_qs.len())],
@@ -402,7 +412,7 @@ impl Position<'_> {
                 None if !logprob.is_finite() || *logprob > MASS_TOLERANCE => {
                     return Err(format!("token {id} has log-probability {logprob}"));
                 }
-                None => top.is_none_or(|(_, best)| *logprob > best),
+                None => top.is_none_or(|(best_id, best)| *logprob > best || (*logprob == best && *id < best_id)),
             };
             if is_top {
                 if !self.head_qs.is_empty() && top.is_some() {
@@ -419,7 +429,10 @@ impl Position<'_> {
         rest -= top_mass;
         let wanted = 1.0 - f64::from(self.tail_mass);
         let bound = f64::from(MAX_ERROR).exp();
-        let scale = if rest > 0.0 { ((wanted - top_mass) / rest).clamp(1.0 / bound, bound) } else { 1.0 };
+        // No factor lifts another token to the first place.
+        let best_rest = entries.iter().filter(|entry| entry.0 != top_id).map(|entry| entry.1).fold(0.0, f64::max);
+        let most = bound.min(BELOW_TOP * top_mass / best_rest);
+        let scale = if rest > 0.0 { ((wanted - top_mass) / rest).min(most).max(1.0 / bound) } else { 1.0 };
         let whole = top_mass + rest * scale;
         if (whole - wanted).abs() > COARSE_TOLERANCE {
             return Err(format!("its head's masses sum to {whole}, its tail has {}", self.tail_mass));

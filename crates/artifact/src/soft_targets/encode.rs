@@ -87,7 +87,9 @@ impl<W: Write + Send> Writer<W> {
         if let TailLogprobs::Mean(mean) = &mut header.tail_logprobs {
             *mean = 0.0;
         }
-        header.check_written().map_err(|why| Error::internal(format!("the shard's header cannot be written: {why}")))?;
+        header
+            .check_written()
+            .map_err(|why| Error::internal(format!("the shard's header cannot be written: {why}")))?;
         let options =
             ArrowWriterOptions::new().with_properties(schema::writer_properties()?).with_skip_arrow_metadata(true);
         let parquet = ArrowWriter::try_new_with_options(Hashed::new(into), schema::schema(&schema::COLUMNS), options)
@@ -166,7 +168,10 @@ impl Written {
     pub fn verify(&self, source: impl Into<Source>) -> Result<()> {
         let reader = Reader::open(source, Limits::for_own_bytes()).map_err(unreadable)?;
         if *reader.header() != self.header {
-            return Err(Error::new(Code::ShardUnfaithful, "the shard's header reads back otherwise than it was written"));
+            return Err(Error::new(
+                Code::ShardUnfaithful,
+                "the shard's header reads back otherwise than it was written",
+            ));
         }
         let mut expected = self.digests.iter();
         for group in reader {
@@ -201,7 +206,8 @@ struct Filled {
 impl Filled {
     /// Counts a row in if the row group has room; its first row always has.
     fn takes(&mut self, sequence: &Sequence) -> bool {
-        let entries = sequence.positions.iter().map(|position| position.head.len() + position.tail.len()).sum::<usize>();
+        let entries =
+            sequence.positions.iter().map(|position| position.head.len() + position.tail.len()).sum::<usize>();
         let full = self.entries + entries > GROUP_ENTRIES || self.tokens + sequence.token_ids.len() > GROUP_TOKENS;
         if full && self.rows > 0 {
             return false;

@@ -228,9 +228,7 @@ fn soft_targets(pairs: &BTreeMap<&str, &str>) -> Result<SoftTargets> {
         "full" => Codec::Full,
         "top_k" => Codec::TopK { head: number(pairs, "retort.head")? },
         "top_k_tail" => Codec::TopKTail { head: number(pairs, "retort.head")? },
-        "head_draws" => {
-            Codec::HeadDraws { head: number(pairs, "retort.head")?, draws: number(pairs, "retort.draws")? }
-        }
+        "head_draws" => Codec::HeadDraws { head: number(pairs, "retort.head")?, draws: number(pairs, "retort.draws")? },
         "threshold" => Codec::Threshold { threshold: number(pairs, "retort.threshold")? },
         "random" => Codec::Random { draws: number(pairs, "retort.draws")? },
         other => return Err(corrupt(format!("codec is {:?}, which is not known", shown(other)))),

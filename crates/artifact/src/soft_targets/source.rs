@@ -48,6 +48,12 @@ impl From<Bytes> for Source {
     }
 }
 
+impl From<Vec<u8>> for Source {
+    fn from(bytes: Vec<u8>) -> Self {
+        Self::Bytes(bytes.into())
+    }
+}
+
 impl Length for Source {
     fn len(&self) -> u64 {
         match self {

@@ -58,7 +58,12 @@ pub(super) const COLUMNS: [Column; 13] = {
 pub(super) const TAIL_MASS_COLUMN: usize = TAIL_MASS;
 
 /// The soft targets of row `r`, which has `positions` targets.
-pub(super) fn targets(header: &Header, batch: &RecordBatch, r: usize, positions: usize) -> Result<SparseTargets, String> {
+pub(super) fn targets(
+    header: &Header,
+    batch: &RecordBatch,
+    r: usize,
+    positions: usize,
+) -> Result<SparseTargets, String> {
     let (head, draws) = match header.soft_targets.codec {
         Codec::HeadDraws { head, draws } => (head, draws),
         other => return Err(format!("version 1 has no codec {}", other.name())),

@@ -19,7 +19,10 @@ use retort_artifact::soft_targets::{
     Header, Limits, Sequence, Shard, decode, encode,
     export::{Dtype, NpzPlan, TopKWriter},
 };
-use retort_core::Code;
+use retort_core::{
+    Code,
+    spec::{Codec, SoftTargets},
+};
 
 use crate::sample;
 
@@ -30,7 +33,7 @@ fn golden(name: &str) -> PathBuf {
 }
 
 fn golden_shard() -> Shard {
-    decode(std::fs::read(golden("soft-targets-v1.parquet")).unwrap().into(), Limits::default()).unwrap()
+    decode(std::fs::read(golden("soft-targets-v1.parquet")).unwrap(), Limits::default()).unwrap()
 }
 
 fn stored(header: &Header, sequences: &[Sequence]) -> Shard {
@@ -93,7 +96,12 @@ fn the_golden_exports_are_what_is_written() {
 #[test]
 fn the_dense_masses_are_the_sparse_ones_and_zero_elsewhere() {
     let header = sample::header(300, 8, 6);
-    let other = Header { shard: 4, epoch: 1, head: 3, ..header.clone() };
+    let other = Header {
+        shard: 4,
+        epoch: 1,
+        soft_targets: SoftTargets::of(Codec::HeadDraws { head: 3, draws: 2 }),
+        ..header.clone()
+    };
     let shards = [stored(&header, &sample::sequences(&header, 3, 9)), stored(&other, &sample::sequences(&other, 2, 4))];
     for dtype in [Dtype::F32, Dtype::F16] {
         let found = arrays(&npz(&shards, dtype));

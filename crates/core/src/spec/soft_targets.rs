@@ -261,7 +261,8 @@ mod tests {
             Codec::Threshold { threshold: 0.01 },
             Codec::Random { draws: 50 },
         ] {
-            let written = SoftTargets { temperatures: vec![0.5, 2.0], quantiser: Quantiser::F32, ..SoftTargets::of(codec) };
+            let written =
+                SoftTargets { temperatures: vec![0.5, 2.0], quantiser: Quantiser::F32, ..SoftTargets::of(codec) };
             let json = serde_json::to_string(&written).unwrap();
             assert_eq!(read(&json).unwrap(), written, "{json}");
             written.check().unwrap();
