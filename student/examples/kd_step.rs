@@ -133,6 +133,7 @@ fn example(seed: u64, prompt: usize, completion: usize, k: usize, vocab_size: u3
         support.logprobs.extend(ids.iter().map(|_| mass.ln()));
         support.top_ids.push(ids[0]);
         support.label_logprobs.push(-1.0);
+        support.residuals.push(0.0);
         support.ids.extend(ids);
         support.offsets.push(support.ids.len() as u32);
     }

@@ -5,7 +5,7 @@
 
 use std::{path::PathBuf, time::Instant};
 
-use retort_core::{Code, Error, Result};
+use retort_core::{Code, Error, Result, spec::Codec};
 use retort_llama::ChatMessage;
 use retort_teacher::{
     capture::{Capture, Target},
@@ -24,7 +24,7 @@ fn main() -> Result<()> {
     let device = retort_llama::device_from_flag("auto").map_err(wrong)?;
     let kind = retort_llama::dtype_from_flag("auto", device).map_err(wrong)?;
     let mut engine = Native::load(&dir, device, kind)?;
-    let capture = Capture { head, draws, seed: 1 };
+    let capture = Capture { codec: Codec::HeadDraws { head, draws }, temperatures: vec![], seed: 1 };
     let sampler = Sampler { temperature: 0.7, top_p: 0.95, seed: 1 };
     let texts = texts(&engine, rows)?;
 

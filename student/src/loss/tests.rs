@@ -214,6 +214,7 @@ fn a_sampled_tail_is_unbiased() {
             offsets: vec![0, support.len()],
             ids: support.iter().map(|(id, _)| *id as i64).collect(),
             masses: support.iter().map(|(_, mass)| *mass as f32).collect(),
+            residuals: vec![0.0],
             logprobs: support.iter().map(|(id, _)| logp[*id]).collect(),
             labels: vec![0],
             top_ids: vec![0],

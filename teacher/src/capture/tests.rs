@@ -159,6 +159,93 @@ fn head_plus_weighted_tail_is_unbiased() {
     assert!(error < 0.02, "the test would not see a bias: {error}");
 }
 
+fn of(codec: Codec) -> Capture {
+    Capture { codec, temperatures: vec![], seed: 3 }
+}
+
+#[test]
+fn a_threshold_keeps_what_reaches_it_and_samples_the_rest_once_a_step() {
+    let logits_nv = random_logits(40, 900, 6);
+    for threshold in [0.002, 0.02, 0.2] {
+        let positions = of(Codec::Threshold { threshold }).positions(&logits_nv, &targets(40, 1)).unwrap();
+        for (index, position) in positions.iter().enumerate() {
+            let log_probs = log_softmax(&row(&logits_nv, index as i64));
+            let reaching = log_probs.iter().filter(|&&lp| lp.exp() >= threshold).count();
+            assert_eq!(position.head.len(), reaching.max(1), "threshold {threshold}, row {index}");
+            let rest = 1.0 - position.head.iter().map(|&(_, lp)| f64::from(lp).exp()).sum::<f64>();
+            let drawn = position.tail.len() as f64;
+            if rest >= threshold {
+                assert_eq!(drawn, (rest / threshold).floor());
+            } else {
+                assert!(drawn <= 1.0);
+            }
+            assert!(position.tail.iter().all(|&(id, count, lp)| {
+                count == 1
+                    && (f64::from(lp) - log_probs[id as usize]).abs() < 1e-5
+                    && position.head.iter().all(|&(other, _)| other != id)
+            }));
+        }
+    }
+}
+
+/// Over many captures of one distribution every codec that samples gives the truth, and a threshold with
+/// the fewest entries the least variance.
+#[test]
+fn sampled_codecs_are_unbiased_and_a_threshold_varies_least() {
+    let logits_v = row(&random_logits(1, 600, 33), 0);
+    let n = 3000;
+    let logits_nv = Tensor::from_slice(&logits_v).view([1, 600]).expand([n, 600], false);
+    let log_probs = log_softmax(&logits_v);
+    let measure = |codec: Codec| -> (f64, f64) {
+        let positions = of(codec).positions(&logits_nv, &targets(n, 0)).unwrap();
+        let (mut mean, mut squares, mut entries) = (vec![0.0; 600], 0.0, 0.0);
+        for position in &positions {
+            let drawn: f64 = position.tail.iter().map(|&(_, count, _)| f64::from(count)).sum();
+            let rest = 1.0 - position.head.iter().map(|&(_, lp)| f64::from(lp).exp()).sum::<f64>();
+            let mut masses = vec![0.0; 600];
+            position.head.iter().for_each(|&(id, lp)| masses[id as usize] = f64::from(lp).exp());
+            let whole = match codec {
+                Codec::Threshold { threshold } => rest.max(threshold),
+                _ => rest,
+            };
+            position.tail.iter().for_each(|&(id, c, _)| masses[id as usize] = whole * f64::from(c) / drawn);
+            for (id, mass) in masses.iter().enumerate() {
+                mean[id] += mass / n as f64;
+                squares += (mass - log_probs[id].exp()).powi(2) / n as f64;
+            }
+            entries += (position.head.len() + position.tail.len()) as f64 / n as f64;
+        }
+        for (id, (mean, lp)) in mean.iter().zip(&log_probs).enumerate() {
+            assert!((mean - lp.exp()).abs() < 0.006, "{codec:?}, token {id}: {mean}, not {}", lp.exp());
+        }
+        (squares, entries)
+    };
+    let (random, random_entries) = measure(Codec::Random { draws: 50 });
+    let (threshold, threshold_entries) = measure(Codec::Threshold { threshold: 0.025 });
+    let (head_draws, _) = measure(Codec::HeadDraws { head: 4, draws: 16 });
+    assert!(threshold_entries < random_entries * 1.1, "{threshold_entries} {random_entries}");
+    assert!(threshold < random / 2.0, "variance {threshold} of the threshold, {random} at random");
+    assert!(head_draws > 0.0);
+}
+
+#[test]
+fn a_full_capture_keeps_every_token_and_pure_sampling_no_head() {
+    let logits_nv = random_logits(3, 200, 12);
+    let capture = Capture { temperatures: vec![0.5, 2.0], ..of(Codec::Full) };
+    for (index, position) in capture.positions(&logits_nv, &targets(3, 0)).unwrap().iter().enumerate() {
+        let log_probs = log_softmax(&row(&logits_nv, index as i64));
+        assert_eq!((position.head.len(), position.tail.len()), (200, 0));
+        for (sum, temperature) in position.log_sum_exps.iter().zip([0.5, 2.0]) {
+            let exact = log_probs.iter().map(|lp| (lp / temperature).exp()).sum::<f64>().ln();
+            assert!((f64::from(*sum) - exact).abs() < 1e-5, "{sum} {exact}");
+        }
+    }
+    for position in of(Codec::Random { draws: 30 }).positions(&logits_nv, &targets(3, 0)).unwrap() {
+        assert!(position.head.is_empty());
+        assert_eq!(position.tail.iter().map(|(_, count, _)| count).sum::<u8>(), 30);
+    }
+}
+
 #[test]
 fn a_position_does_not_depend_on_its_batch() {
     let logits_nv = random_logits(9, 1000, 4);

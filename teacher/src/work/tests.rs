@@ -1,7 +1,10 @@
 use std::sync::Arc;
 
 use retort_artifact::prompts::{Message, Role};
-use retort_core::spec::{Init, JobSpec, parse_yaml};
+use retort_core::{
+    spec::{Codec, Init, JobSpec, Quantiser, parse_yaml},
+    state::Split,
+};
 
 use super::*;
 
@@ -108,8 +111,12 @@ fn the_name_changes_with_each_part() {
         ("temperature", |o, _| o.spec.teacher.sampling.temperature = 0.0),
         ("top_p", |o, _| o.spec.teacher.sampling.top_p = 0.5),
         ("split", |o, _| o.split = Split::HeldOut),
-        ("head", |o, _| o.spec.teacher.soft_targets.head += 1),
-        ("draws", |o, _| o.spec.teacher.soft_targets.draws += 1),
+        ("head", |o, _| o.spec.teacher.soft_targets.codec = Codec::HeadDraws { head: 33, draws: 16 }),
+        ("draws", |o, _| o.spec.teacher.soft_targets.codec = Codec::HeadDraws { head: 33, draws: 17 }),
+        ("codec", |o, _| o.spec.teacher.soft_targets.codec = Codec::TopK { head: 33 }),
+        ("threshold", |o, _| o.spec.teacher.soft_targets.codec = Codec::Threshold { threshold: 0.03 }),
+        ("quantiser", |o, _| o.spec.teacher.soft_targets.quantiser = Quantiser::F32),
+        ("temperatures", |o, _| o.spec.teacher.soft_targets.temperatures = vec![2.0]),
         ("fewer rows", |o, _| o.lines = LINES.start..LINES.end - 1),
         ("the same rows elsewhere", |o, _| {
             Arc::get_mut(&mut o.rows).unwrap().rotate_left(1);
@@ -149,6 +156,7 @@ fn what_is_not_read_is_not_named() {
         })
     };
     let expected = held_out(|_, _| {});
-    assert_eq!(held_out(|o, _| o.spec.teacher.soft_targets.head = 1), expected, "held-out shards keep what they do");
+    let other = held_out(|o, _| o.spec.teacher.soft_targets.codec = Codec::Full);
+    assert_eq!(other, expected, "held-out shards keep what they do");
     assert_ne!(held_out(|o, _| o.spec.seed = 1), expected);
 }

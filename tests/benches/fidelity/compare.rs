@@ -22,7 +22,8 @@ const CAPTURES: u64 = 16;
 /// Of the held-out targets, one in so many is looked at for it.
 const EVERY: usize = 4;
 
-/// The training rows of a setting as a student reads them, and the bytes they took.
+/// The training rows of a setting as a student reads them, and the bytes they took. The first shard
+/// stays in the folder, for `retort shard show`.
 pub struct Decoded {
     pub targets: Vec<SparseTargets>,
     pub bytes: f64,
@@ -38,6 +39,9 @@ pub fn decoded(corpus: &Corpus, setting: &Setting, seed: u64) -> Result<Decoded,
                 let sequences = sequences.collect::<Result<Vec<_>, _>>()?;
                 let header = header(corpus, soft_targets, shard as u32, seed);
                 let encoded = encode(&header, &sequences)?;
+                if shard == 0 && seed == 0 {
+                    std::fs::write(corpus.folder.join(format!("{}.parquet", setting.name)), &encoded.bytes)?;
+                }
                 decoded.bytes += encoded.bytes.len() as f64;
                 let shard = decode(encoded.bytes, Limits::default())?;
                 decoded.targets.extend(shard.sequences.into_iter().map(|sequence| sequence.targets));

@@ -1,6 +1,10 @@
 //! Real teacher text and the teacher's whole distribution at each of its tokens, made once and kept.
 
-use std::{fs::File, io::Write as _, path::Path};
+use std::{
+    fs::File,
+    io::Write as _,
+    path::{Path, PathBuf},
+};
 
 use memmap2::Mmap;
 use retort_artifact::prompts::{self, Row};
@@ -39,6 +43,7 @@ impl Answered {
 
 /// The rows of both splits, and log p of every token of the vocabulary at each of their targets.
 pub struct Corpus {
+    pub folder: PathBuf,
     pub rows: Vec<Answered>,
     pub vocab_size: usize,
     /// Of each row, its first target among all.
@@ -59,7 +64,7 @@ impl Corpus {
         // SAFETY: nobody writes to the file once it has this name.
         let logprobs = unsafe { Mmap::map(&file)? };
         let vocab_size = logprobs.len() / 4 / targets.max(1);
-        Ok(Self { rows, vocab_size, starts, logprobs })
+        Ok(Self { folder: folder.to_owned(), rows, vocab_size, starts, logprobs })
     }
 
     pub fn of(&self, held_out: bool) -> impl Iterator<Item = (usize, &Answered)> {

@@ -237,9 +237,13 @@ mod tests {
         [header, &[7; 20]].concat()
     }
 
+    fn read(bytes: &[u8]) -> Result<PageHeader, String> {
+        PageHeader::read(bytes, bytes.len() as u64)
+    }
+
     #[test]
     fn reads_a_data_page() {
-        let page = PageHeader::read(&with_body(PAGE)).unwrap();
+        let page = read(&with_body(PAGE)).unwrap();
         let expected = PageHeader {
             header_bytes: PAGE.len(),
             uncompressed: 300,
@@ -256,11 +260,11 @@ mod tests {
     fn a_length_beyond_the_file_is_refused_before_memory_is_taken() {
         // Field 5's struct holds a binary that claims 2^62 bytes.
         let hostile = [0x15, 0, 0x15, 2, 0x15, 2, 0x2c, 0x58, 255, 255, 255, 255, 255, 255, 255, 255, 63, 0, 0];
-        let error = PageHeader::read(&hostile).unwrap_err();
+        let error = read(&hostile).unwrap_err();
         assert!(error.contains("claims"), "{error}");
         for cut in 0..PAGE.len() {
-            assert!(PageHeader::read(&PAGE[..cut]).is_err());
+            assert!(read(&PAGE[..cut]).is_err());
         }
-        assert!(PageHeader::read(&[0x1c; 64]).unwrap_err().contains("nested too deep"));
+        assert!(read(&[0x1c; 64]).unwrap_err().contains("nested too deep"));
     }
 }
