@@ -5,7 +5,9 @@ vocabulary; in a batch b rows, t tokens after padding, n target positions, k the
 """
 
 from .batches import batches
-from .shard import Sequence, Shard, ShardError, open
+from .errors import ShardError
+from .header import Format
+from .shard import Sequence, Shard, open
 from .targets import SparseTargets
 
-__all__ = ["Sequence", "Shard", "ShardError", "SparseTargets", "batches", "open"]
+__all__ = ["Format", "Sequence", "Shard", "ShardError", "SparseTargets", "batches", "open"]

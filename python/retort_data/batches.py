@@ -5,7 +5,7 @@ import numpy as np
 from .shard import open as open_shard
 
 
-def batches(paths, rows=8, pad_id=0, check_content=True):
+def batches(paths, rows=8, pad_id=0, check_content=True, temperature=1):
     """Dicts of numpy arrays, `rows` sequences each (the last may have fewer), in the order of the files.
 
     input_ids       int64 [b, t], padded behind with pad_id
@@ -14,10 +14,12 @@ def batches(paths, rows=8, pad_id=0, check_content=True):
     positions       int64 [n, 2], row and token whose logits the n-th target judges
     support_ids     int64 [n, k], padded with 0
     support_mass    float32 [n, k], padded with 0
+    residual_mass   float32 [n], of all tokens outside the support together; 0 unless the codec is top_k_tail
     row_ids         list of b ids
 
-    Sequences without a target are left out. Errors: as `retort_data.open`, and a shard whose
-    vocabulary or teacher is not that of those before it is refused.
+    The masses are those of `temperature`, see SparseTargets.at_temperature. Sequences without a target
+    are left out. Errors: as `retort_data.open`; ValueError for a shard whose vocabulary or teacher is
+    not that of those before it, or that was not captured for the temperature.
     """
     waiting, seen = [], None
     for path in paths:
@@ -29,18 +31,20 @@ def batches(paths, rows=8, pad_id=0, check_content=True):
                     f"{shard.path} has {differing} {identity[differing]}, {seen[0]} has {seen[1][differing]}: "
                     "soft targets of different teachers do not mix"
                 )
+            if temperature not in (1, *shard.format.temperatures):
+                raise ValueError(f"{shard.path} has no soft targets at temperature {temperature:g}")
             seen = seen or (shard.path, identity)
             for sequence in shard:
                 if len(sequence.targets):
                     waiting.append(sequence)
                 if len(waiting) == rows:
-                    yield _pad(waiting, pad_id)
+                    yield _pad(waiting, pad_id, temperature)
                     waiting = []
     if waiting:
-        yield _pad(waiting, pad_id)
+        yield _pad(waiting, pad_id, temperature)
 
 
-def _pad(sequences, pad_id):
+def _pad(sequences, pad_id, temperature):
     longest = max(len(sequence.token_ids) for sequence in sequences)
     widest = max(int(np.diff(sequence.targets.offsets).max()) for sequence in sequences)
     count = sum(len(sequence.targets) for sequence in sequences)
@@ -52,11 +56,12 @@ def _pad(sequences, pad_id):
         "positions": np.empty((count, 2), np.int64),
         "support_ids": np.zeros((count, widest), np.int64),
         "support_mass": np.zeros((count, widest), np.float32),
+        "residual_mass": np.zeros(count, np.float32),
         "row_ids": [sequence.row_id for sequence in sequences],
     }
     done = 0
     for row, sequence in enumerate(sequences):
-        tokens, targets = sequence.token_ids.astype(np.int64), sequence.targets
+        tokens, targets = sequence.token_ids.astype(np.int64), sequence.targets.at_temperature(temperature)
         batch["input_ids"][row, : len(tokens)] = tokens
         batch["attention_mask"][row, : len(tokens)] = 1
         batch["labels"][row, : len(tokens)] = np.where(sequence.target_mask, tokens, -100)
@@ -66,5 +71,6 @@ def _pad(sequences, pad_id):
         entry = np.arange(len(targets.ids)) - targets.offsets[targets.positions()]
         batch["support_ids"][done + targets.positions(), entry] = targets.ids
         batch["support_mass"][done + targets.positions(), entry] = targets.mass
+        batch["residual_mass"][at] = targets.residual
         done = at.stop
     return batch

@@ -8,33 +8,15 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from .targets import SparseTargets, decode
+from . import header, v1, v2
+from .errors import ShardError
+from .rows import Rows
+from .targets import SparseTargets
 
-SCHEMA_VERSION = 1
-QUANTISER = "u8-step-1/16-to-8-then-1/4-nat-below-max"
 # Rows decoded at a time.
 ROWS_AT_ONCE = 64
-# In the order in which the content's hash takes them; the epoch is not part of it.
-HEADER = (
-    "schema_version job shard epoch split engine engine_version dtype teacher_sha256 tokenizer_sha256 "
-    "chat_template_sha256 vocab_size head draws capture_temperature seed prompt_set_sha256 mode sampling_json quantiser"
-).split()
-NUMBERS = {
-    "token_ids": pa.uint32(),
-    "target_mask": pa.bool_(),
-    "support_size": pa.uint16(),
-    "support_delta": pa.uint32(),
-    "count": pa.uint8(),
-    "logprob_q": pa.uint8(),
-    "max_logprob": pa.float32(),
-    "tail_mass": pa.float32(),
-    "label_logprob": pa.float32(),
-}
-OTHERS = {"row_id": pa.string(), "row": pa.uint64(), "finish_reason": pa.string()}
-
-
-class ShardError(ValueError):
-    """The file is no shard, was damaged, or is of a newer version."""
+# What pyarrow raises for bytes that are not what they should be.
+UNREADABLE = (pa.ArrowException, OSError, UnicodeDecodeError)
 
 
 @dataclass(frozen=True)
@@ -56,18 +38,23 @@ class Sequence:
 
 
 class Shard:
-    """An open file. Iterating reads a few rows at a time; `len` is not defined, `rows` is."""
+    """An open file. Iterating reads a few rows at a time; `len` is not defined, `rows` is.
+
+    header  the file's metadata, text by key ("retort.teacher_sha256")
+    format  what they say of the distributions, a header.Format
+    """
 
     def __init__(self, path, check_content=True):
         self.path = os.fspath(path)
         try:
             self._file = pq.ParquetFile(self.path)
-        except (pa.ArrowException, OSError) as error:
+        except UNREADABLE as error:
             if isinstance(error, FileNotFoundError):
                 raise
             raise ShardError(f"{self.path}: no Parquet file: {error}") from error
         try:
-            self.header = self._read_header()
+            self.header = self._read_pairs()
+            self.format = header.parse(self.path, self.header)
             self._check_schema()
             if check_content:
                 self._check_content()
@@ -90,46 +77,32 @@ class Shard:
 
     def __iter__(self):
         try:
-            for batch in self._file.iter_batches(batch_size=ROWS_AT_ONCE):
-                columns = {name: batch.column(name) for name in batch.schema.names}
-                for at in range(batch.num_rows):
-                    yield self._sequence(columns, at)
-        except (pa.ArrowException, OSError) as error:
+            for group in range(self._file.num_row_groups):
+                yield from self._group(group)
+        except UNREADABLE as error:
             raise ShardError(f"{self.path}: {error}") from error
 
-    def _read_header(self):
-        pairs = self._file.metadata.metadata or {}
-        header = {key.decode(): value.decode() for key, value in pairs.items() if key.startswith(b"retort.")}
-        version = header.get("retort.schema_version")
-        if version is None:
-            raise ShardError(f"{self.path}: a Parquet file, but none of retort's: it has no retort.schema_version")
-        if not version.isdigit() or int(version) > SCHEMA_VERSION:
-            raise ShardError(
-                f"{self.path}: schema version {version}, this reader knows up to {SCHEMA_VERSION}: upgrade retort-data"
-            )
-        for key in HEADER:
-            if f"retort.{key}" not in header:
-                raise ShardError(f"{self.path}: its metadata lacks retort.{key}")
-        if header["retort.quantiser"] != QUANTISER:
-            raise ShardError(f"{self.path}: the quantiser {header['retort.quantiser']!r} is not known here")
+    def _read_pairs(self):
         try:
-            self.vocab_size, self.head, self.draws = (
-                int(header[f"retort.{key}"]) for key in ("vocab_size", "head", "draws")
-            )
-        except ValueError as error:
-            raise ShardError(f"{self.path}: its metadata holds no number: {error}") from error
-        return header
+            pairs = {key.decode(): value.decode() for key, value in (self._file.metadata.metadata or {}).items()}
+        except UnicodeDecodeError as error:
+            raise ShardError(f"{self.path}: its metadata are no text: {error}") from error
+        return {key: value for key, value in pairs.items() if key.startswith("retort.")}
 
     def _check_schema(self):
-        schema = self._file.schema_arrow
-        for name, kind in {**NUMBERS, **OTHERS, "tags": pa.string()}.items():
-            index = schema.get_field_index(name)
-            if index < 0:
+        expected = v1.COLUMNS if self.format.version == 1 else v2.COLUMNS
+        found = {}
+        for field in self._file.schema_arrow:
+            is_list = pa.types.is_list(field.type)
+            found[field.name] = (field.type.value_type if is_list else field.type, is_list)
+        for name in expected | found:
+            if name not in found:
                 raise ShardError(f"{self.path}: it has no column {name}")
-            found = schema.field(index).type
-            found = found.value_type if pa.types.is_list(found) else found
-            if found != kind:
-                raise ShardError(f"{self.path}: column {name} holds {found}, not {kind}")
+            if name not in expected:
+                raise ShardError(f"{self.path}: it has a column {name}, which version {self.format.version} has not")
+            if found[name] != expected[name]:
+                is_of, should_be = ("lists of " * is_list + str(kind) for kind, is_list in (found[name], expected[name]))
+                raise ShardError(f"{self.path}: column {name} holds {is_of}, not {should_be}")
 
     def _check_content(self):
         wanted = self.header.get("retort.content_sha256")
@@ -143,71 +116,41 @@ class Shard:
             while left > 0 and (piece := file.read(min(left, 1 << 20))):
                 digest.update(piece)
                 left -= len(piece)
-        for key in HEADER:
+        for key in header.ordered_keys(self.format.version, self.format.codec):
+            # Two attempts at one shard differ in it alone.
             if key != "epoch":
                 for part in (f"retort.{key}", self.header[f"retort.{key}"]):
                     digest.update(len(part.encode()).to_bytes(8, "little") + part.encode())
         if digest.hexdigest() != wanted:
             raise ShardError(f"{self.path}: damaged: its content has sha256 {digest.hexdigest()}, not {wanted}")
 
-    def _sequence(self, columns, at):
-        row_id = columns["row_id"][at].as_py()
-        numbers = {name: columns[name][at].values.to_numpy(zero_copy_only=False) for name in NUMBERS}
+    def _group(self, group):
+        """The sequences of one row group, a version 2's first row of which carries its id table."""
+        table = None
+        for batch in self._file.iter_batches(batch_size=ROWS_AT_ONCE, row_groups=[group]):
+            rows = Rows(self.path, batch, self.format.vocab_size)
+            if self.format.version == 1:
+                targets = v1.decode(rows, self.format)
+            else:
+                begins = table is None
+                table = v2.id_table(rows, self.format.vocab_size) if begins else table
+                targets = v2.decode(rows, self.format, table, begins)
+            yield from _sequences(rows, targets)
 
-        def require(holds, why):
-            if not holds:
-                raise ShardError(f"{self.path}: row {row_id!r}: {why}")
 
-        mask, sizes = numbers["target_mask"], numbers["support_size"].astype(np.int64)
-        require(len(mask) == len(numbers["token_ids"]), "target_mask and token_ids differ in length")
-        require(not mask[:1].any(), "its first token is a target, which nothing predicts")
-        for name in ("support_size", "max_logprob", "tail_mass", "label_logprob"):
-            require(len(numbers[name]) == mask.sum(), f"{name} has {len(numbers[name])} values for {mask.sum()} targets")
-        for name in ("support_delta", "count", "logprob_q"):
-            require(len(numbers[name]) == sizes.sum(), f"{name} has {len(numbers[name])} values for {sizes.sum()} entries")
-        require((numbers["token_ids"] < self.vocab_size).all(), "a token lies beyond the vocabulary")
-        targets = decode(numbers, self.draws, self.vocab_size)
-        self._check_targets(row_id, numbers, targets)
-        return Sequence(
+def _sequences(rows, targets):
+    tokens, positions = rows.tokens.offsets, rows.positions.offsets
+    numbers, tags, reasons = (rows.batch.column(name).to_pylist() for name in ("row", "tags", "finish_reason"))
+    for r, row_id in enumerate(rows.row_ids):
+        yield Sequence(
             row_id=row_id,
-            row=columns["row"][at].as_py(),
-            tags=columns["tags"][at].as_py(),
-            token_ids=numbers["token_ids"],
-            target_mask=mask,
-            finish_reason=columns["finish_reason"][at].as_py(),
-            targets=targets,
+            row=numbers[r],
+            tags=tags[r],
+            token_ids=rows.values["token_ids"][tokens[r] : tokens[r + 1]],
+            target_mask=rows.values["target_mask"][tokens[r] : tokens[r + 1]],
+            finish_reason=reasons[r],
+            targets=targets.between(positions[r], positions[r + 1]),
         )
-
-    def _check_targets(self, row_id, numbers, targets):
-        position, count = targets.positions(), len(targets)
-
-        def per_position(values):
-            return np.bincount(position, values, count)
-
-        drawn = per_position(numbers["count"])
-        heads = per_position(targets.is_head)
-        first = np.zeros(len(position), bool)
-        first[targets.offsets[:-1][np.diff(targets.offsets) > 0]] = True
-        wrong = {
-            "its ids do not rise": per_position((numbers["support_delta"] == 0) & ~first),
-            "an id lies beyond the vocabulary": per_position(targets.ids >= self.vocab_size),
-            "it has not one most likely token, in the head": np.abs(
-                per_position((numbers["logprob_q"] == 0) & targets.is_head) - 1
-            )
-            + per_position((numbers["logprob_q"] == 0) & ~targets.is_head),
-            f"its head has not 1 to {self.head} entries": (heads < 1) | (heads > self.head),
-            f"its tail was not drawn {self.draws} times": (drawn != self.draws)
-            & ~((drawn == 0) & (targets.tail_mass <= 1e-3)),
-            "a number in it is not finite": ~np.isfinite(
-                numbers["max_logprob"] + targets.tail_mass + targets.label_logprobs
-            ),
-            "a log-probability is above 0": (numbers["max_logprob"] > 1e-3) | (targets.label_logprobs > 1e-3),
-        }
-        if self.draws > 0:
-            wrong["its masses do not sum to 1"] = np.abs(per_position(targets.mass) - 1) > 2e-3
-        for why, at in wrong.items():
-            if np.any(at):
-                raise ShardError(f"{self.path}: row {row_id!r}, position {int(np.flatnonzero(at)[0])}: {why}")
 
 
 _builtin_open = open

@@ -1,54 +1,39 @@
-"""The golden shard that the Rust writer made, read here and by hand."""
+"""Version 1: the golden shard that the Rust writer made, read here and one entry at a time."""
 
 import pathlib
 
 import numpy as np
 import pyarrow.parquet as pq
 import pytest
+import sample
 
 import retort_data
 
 GOLDEN = pathlib.Path(__file__).parents[2] / "crates/artifact/tests/golden/soft-targets-v1.parquet"
 
 
-def by_hand(row, draws):
-    """As docs/formats/soft-targets.md says it, one entry at a time."""
-    at, positions = 0, []
-    for p, size in enumerate(row["support_size"]):
-        token, support = 0, {}
-        for e in range(at, at + size):
-            token = row["support_delta"][e] + (token if e > at else 0)
-            q, n = row["logprob_q"][e], row["count"][e]
-            below = 0 if q == 0 else (q - 0.5) / 16 if q <= 128 else 8 + (q - 128.5) / 4
-            support[token] = (row["max_logprob"][p] - below, n, q)
-        top = np.exp(row["max_logprob"][p])
-        rest = sum(np.exp(logprob) for logprob, n, q in support.values() if n == 0 and q > 0)
-        factor = min(max((1 - row["tail_mass"][p] - top) / rest, np.exp(-1 / 8)), np.exp(1 / 8)) if rest else 1
-        positions.append({
-            token: row["tail_mass"][p] * n / draws if n else np.exp(logprob) * (factor if q else 1)
-            for token, (logprob, n, q) in support.items()
-        })
-        at += size
-    return positions
-
-
 def test_the_reader_agrees_with_the_format_page():
-    rows = pq.read_table(GOLDEN).to_pylist()
+    rows, expected = pq.read_table(GOLDEN).to_pylist(), sample.read(GOLDEN)
     with retort_data.open(GOLDEN) as shard:
         sequences = list(shard)
         assert shard.rows == len(sequences) == len(rows) == 2
-        assert (shard.vocab_size, shard.head, shard.draws) == (64, 4, 4)
-    for sequence, row in zip(sequences, rows):
+        assert (shard.format.vocab_size, shard.format.head, shard.format.draws) == (64, 4, 4)
+    for sequence, row, supports in zip(sequences, rows, expected):
         assert (sequence.row_id, sequence.token_ids.tolist()) == (row["row_id"], row["token_ids"])
-        expected = by_hand(row, 4)
-        assert len(sequence.targets) == len(expected)
-        for position, support in enumerate(expected):
-            ids, mass = sequence.targets.at(position)
-            assert ids.tolist() == list(support)
-            np.testing.assert_allclose(mass, list(support.values()), rtol=1e-5)
+        targets = sequence.targets
+        assert len(targets) == len(supports)
+        for p, support in enumerate(supports):
+            entries = slice(targets.offsets[p], targets.offsets[p + 1])
+            mass, logprobs, is_head = zip(*support.values())
+            assert targets.ids[entries].tolist() == list(support)
+            assert targets.is_head[entries].tolist() == list(is_head)
+            np.testing.assert_allclose(targets.mass[entries], mass, rtol=1e-5)
+            np.testing.assert_allclose(targets.logprobs[entries], logprobs, atol=1e-5)
     first = sequences[0].targets
     assert first.at(0)[0].tolist() == [3, 8, 9, 17, 40, 55]
     np.testing.assert_allclose(first.at(0)[1], [0.046003, 0.133113, 0.015879, 0.606531, 0.150837, 0.047637], atol=1e-6)
+    np.testing.assert_allclose(first.logprobs[:6], [-3.0790545, -2.0165545, -5.53125, -0.5, -1.8915545, -5.03125], atol=2e-6)
+    assert (first.residual == 0).all() and first.log_sum_exps.shape == (3, 0)
     dense = first.dense()
     assert dense.shape == (3, 64)
     np.testing.assert_allclose(dense.sum(1), 1, atol=1e-3)
@@ -111,15 +96,15 @@ def replace(name, row, at, value):
 @pytest.mark.parametrize(
     ("change", "why"),
     [
-        (replace("support_delta", 0, 1, 0), "row 'refund-1', position 0: its ids do not rise"),
-        (replace("support_delta", 0, 5, 40), "position 0: an id lies beyond the vocabulary"),
-        (replace("logprob_q", 0, 3, 5), "position 0: it has not one most likely token"),
-        (replace("count", 0, 2, 2), "position 0: its tail was not drawn 4 times"),
-        (replace("max_logprob", 0, 1, float("nan")), "position 1: a number in it is not finite"),
-        (replace("tail_mass", 0, 0, 0.4), "position 0: its masses do not sum to 1"),
-        (replace("token_ids", 0, 0, 64), "row 'refund-1': a token lies beyond the vocabulary"),
-        (lambda columns: columns["count"][0].pop(), "row 'refund-1': count has 13 values for 14 entries"),
-        (lambda columns: columns["support_size"][0].append(0), "support_size has 4 values for 3 targets"),
+        (replace("support_delta", 0, 1, 0), "row 'refund-1', position 0: token 3 is in its support twice"),
+        (replace("support_delta", 0, 5, 40), "position 0: token 80 is outside the vocabulary of 64"),
+        (replace("logprob_q", 0, 3, 5), "position 0: 0 of its tokens are marked as the most likely, not one"),
+        (replace("count", 0, 2, 2), "position 0: its tail has 5 draws and mass 0.0635"),
+        (replace("max_logprob", 0, 1, float("nan")), "position 1: its largest log-probability is nan"),
+        (replace("tail_mass", 0, 0, 0.4), "position 0: its masses sum to 1.2"),
+        (replace("token_ids", 0, 0, 64), "row 'refund-1': a token lies outside the vocabulary of 64"),
+        (lambda columns: columns["count"][0].pop(), "row 'refund-1': count has 13 values, not 14"),
+        (lambda columns: columns["support_size"][0].append(0), "support_size has 4 values, not 3"),
         (replace("target_mask", 0, 0, True), "its first token is a target"),
     ],
 )
@@ -130,8 +115,8 @@ def test_rows_that_make_no_sense_are_refused(tmp_path, change, why):
 
 
 def test_other_versions_and_other_files_are_refused_by_name(tmp_path):
-    newer = rewritten(tmp_path, metadata=lambda pairs: pairs.update({b"retort.schema_version": b"2"}))
-    with pytest.raises(retort_data.ShardError, match="schema version 2, this reader knows up to 1"):
+    newer = rewritten(tmp_path, metadata=lambda pairs: pairs.update({b"retort.schema_version": b"3"}))
+    with pytest.raises(retort_data.ShardError, match="schema version 3, this reader knows up to 2"):
         retort_data.open(newer)
     other = rewritten(tmp_path, metadata=dict.clear)
     with pytest.raises(retort_data.ShardError, match="none of retort's"):
