@@ -3,7 +3,7 @@
 
 SHELL := /bin/bash
 .DEFAULT_GOAL := help
-.PHONY: help env setup build demo test test-rust test-parity test-python fuzz fuzz-build fuzz-corpus lint fmt clippy deny layers clean-demo
+.PHONY: help env setup build demo test test-rust test-parity test-python fuzz fuzz-build fuzz-corpus bench-fidelity bench-shard-memory lint fmt clippy deny layers clean-demo
 
 # Everything that is downloaded or built lives here, outside the checkout.
 export RETORT_CACHE ?= $(HOME)/.cache/retort
@@ -94,6 +94,21 @@ fuzz-corpus: fuzz-build setup ## Make the fuzzer's corpus anew: seeds, FUZZ_SECO
 	rm $(FUZZ)/corpus/decode/*
 	ls -tr $(FUZZ_HOME)/merged | head -n 27 | xargs -I FILE cp $(FUZZ_HOME)/merged/FILE $(FUZZ)/corpus/decode/
 	cp $(FUZZ_HOME)/seeds/* $(FUZZ)/corpus/decode/
+
+# Kept between runs: a run that was stopped goes on. About 80 minutes on two cores.
+FIDELITY_HOME ?= $(RETORT_CACHE)/fidelity
+
+bench-fidelity: build $(TEACHER)/retort-import.json ## What each codec costs, keeps, and does to a student: docs/fidelity.md's table and plot
+	@$(FETCH) fidelity
+	cargo build --workspace --locked --example fidelity
+	$(BIN)/examples/fidelity $(FIDELITY_HOME)
+	$(RETORT_CACHE)/venv-fidelity/bin/python tests/benches/fidelity/draw.py $(FIDELITY_HOME)/figures.json docs/fidelity.png
+
+bench-shard-memory: setup ## Peak memory of writing and reading shards of 10 and 1,000 MB
+	cargo build --workspace --locked --example shard_memory
+	@for megabytes in 10 1000; do for what in write read; do \
+	  $(BIN)/examples/shard_memory $$what $(RETORT_CACHE)/shard-memory.parquet $$megabytes || exit 1; done; done; \
+	  rm $(RETORT_CACHE)/shard-memory.parquet
 
 lint: fmt clippy layers deny ## Format, lints, dependency direction, licences
 

@@ -188,6 +188,11 @@ def retort_data():
     environment("retort-data", "retort-data's tests (60 MB)", [])
 
 
+def fidelity():
+    """A Python environment that draws what the fidelity bench measured."""
+    environment("fidelity", "the fidelity bench's plot (40 MB)", [])
+
+
 def environment(name, what_for, wheels):
     """Makes CACHE/venv-NAME from NAME.txt, anew when its pins change."""
     place = CACHE / f"venv-{name}"
@@ -207,7 +212,8 @@ def environment(name, what_for, wheels):
     stamp.write_text(pins.read_text())
 
 
-PARTS = {"libtorch": libtorch, "teacher": teacher, "deny": deny, "transformers": transformers, "retort-data": retort_data}
+PARTS = {"libtorch": libtorch, "teacher": teacher, "deny": deny, "transformers": transformers, "retort-data": retort_data,
+         "fidelity": fidelity}
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)

@@ -42,7 +42,7 @@ fn dense(hidden_nh: &Tensor, weight_vh: &Tensor, targets: &Targets, ce_weight: f
     let outside_nv = mass_nv.eq(0.0).to_kind(Kind::Float);
     let bucket_n = (logq_nv.exp() * outside_nv).sum_dim_intlist([-1i64].as_slice(), false, Kind::Float);
     for (p, &residual) in targets.residuals.iter().enumerate().filter(|(_, residual)| **residual > 0.0) {
-        kl = kl + (f64::from(residual).ln() - bucket_n.get(p as i64).log()) * f64::from(residual);
+        kl += (f64::from(residual).ln() - bucket_n.get(p as i64).log()) * f64::from(residual);
     }
     let labels_n1 = Tensor::from_slice(&targets.labels).unsqueeze(1);
     let ce = -logq_nv.gather(1, &labels_n1, false).sum(Kind::Float);

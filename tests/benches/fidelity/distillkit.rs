@@ -76,13 +76,10 @@ impl DistillKit {
         for i in 0..n {
             let pivot = (i..n).max_by(|&a, &b| system[a][i].abs().total_cmp(&system[b][i].abs())).unwrap_or(i);
             system.swap(i, pivot);
-            for row in 0..n {
-                if row != i {
-                    let factor = system[row][i] / system[i][i];
-                    for column in i..=n {
-                        system[row][column] -= factor * system[i][column];
-                    }
-                }
+            let pivot = system[i].clone();
+            for (_, row) in system.iter_mut().enumerate().filter(|(row, _)| *row != i) {
+                let factor = row[i] / pivot[i];
+                row.iter_mut().zip(&pivot).for_each(|(value, above)| *value -= factor * above);
             }
         }
         (0..n).map(|i| (system[i][n] / system[i][i]) as f32).collect()

@@ -24,8 +24,10 @@ use super::{
     v1,
 };
 
-/// How far the stored top and tail may miss their sum: both are rounded to eight bits.
+/// How far, relatively, what is rounded to eight bits may miss what it is derived from.
 const COARSE_TOLERANCE: f64 = 0.02;
+/// Below what f32 resolves beside one.
+const LEAST_MASS: f64 = 1e-6;
 
 /// How much less than the most likely token another one has at least, relatively; more than f32 rounds.
 const BELOW_TOP: f64 = 1.0 - 1e-6;
@@ -424,6 +426,9 @@ impl Position<'_> {
             rest += *mass;
         }
         let (top_id, top_logprob) = top.ok_or("none of its tokens is marked as the most likely")?;
+        if (top_logprob - max).abs() > max.abs() * COARSE_TOLERANCE + MASS_TOLERANCE {
+            return Err(format!("its likeliest token has log-probability {top_logprob}, its largest is {max}"));
+        }
         // Rounding is spread over the others first: the largest is the best known.
         let top_mass = top_logprob.exp();
         rest -= top_mass;
@@ -434,10 +439,10 @@ impl Position<'_> {
         let most = bound.min(BELOW_TOP * top_mass / best_rest);
         let scale = if rest > 0.0 { ((wanted - top_mass) / rest).min(most).max(1.0 / bound) } else { 1.0 };
         let whole = top_mass + rest * scale;
-        if (whole - wanted).abs() > COARSE_TOLERANCE {
+        if (whole - wanted).abs() > COARSE_TOLERANCE * wanted + LEAST_MASS {
             return Err(format!("its head's masses sum to {whole}, its tail has {}", self.tail_mass));
         }
-        let all = if wanted > 0.0 { wanted / whole } else { 1.0 };
+        let all = if wanted > LEAST_MASS { wanted / whole } else { 1.0 };
         for (id, mass, logprob) in entries.iter_mut() {
             let factor = if *id == top_id { all } else { scale * all };
             *mass *= factor;

@@ -23,7 +23,10 @@ impl SparseTargets {
             for e in self.range(p) {
                 let logprob = f64::from(self.logprobs[e]);
                 // 1 for a head's entry; a sample's share of the draws over its probability.
-                let weight = f64::from(self.masses[e]) / logprob.exp();
+                let weight = match logprob.exp() {
+                    probability if probability > 0.0 => f64::from(self.masses[e]) / probability,
+                    _ => 1.0,
+                };
                 let mass = at(logprob).exp() * weight;
                 tempered.masses[e] = mass as f32;
                 tempered.logprobs[e] = at(logprob) as f32;

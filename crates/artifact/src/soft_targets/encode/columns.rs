@@ -16,7 +16,7 @@ use crate::soft_targets::{
     Header, Position, Sequence, TailLogprobs,
     decode::has_counts,
     id_table::IdTable,
-    quantise::{coarse, quantise},
+    quantise::{coarse, coarse_share, quantise},
     schema,
 };
 
@@ -111,7 +111,7 @@ impl Columns {
         self.tail_size.push(position.tail.len() as u32);
         self.tail.extend(position.tail.iter().map(|&(id, count, logprob)| (id, count, quantise(max, logprob))));
         self.max_logprob.push(coarse(max));
-        self.tail_mass.push(coarse(mass as f32));
+        self.tail_mass.push(coarse_share(mass));
         self.label_logprob.push(coarse(position.label_logprob));
         self.log_sum_exp.extend_from_slice(&position.log_sum_exps);
         Ok(())
