@@ -1,12 +1,8 @@
-//! Shards on a disk: found, read whole, and told by name when they are wrong.
+//! Shards on a disk: found, read, and told by name when they are wrong.
 
-use std::{
-    io::Read as _,
-    path::{Path, PathBuf},
-};
+use std::path::{Path, PathBuf};
 
-use bytes::Bytes;
-use retort_artifact::soft_targets::{self, Limits, Shard};
+use retort_artifact::soft_targets::{self, Limits, Reader, Shard, Source};
 use retort_core::{Code, Error, Result};
 
 use crate::text::bytes;
@@ -45,12 +41,11 @@ fn walk(folder: &Path, depth: usize, files: &mut Vec<PathBuf>) -> Result<()> {
     Ok(())
 }
 
-/// A regular file's content, no more than a shard may have.
-pub fn read(path: &Path) -> Result<Bytes> {
-    let io = |error| Error::io(path, error);
+/// A regular file no larger than a shard may be, to be read piece by piece.
+pub fn open(path: &Path) -> Result<Source> {
     let max_bytes = Limits::default().max_bytes;
     // Asked before it is opened: opening a pipe waits for its other end.
-    let metadata = std::fs::metadata(path).map_err(io)?;
+    let metadata = std::fs::metadata(path).map_err(|error| Error::io(path, error))?;
     if !metadata.is_file() {
         return Err(Error::new(Code::FileUnreadable, format!("{}: a shard is a regular file", path.display())));
     }
@@ -60,19 +55,17 @@ pub fn read(path: &Path) -> Result<Bytes> {
             format!("{}: {} are more than a shard may have ({})", path.display(), bytes(size), bytes(max_bytes));
         return Err(Error::new(Code::FileUnreadable, message));
     }
-    let mut content = Vec::new();
-    let file = std::fs::File::open(path).map_err(io)?;
-    file.take(max_bytes).read_to_end(&mut content).map_err(io)?;
-    Ok(content.into())
+    Source::open(path)
 }
 
+/// A file's rows, row group by row group.
+pub fn reader(path: &Path) -> Result<Reader> {
+    Reader::open(open(path)?, Limits::default()).map_err(|error| named(path, &error))
+}
+
+/// The whole shard.
 pub fn decode(path: &Path) -> Result<Shard> {
-    decode_bytes(path, read(path)?)
-}
-
-/// The shard that a file's content is.
-pub fn decode_bytes(path: &Path, content: Bytes) -> Result<Shard> {
-    soft_targets::decode(content, Limits::default()).map_err(|error| named(path, &error))
+    soft_targets::decode(open(path)?, Limits::default()).map_err(|error| named(path, &error))
 }
 
 /// The error with the file's name before it.

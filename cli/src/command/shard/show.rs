@@ -30,7 +30,7 @@ pub struct Show {
 
 impl Show {
     pub async fn run(self, context: &Context) -> Result<Outcome> {
-        let shard = describe(files::read(&self.file)?, Limits::default(), self.rows)
+        let shard = describe(files::open(&self.file)?, Limits::default(), self.rows)
             .map_err(|error| files::named(&self.file, &error))?;
         let value =
             serde_json::to_value(&shard).map_err(|error| Error::internal(format!("cannot write JSON: {error}")))?;

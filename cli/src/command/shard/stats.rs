@@ -53,7 +53,7 @@ impl Stats {
     pub async fn run(self, context: &Context) -> Result<Outcome> {
         let mut sums = Summary::default();
         for file in files::find(&self.paths)? {
-            let shard = describe(files::read(&file)?, Limits::default(), usize::MAX)
+            let shard = describe(files::open(&file)?, Limits::default(), usize::MAX)
                 .map_err(|error| files::named(&file, &error))?;
             sums.add(&shard);
         }

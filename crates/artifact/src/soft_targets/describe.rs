@@ -84,7 +84,7 @@ pub fn describe(source: impl Into<Source>, limits: Limits, sequences: usize) -> 
     }
     let per_token = |total: f64| if sums.targets == 0 { 0.0 } else { total / sums.targets as f64 };
     Ok(Description {
-        sha256: guard::sha256(&source)?,
+        sha256: source.sha256()?,
         bytes: source.len(),
         rows: sums.rows,
         tokens: sums.tokens,

@@ -42,8 +42,6 @@ const MAX_FOOTER: u64 = 512 << 10;
 const MAX_PAGE_HEADER: u64 = 4 << 10;
 /// Row ids, tags and finish reasons of a shard, each: many row groups may point at the same pages.
 const MAX_TEXT: u64 = 64 << 20;
-/// Of a file that is hashed, at once.
-const PIECE: usize = 256 << 10;
 
 /// A file whose structure holds; its values are not looked at yet.
 pub(super) struct Opened {
@@ -72,7 +70,7 @@ pub(super) fn open(source: &Source, limits: &Limits) -> Result<Opened> {
     let pairs = pairs(&metadata)?;
     let header = Header::from_pairs(&pairs)?;
     if let Some(&expected) = pairs.get(CONTENT_KEY) {
-        let found = content_sha256(hash_pages(source, footer_start)?, &header);
+        let found = content_sha256(source.hash(footer_start)?, &header);
         if found != expected {
             return Err(corrupt(format!(
                 "its content has sha256 {found}, its metadata says {expected:.64}; the file was damaged, or \
@@ -95,24 +93,6 @@ pub(super) fn content_sha256(mut pages: Sha256, header: &Header) -> String {
         }
     }
     hex(&pages.finalize())
-}
-
-/// Of a whole file.
-pub(super) fn sha256(source: &Source) -> Result<String> {
-    Ok(hex(&hash_pages(source, source.len())?.finalize()))
-}
-
-fn hash_pages(source: &Source, end: u64) -> Result<Sha256> {
-    let mut hasher = Sha256::new();
-    let mut piece = vec![0; PIECE.min(end as usize)];
-    let mut at = 0;
-    while at < end {
-        let length = (end - at).min(PIECE as u64) as usize;
-        source.read_exact_at(&mut piece[..length], at).map_err(|error| Error::io("the shard", error))?;
-        hasher.update(&piece[..length]);
-        at += length as u64;
-    }
-    Ok(hasher)
 }
 
 fn read(source: &Source, at: u64, length: usize) -> Result<bytes::Bytes> {

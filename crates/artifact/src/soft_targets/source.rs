@@ -8,6 +8,12 @@ use parquet::{
     file::reader::{ChunkReader, Length},
 };
 use retort_core::{Error, Result};
+use sha2::{Digest as _, Sha256};
+
+use crate::hash::hex;
+
+/// Of what is hashed, at once.
+const PIECE: usize = 256 << 10;
 
 /// A shard's bytes; cheap to clone.
 #[derive(Clone, Debug)]
@@ -26,6 +32,25 @@ impl Source {
             Ok(Self::File(Arc::new(file), length))
         };
         open().map_err(|error| Error::io(path, error))
+    }
+
+    /// SHA-256 of all of it, in hexadecimal.
+    pub fn sha256(&self) -> Result<String> {
+        Ok(hex(&self.hash(self.len())?.finalize()))
+    }
+
+    /// A hasher that has seen the bytes before `end`.
+    pub(super) fn hash(&self, end: u64) -> Result<Sha256> {
+        let mut hasher = Sha256::new();
+        let mut piece = vec![0; PIECE.min(end as usize)];
+        let mut at = 0;
+        while at < end {
+            let length = (end - at).min(PIECE as u64) as usize;
+            self.read_exact_at(&mut piece[..length], at).map_err(|error| Error::io("the shard", error))?;
+            hasher.update(&piece[..length]);
+            at += length as u64;
+        }
+        Ok(hasher)
     }
 
     /// Fills `into` from `offset` on.

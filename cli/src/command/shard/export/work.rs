@@ -9,7 +9,6 @@ use std::{
 
 use indicatif::ProgressBar;
 use retort_artifact::{
-    sha256_hex,
     soft_targets::{
         DecodedSequence, Shard,
         export::{Dtype, NpzPlan, TopKWriter},
@@ -199,9 +198,8 @@ impl Work {
 
     /// A file's SHA-256, and the shard in it with the rows asked for.
     fn load(&self, path: &Path) -> Result<(String, Shard)> {
-        let content = files::read(path)?;
-        let hash = sha256_hex(&content);
-        let mut shard = files::decode_bytes(path, content)?;
+        let hash = files::open(path)?.sha256().map_err(|error| files::named(path, &error))?;
+        let mut shard = files::decode(path)?;
         if let Some(rows) = self.options.rows {
             shard.sequences.retain(|sequence| rows.contains(sequence.row));
         }
@@ -231,6 +229,7 @@ fn line(sequence: &DecodedSequence) -> Value {
             "logprobs": targets.logprobs[range],
             "top": targets.top_ids[p],
             "label_logprob": targets.label_logprobs[p],
+            "residual": targets.residuals[p],
         })
     };
     json!({
