@@ -35,9 +35,9 @@ impl Verify {
             match verify(file) {
                 Ok((rows, target_tokens)) => {
                     targets += target_tokens;
-                    context.output.json(
-                        &json!({ "path": path, "sound": true, "rows": rows, "target_tokens": target_tokens }),
-                    );
+                    context
+                        .output
+                        .json(&json!({ "path": path, "sound": true, "rows": rows, "target_tokens": target_tokens }));
                 }
                 Err(error) => {
                     let message = error.chain();

@@ -8,11 +8,9 @@ use std::{
 };
 
 use indicatif::ProgressBar;
-use retort_artifact::{
-    soft_targets::{
-        DecodedSequence, Shard,
-        export::{Dtype, NpzPlan, TopKWriter},
-    },
+use retort_artifact::soft_targets::{
+    DecodedSequence, Shard,
+    export::{Dtype, NpzPlan, TopKWriter},
 };
 use retort_core::{Code, Error, Result};
 use serde_json::{Value, json};
