@@ -181,13 +181,14 @@ fn diff_measures_how_far_the_distributions_lie_apart() {
     // 7 loses 0.2 and 3 its tail's 0.1; 5 takes the tail of 0.3.
     let close = |key: &str, expected: f64| {
         let value = found[key].as_f64().unwrap();
-        assert!((value - expected).abs() < 1e-4, "{key} is {value}, not {expected}");
+        // A tail's mass and a label's log-probability are stored with eight bits.
+        assert!((value - expected).abs() < expected / 100.0, "{key} is {value}, not {expected}");
     };
     close("max_total_variation", 0.3);
     close("mean_total_variation", 0.3 / 4.0);
     close("max_label_difference", (0.8f64 / 0.6).ln());
     close("mean_label_difference", (0.8f64 / 0.6).ln() / 4.0);
-    assert!(found["max_logprob_difference"].as_f64().unwrap() >= (0.8f64 / 0.6).ln() - 1e-4);
+    assert!(found["max_logprob_difference"].as_f64().unwrap() >= (0.8f64 / 0.6).ln() - 5e-3);
     assert_eq!((&found["shared_entries"], &found["entries_only_in_b"]), (&json!(11), &json!(1)));
     let worst = found["worst"].as_array().unwrap();
     assert_eq!(worst.len(), 1);
