@@ -85,7 +85,7 @@ def parse(path, pairs):
 
     def whole(key, least, most):
         value = text(key)
-        digits = value.isascii() and value.isdigit()
+        digits = value.isascii() and value.isdigit() and len(value) <= 20
         require(digits and least <= int(value) <= most, key, f"it must be a whole number from {least} to {most}")
         return int(value)
 
@@ -98,7 +98,7 @@ def parse(path, pairs):
     if "retort.schema_version" not in pairs:
         raise ShardError(f"{path}: a Parquet file, but none of retort's: it has no retort.schema_version")
     version = text("schema_version")
-    if not version.isdigit() or int(version) > SCHEMA_VERSION:
+    if not (version.isascii() and version.isdigit() and len(version) < 10) or int(version) > SCHEMA_VERSION:
         raise ShardError(
             f"{path}: schema version {version[:80]}, this reader knows up to {SCHEMA_VERSION}: upgrade retort-data"
         )

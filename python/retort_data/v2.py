@@ -140,7 +140,7 @@ def _head(rows, format, head, ids, entries, maxima, tail_mass):
         scale = np.where(rest > 0, scale, 1)
         whole = top_mass + rest * scale
         every = np.where(wanted > 0, wanted / whole, 1)
-    wrong = (head.sizes > 0) & ((np.abs(whole - wanted) > COARSE_TOLERANCE) | ~np.isfinite(every))
+    wrong = (head.sizes > 0) & ((np.abs(whole - wanted) > COARSE_TOLERANCE * wanted + 1e-6) | ~np.isfinite(every))
     rows.check(wrong, lambda n: f"its head's masses sum to {whole[n]:.6f}, its tail has {tail_mass[n]:.6f}")
     factor = np.where(top, 1, scale[head.of]) * every[head.of]
     return mass * factor, logprobs + np.log(factor)

@@ -212,5 +212,5 @@ impl ShardStream {
 
 /// The object is there no more, or is not what was published.
 fn is_corrupt(error: &Error) -> bool {
-    error.kind() == Kind::Corrupt || matches!(error.code, Code::ObjectNotFound | Code::ObjectTooLarge)
+    error.kind() == Kind::Corrupt || error.code == Code::ObjectNotFound
 }

@@ -8,9 +8,9 @@
 //! targets: Anshumann et al., "Sparse Logit Sampling: Accelerating Knowledge Distillation in LLMs", ACL
 //! 2025). Beside a head the samples are systematic: one random offset and equal steps through the
 //! cumulative distribution, which leaves the expectation as it is and takes most of the variance away
-//! (Madow, "On the theory of systematic sampling", 1949). With a threshold for a head and a step of
-//! that same threshold, every token is kept with probability min(1, p / threshold), which has the least
-//! variance that so many entries allow.
+//! (Madow, "On the theory of systematic sampling", 1949). With a threshold for a head and steps of
+//! little more than it, a token is kept with about min(1, p / threshold), which has the least variance
+//! that so many entries allow.
 
 use retort_artifact::soft_targets::Position;
 use retort_core::{

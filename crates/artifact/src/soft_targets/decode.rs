@@ -295,9 +295,7 @@ impl<'a> Row<'a> {
             let found = self.log_sum_exps.len();
             return Err(format!("{positions} targets and {temperatures} temperatures have {found} log-sum-exps"));
         }
-        if let Some(value) = self.log_sum_exps.values().iter().find(|value| !value.is_finite()) {
-            return Err(format!("one of its log-sum-exps is {value}"));
-        }
+        self.check_log_sum_exps()?;
         let (head, tail) = self.check_lengths()?;
         let mut targets = SparseTargets {
             offsets: Vec::with_capacity(positions + 1),
@@ -340,6 +338,21 @@ impl<'a> Row<'a> {
             targets.offsets.push(targets.ids.len() as u32); // at most the number of entries, which fits
         }
         Ok(targets)
+    }
+
+    /// A sum of p^(1/T) lies between 1, all mass on one token, and that of an even distribution.
+    fn check_log_sum_exps(&self) -> Result<(), String> {
+        let temperatures = &self.header.soft_targets.temperatures;
+        let even = f64::from(self.header.vocab_size).ln();
+        for (&value, temperature) in self.log_sum_exps.values().iter().zip(temperatures.iter().cycle()) {
+            let end = (1.0 - 1.0 / temperature) * even;
+            let slack = MASS_TOLERANCE * (1.0 + 1.0 / temperature) + end.abs() * 1e-5;
+            let bounds = end.min(0.0) - slack..=end.max(0.0) + slack;
+            if !bounds.contains(&f64::from(value)) {
+                return Err(format!("a log-sum-exp at temperature {temperature} is {value}"));
+            }
+        }
+        Ok(())
     }
 
     /// Entries of the row's heads and tails, which its lists of entries must have as many of.
@@ -453,7 +466,14 @@ impl Position<'_> {
 
     fn tail(&self, header: &Header, table: &[u32], entries: &mut Vec<Entry>) -> Result<Option<u32>, String> {
         let codec = header.soft_targets.codec;
-        let heads = entries.len();
+        let (heads, most) = (entries.len(), codec.max_draws() as usize);
+        if self.tail_deltas.len() > most {
+            return Err(format!(
+                "its tail has {} entries, the codec {} has at most {most}",
+                self.tail_deltas.len(),
+                codec.name()
+            ));
+        }
         push_ids(header, table, self.tail_deltas, entries)?;
         let tail = &mut entries[heads..];
         if self.tail_counts.contains(&0) {

@@ -37,7 +37,21 @@ const GROUP_TOKENS: usize = 4 << 20;
 /// The same header and sequences give the same bytes. A distribution that cannot be one (not
 /// finite, masses above 1, an id twice, a target without distribution) is
 /// [`Code::ShardUnfaithful`], naming row and position.
+///
+/// More entries than [`super::decode`] reads by default are [`Code::ObjectTooLarge`]: a student could
+/// not use the shard. [`Writer`] has no such bound.
 pub fn encode(header: &Header, sequences: &[Sequence]) -> Result<Encoded> {
+    let entries: usize = sequences.iter().map(entries).sum();
+    let most = Limits::default().max_entries;
+    if entries as u64 > most {
+        return Err(Error::new(
+            Code::ObjectTooLarge,
+            format!(
+                "the shard has {entries} support entries, at most {most} are read at once; use fewer rows a shard \
+                 (prompts.shard_rows) or a sparser codec"
+            ),
+        ));
+    }
     let mut writer = Writer::new(header.clone(), Vec::new())?;
     for group in groups(sequences) {
         writer.write_group(&sequences[group])?;
@@ -132,7 +146,7 @@ impl<W: Write + Send> Writer<W> {
         for (sequence, read) in sequences.iter().zip(&read) {
             self.totals.add(&self.header, sequence, read)?;
             self.target_tokens += read.targets.len() as u64;
-            self.digests.push(digest(read));
+            self.digests.push(digest(&self.header, read));
         }
         self.parquet.write(&batch).and_then(|()| self.parquet.flush()).map_err(unwritable)
     }
@@ -176,7 +190,7 @@ impl Written {
         let mut expected = self.digests.iter();
         for group in reader {
             for read in group.map_err(unreadable)? {
-                if expected.next() != Some(&digest(&read)) {
+                if expected.next() != Some(&digest(&self.header, &read)) {
                     return Err(unfaithful(&read.row_id, "it reads back otherwise than it was written"));
                 }
             }
@@ -219,6 +233,11 @@ impl Filled {
     }
 }
 
+/// Support entries of a row.
+fn entries(sequence: &Sequence) -> usize {
+    sequence.positions.iter().map(|position| position.head.len() + position.tail.len()).sum()
+}
+
 /// Rows of each row group.
 fn groups(sequences: &[Sequence]) -> Vec<Range<usize>> {
     let mut groups: Vec<Range<usize>> = Vec::new();
@@ -236,8 +255,9 @@ fn groups(sequences: &[Sequence]) -> Vec<Range<usize>> {
     groups
 }
 
-/// Of all that a student uses of a row.
-fn digest(sequence: &DecodedSequence) -> [u8; 32] {
+/// Of all that a student uses of a row; of its log-probabilities where they do not wait for the shard's
+/// mean.
+fn digest(header: &Header, sequence: &DecodedSequence) -> [u8; 32] {
     let mut hasher = Sha256::new();
     let targets = &sequence.targets;
     for text in std::iter::once(&sequence.row_id).chain([&sequence.finish_reason]).chain(&sequence.tags) {
@@ -250,7 +270,9 @@ fn digest(sequence: &DecodedSequence) -> [u8; 32] {
         hasher.update((words.len() as u64).to_le_bytes());
         words.iter().for_each(|word| hasher.update(word.to_le_bytes()));
     }
-    for floats in [&targets.masses, &targets.residuals, &targets.label_logprobs, &targets.log_sum_exps] {
+    let none = Vec::new();
+    let logprobs = if header.tail_logprobs == TailLogprobs::Stored { &targets.logprobs } else { &none };
+    for floats in [&targets.masses, &targets.residuals, &targets.label_logprobs, &targets.log_sum_exps, logprobs] {
         hasher.update((floats.len() as u64).to_le_bytes());
         floats.iter().for_each(|float| hasher.update(float.to_le_bytes()));
     }

@@ -6,6 +6,7 @@ use serde::{Deserialize, Serialize};
 use super::{
     DecodedSequence, Header, Position, Sequence, SparseTargets, TailLogprobs,
     encode::{head_mass, tail_mass, top},
+    quantise::RANGE,
 };
 
 /// Means over all positions of a shard.
@@ -13,7 +14,7 @@ use super::{
 pub struct Fidelity {
     /// Mean true probability mass of the exact head.
     pub head_mass: f64,
-    /// Mean |read back - true| over the log-probabilities that are stored, nats.
+    /// Mean |read back - true| over the log-probabilities that are stored and in the byte's range, nats.
     pub mean_abs_error: f64,
     /// Mean KL of the target that is read back from the one that was handed over, nats: what rounding
     /// cost. What sampling costs is variance, not error.
@@ -61,6 +62,8 @@ impl Totals {
         let mass = head_mass(raw).min(1.0);
         let drawn: u32 = raw.tail.iter().map(|&(_, count, _)| u32::from(count)).sum();
         let a_draw = tail_mass(header.soft_targets.codec, drawn, 1.0 - mass, 1.0)? / f64::from(drawn.max(1));
+        // What lies beyond the byte's range has no mass to speak of, and its error no bound.
+        let max = top(&raw.head).map_or(0.0, |(_, logprob)| logprob);
         let stored = header.tail_logprobs == TailLogprobs::Stored;
         let head = raw.head.iter().map(|&(id, logprob)| (id, f64::from(logprob).exp(), logprob, true));
         let tail = raw.tail.iter().map(|&(id, count, logprob)| (id, a_draw * f64::from(count), logprob, stored));
@@ -68,7 +71,7 @@ impl Totals {
             let at = range.start + ids.binary_search(&id).ok()?;
             let found = f64::from(read.masses[at]);
             self.kl += generalised_kl(truth, found);
-            if known {
+            if known && max - logprob <= RANGE {
                 self.abs_error += (f64::from(read.logprobs[at]) - f64::from(logprob)).abs();
                 self.entries += 1;
             }

@@ -43,6 +43,9 @@ const MAX_PAGE_HEADER: u64 = 4 << 10;
 /// Row ids, tags and finish reasons of a shard, each: many row groups may point at the same pages.
 const MAX_TEXT: u64 = 64 << 20;
 
+/// Of one row group; ours have a sixteenth of it.
+const MAX_TOKENS: u64 = 64 << 20;
+
 /// A file whose structure holds; its values are not looked at yet.
 pub(super) struct Opened {
     pub(super) header: Header,
@@ -228,7 +231,8 @@ fn check_group(
     if group.columns().len() != columns.len() {
         return Err(corrupt(format!("a row group has {} columns", group.columns().len())));
     }
-    let tokens = rows.saturating_mul(limits.max_tokens_per_row);
+    // Of the row group, from the first column of tokens on: what the file has of them.
+    let mut tokens = rows.saturating_mul(limits.max_tokens_per_row).min(MAX_TOKENS);
     let temperatures = header.soft_targets.temperatures.len() as u64;
     let mut entries = 0;
     for ((column, chunk), text) in columns.iter().zip(group.columns()).zip(texts) {
@@ -245,8 +249,10 @@ fn check_group(
         if values > max {
             return Err(too_large(format!("{values} values of {}", column.name), format!("{max} values")));
         }
-        if column.per == Per::Entry {
-            entries = values.max(entries);
+        match column.per {
+            Per::Token => tokens = values,
+            Per::Entry => entries = values.max(entries),
+            _ => {}
         }
     }
     Ok(entries)

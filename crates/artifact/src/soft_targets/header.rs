@@ -4,7 +4,7 @@ use std::{collections::BTreeMap, fmt::Display, str::FromStr};
 
 use retort_core::{
     Code, Error, Result,
-    spec::{Codec, MAX_DRAWS, Quantiser, SoftTargets},
+    spec::{Codec, Quantiser, SoftTargets},
 };
 use serde::{Deserialize, Serialize};
 
@@ -77,12 +77,7 @@ impl Header {
         if self.vocab_size == 0 || self.vocab_size > MAX_VOCABULARY {
             return Err(format!("vocab_size is {}; it must lie between 1 and {MAX_VOCABULARY}", self.vocab_size));
         }
-        self.soft_targets.check().map_err(|error| error.message)?;
-        if self.soft_targets.codec.max_draws() > MAX_DRAWS
-            && !matches!(self.soft_targets.codec, Codec::Threshold { .. })
-        {
-            return Err(format!("{} draws are more than {MAX_DRAWS}", self.soft_targets.codec.max_draws()));
-        }
+        self.soft_targets.check().map_err(|error| error.message.replace("teacher.soft_targets.", "retort."))?;
         if !self.soft_targets.temperatures.is_empty() && self.tail_logprobs != TailLogprobs::Stored {
             return Err("temperatures other than 1 need the tail's log-probabilities".to_owned());
         }

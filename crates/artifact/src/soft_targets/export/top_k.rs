@@ -61,6 +61,12 @@ impl<W: Write + Send> TopKWriter<W> {
     /// Errors: `TokenizerMismatch` where the shard is of another origin than those before it,
     /// `ObjectTooLarge` for a vocabulary whose ids do not fit 32 bits with a sign.
     pub fn push(&mut self, header: &Header, sequence: &DecodedSequence) -> Result<()> {
+        let codec = header.soft_targets.codec;
+        if codec.max_head(header.vocab_size) == 0 {
+            let message =
+                format!("a shard of the codec {} has no head to export as top-k; use jsonl or npz", codec.name());
+            return Err(Error::new(Code::RequestInvalid, message));
+        }
         match &self.origin {
             Some(origin) => origin.check(header)?,
             None if i32::try_from(header.vocab_size).is_ok() => self.origin = Some(Origin::of(header)),
