@@ -37,10 +37,13 @@ pub fn check(file: &[u8]) -> bool {
         }
         (Err(decoded), Err(described)) => {
             check_refusal(&decoded);
-            assert_eq!(decoded.code, described.code, "decode says {decoded}, describe says {described}");
+            // Decoding holds all row groups at once, so it counts them together before it reads one.
+            let together = decoded.code == Code::ObjectTooLarge;
+            assert!(together || decoded.code == described.code, "decode says {decoded}, describe says {described}");
             false
         }
         (Ok(_), Err(error)) => panic!("it is decoded, but not described: {error}"),
+        (Err(error), Ok(_)) if error.code == Code::ObjectTooLarge => false,
         (Err(error), Ok(_)) => panic!("it is described, but not decoded: {error}"),
     }
 }
