@@ -32,6 +32,7 @@ pub(super) enum Per {
 }
 
 /// A column's name, its type and the encoding that was smallest for it.
+#[derive(Clone, Copy)]
 pub(super) struct Column {
     pub(super) name: &'static str,
     pub(super) data_type: fn() -> DataType,
@@ -60,12 +61,13 @@ pub(super) const TAIL_MASS: usize = 16;
 pub(super) const LABEL_LOGPROB: usize = 17;
 pub(super) const LOG_SUM_EXP: usize = 18;
 
+pub(super) const fn column(name: &'static str, data_type: fn() -> DataType, encoding: Encoding, per: Per) -> Column {
+    Column { name, data_type, encoding, per }
+}
+
 /// In file order; the constants above index it.
 pub(super) const COLUMNS: [Column; 19] = {
     use Encoding::{BYTE_STREAM_SPLIT, DELTA_BINARY_PACKED, PLAIN, RLE};
-    const fn column(name: &'static str, data_type: fn() -> DataType, encoding: Encoding, per: Per) -> Column {
-        Column { name, data_type, encoding, per }
-    }
     [
         column("row_id", || DataType::Utf8, PLAIN, Per::Row),
         column("row", || DataType::UInt64, DELTA_BINARY_PACKED, Per::Row),

@@ -18,7 +18,7 @@ use super::{
     Header, SparseTargets,
     decode::{check_floats, list_of, values},
     encode::MASS_TOLERANCE,
-    schema::{Column, Per, list},
+    schema::{self, Column, FINISH_REASON, Per, ROW, ROW_ID, TAGS, TARGET_MASK, TOKEN_IDS, column, list},
 };
 
 pub(super) use quantise::NAME as QUANTISER;
@@ -33,17 +33,14 @@ const LABEL_LOGPROB: usize = 12;
 
 /// In file order; the first six are those of today.
 pub(super) const COLUMNS: [Column; 13] = {
-    use Encoding::{BYTE_STREAM_SPLIT, DELTA_BINARY_PACKED, PLAIN, RLE};
-    const fn column(name: &'static str, data_type: fn() -> DataType, encoding: Encoding, per: Per) -> Column {
-        Column { name, data_type, encoding, per }
-    }
+    use Encoding::BYTE_STREAM_SPLIT;
     [
-        column("row_id", || DataType::Utf8, PLAIN, Per::Row),
-        column("row", || DataType::UInt64, DELTA_BINARY_PACKED, Per::Row),
-        column("tags", || list(DataType::Utf8), PLAIN, Per::Tag),
-        column("token_ids", || list(DataType::UInt32), BYTE_STREAM_SPLIT, Per::Token),
-        column("target_mask", || list(DataType::Boolean), RLE, Per::Token),
-        column("finish_reason", || DataType::Utf8, PLAIN, Per::Row),
+        schema::COLUMNS[ROW_ID],
+        schema::COLUMNS[ROW],
+        schema::COLUMNS[TAGS],
+        schema::COLUMNS[TOKEN_IDS],
+        schema::COLUMNS[TARGET_MASK],
+        schema::COLUMNS[FINISH_REASON],
         column("support_size", || list(DataType::UInt16), BYTE_STREAM_SPLIT, Per::Target),
         column("support_delta", || list(DataType::UInt32), BYTE_STREAM_SPLIT, Per::Entry),
         column("count", || list(DataType::UInt8), BYTE_STREAM_SPLIT, Per::Entry),
