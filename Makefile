@@ -95,7 +95,7 @@ fuzz-corpus: fuzz-build setup ## Make the fuzzer's corpus anew: seeds, FUZZ_SECO
 	ls -tr $(FUZZ_HOME)/merged | head -n 22 | xargs -I FILE cp $(FUZZ_HOME)/merged/FILE $(FUZZ)/corpus/decode/
 	cp $(FUZZ_HOME)/seeds/* $(FUZZ)/corpus/decode/
 
-# Kept between runs: a run that was stopped goes on. About 80 minutes on two cores.
+# Kept between runs: a run that was stopped goes on. Longer than an hour on two cores.
 FIDELITY_HOME ?= $(RETORT_CACHE)/fidelity
 
 bench-fidelity: build $(TEACHER)/retort-import.json ## What each codec costs, keeps, and does to a student: docs/fidelity.md's table and plot

@@ -179,7 +179,7 @@ pub fn compute(engine: &mut dyn Engine, order: &Order, watch: Watch) -> Result<E
 
 /// Mean error of a stored log-probability above which a shard is not what the teacher said, nats.
 const MAX_MEAN_ERROR: f64 = soft_targets::QUANTISER_MAX_ERROR as f64;
-/// Mean KL that rounding may cost, nats a position; today's takes about a thousandth of it.
+/// Mean KL that rounding may cost, nats a position.
 const MAX_KL: f64 = 0.01;
 
 /// Refuses (shard-unfaithful) a shard whose stored numbers are not the teacher's.

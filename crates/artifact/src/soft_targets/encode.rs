@@ -27,7 +27,7 @@ mod columns;
 /// Mass that may be left to no tail entry, and the most that rounding may add to a whole.
 pub(super) const MASS_TOLERANCE: f64 = 1e-3;
 
-/// Support entries after which a row group ends: about 25 MB of columns, and 100 MB while reading.
+/// Support entries after which a row group ends; `make bench-shard-memory` shows what it takes.
 const GROUP_ENTRIES: usize = 4 << 20;
 /// Tokens after which it ends in any case.
 const GROUP_TOKENS: usize = 4 << 20;

@@ -36,9 +36,9 @@ use crate::hash::hex;
 const MAGIC: &[u8] = b"PAR1";
 /// Magic at both ends and the footer's length.
 const MIN_BYTES: u64 = 12;
-/// A gigabyte of ours takes about 300 KiB; each byte of a hostile one can become hundreds in memory.
+/// Room for some hundreds of row groups; each byte of a hostile one can become hundreds in memory.
 const MAX_FOOTER: u64 = 512 << 10;
-/// Ours take about 30 bytes.
+/// A header without statistics takes a small part of it.
 const MAX_PAGE_HEADER: u64 = 4 << 10;
 /// Row ids, tags and finish reasons of a shard, each: many row groups may point at the same pages.
 const MAX_TEXT: u64 = 64 << 20;
