@@ -21,8 +21,9 @@ impl Example {
     pub fn from_sequence(sequence: DecodedSequence, vocab_size: u32) -> Result<Self> {
         let targets = (0u32..).zip(&sequence.target_mask).filter(|(_, target)| **target).map(|(at, _)| at).collect();
         let mut example = Self { token_ids: sequence.token_ids, targets, support: sequence.targets };
-        // The losses are at temperature 1.
+        // The losses are at temperature 1, and ask of an entry no more than its mass.
         example.support.log_sum_exps = Vec::new();
+        example.support.heads = Vec::new();
         example.check(vocab_size).map_err(|why| {
             Error::new(Code::ShardCorrupt, format!("row {:?} of a soft-target shard: {why}", sequence.row_id))
         })?;
@@ -100,6 +101,7 @@ impl Example {
                 label_logprobs: reader.numbers(positions)?,
                 residuals: reader.numbers(positions)?,
                 log_sum_exps: Vec::new(),
+                heads: Vec::new(),
             },
         })
         .filter(|_| reader.bytes.is_empty())

@@ -104,7 +104,7 @@ pub struct DecodedSequence {
 
 /// What the losses consume: the positions of one sequence, their supports laid end to end.
 ///
-/// Position `p` has entries `offsets[p]..offsets[p + 1]` of `ids`, `masses` and `logprobs`.
+/// Position `p` has entries `offsets[p]..offsets[p + 1]` of `ids`, `masses`, `logprobs` and `heads`.
 #[derive(Clone, Debug, Default, PartialEq)]
 pub struct SparseTargets {
     /// One more than there are positions; starts at 0.
@@ -118,6 +118,9 @@ pub struct SparseTargets {
     /// Teacher's log p_v of each entry. For a head entry this is the logarithm of its mass; a
     /// tail entry's mass is its share of the draws, which is another number.
     pub logprobs: Vec<f32>,
+    /// True where the entry is of the exact head, false where it is a sample of the rest. A loss does not
+    /// ask: the student leaves it empty.
+    pub heads: Vec<bool>,
     /// Mass of each position that belongs to no entry but to all other tokens together; 0 unless
     /// the codec keeps a bucket.
     pub residuals: Vec<f32>,
@@ -140,7 +143,7 @@ impl SparseTargets {
         self.label_logprobs.is_empty()
     }
 
-    /// Entries of position `p` in `ids`, `masses` and `logprobs`.
+    /// Entries of position `p` in `ids`, `masses`, `logprobs` and `heads`.
     pub fn range(&self, p: usize) -> std::ops::Range<usize> {
         self.offsets[p] as usize..self.offsets[p + 1] as usize
     }

@@ -3,7 +3,7 @@
 use retort_artifact::soft_targets::{
     Header, Limits, SCHEMA_VERSION, Sequence, SparseTargets, TailLogprobs, decode, encode,
 };
-use retort_core::spec::{Codec, SoftTargets};
+use retort_core::spec::SoftTargets;
 use retort_teacher::capture::{Capture, Target};
 use serde_json::{Value, json};
 use tch::Kind;
@@ -137,7 +137,7 @@ pub fn run(corpus: &Corpus, setting: &Setting) -> Result<Value, Failure> {
     let mut sums = Sums::default();
     for (index, _) in corpus.of(true) {
         let read = read_by(corpus, index, &setting.how, 0)?;
-        sums.add(&corpus.logprobs(index), corpus.vocab_size, &read, setting);
+        sums.add(&corpus.logprobs(index), corpus.vocab_size, &read);
     }
     sums.errors.sort_by(f64::total_cmp);
     let percentile = |share: f64| sums.errors.get(((sums.errors.len() as f64 - 1.0) * share) as usize).copied();
@@ -170,25 +170,12 @@ struct Sums {
 }
 
 impl Sums {
-    fn add(&mut self, logprobs: &[f32], vocab_size: usize, read: &SparseTargets, setting: &Setting) {
-        let exact = |p: usize| {
-            let threshold = match &setting.how {
-                How::Ours(soft_targets) => soft_targets.codec,
-                How::DistillKit(_) => Codec::Full,
-            };
-            read.range(p).filter(move |&e| match threshold {
-                // A sample's mass is no estimate of its own probability.
-                Codec::Random { .. } => false,
-                Codec::HeadDraws { .. } | Codec::Threshold { .. } => {
-                    (f64::from(read.masses[e]).ln() - f64::from(read.logprobs[e])).abs() < 1e-4
-                }
-                _ => true,
-            })
-        };
+    fn add(&mut self, logprobs: &[f32], vocab_size: usize, read: &SparseTargets) {
         for (p, truth) in logprobs.chunks(vocab_size).enumerate() {
             let mut kept = vec![false; vocab_size];
             let (mut mass, mut read_mass, mut kl) = (0.0, 0.0, 0.0);
-            for e in exact(p) {
+            // A sample's mass is no estimate of its own probability.
+            for e in read.range(p).filter(|&e| read.heads[e]) {
                 let id = read.ids[e] as usize;
                 let (logprob, found) = (f64::from(truth[id]), f64::from(read.logprobs[e]));
                 kept[id] = true;

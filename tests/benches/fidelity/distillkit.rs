@@ -47,6 +47,7 @@ impl DistillKit {
                 targets.ids.push(id);
                 targets.logprobs.push(logprob as f32);
                 targets.masses.push(logprob.exp() as f32);
+                targets.heads.push(true);
             }
             targets.offsets.push(targets.ids.len() as u32);
             targets.residuals.push(0.0);

@@ -98,6 +98,7 @@ fn whole(corpus: &Corpus, index: usize) -> SparseTargets {
         ids: (0..positions).flat_map(|_| 0..vocab_size).collect(),
         masses: logprobs.iter().map(|logprob| logprob.exp()).collect(),
         logprobs,
+        heads: vec![],
         residuals: vec![0.0; positions],
         top_ids: vec![0; positions],
         label_logprobs: vec![0.0; positions],

@@ -75,7 +75,7 @@ fn check_sequence(sequence: &DecodedSequence, header: &Header) {
     assert_eq!(targets.len(), positions);
     assert_eq!((targets.offsets.len(), targets.top_ids.len()), (positions + 1, positions));
     let entries = targets.ids.len();
-    assert_eq!((targets.masses.len(), targets.logprobs.len()), (entries, entries));
+    assert_eq!([targets.masses.len(), targets.logprobs.len(), targets.heads.len()], [entries; 3]);
     assert_eq!((targets.offsets[0], targets.offsets[positions]), (0, entries as u32));
     for p in 0..positions {
         check_position(targets, p, header);

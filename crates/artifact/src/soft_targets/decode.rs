@@ -284,6 +284,7 @@ impl<'a> Row<'a> {
             ids: Vec::with_capacity(head + tail),
             masses: Vec::with_capacity(head + tail),
             logprobs: Vec::with_capacity(head + tail),
+            heads: Vec::with_capacity(head + tail),
             residuals: Vec::with_capacity(positions),
             top_ids: Vec::with_capacity(positions),
             label_logprobs: self.labels.values().to_vec(),
@@ -310,10 +311,11 @@ impl<'a> Row<'a> {
             let fail = |why: String| format!("position {p}: {why}");
             check_floats(self.header, position.max, position.tail_mass, self.labels.value(p)).map_err(fail)?;
             let top_id = position.entries(self.header, self.table, &mut entries).map_err(fail)?;
-            for &(id, mass, logprob) in &entries {
-                targets.ids.push(id);
-                targets.masses.push(mass as f32);
-                targets.logprobs.push(logprob as f32);
+            for entry in &entries {
+                targets.ids.push(entry.id);
+                targets.masses.push(entry.mass as f32);
+                targets.logprobs.push(entry.logprob as f32);
+                targets.heads.push(entry.head);
             }
             targets.residuals.push(if self.header.soft_targets.codec.has_bucket() { position.tail_mass } else { 0.0 });
             targets.top_ids.push(top_id);

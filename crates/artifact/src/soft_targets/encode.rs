@@ -255,7 +255,7 @@ fn groups(sequences: &[Sequence]) -> Vec<Range<usize>> {
     groups
 }
 
-/// Of all that a student uses of a row; of its log-probabilities where they do not wait for the shard's
+/// Of all that a reader uses of a row; of its log-probabilities where they do not wait for the shard's
 /// mean.
 fn digest(header: &Header, sequence: &DecodedSequence) -> [u8; 32] {
     let mut hasher = Sha256::new();
@@ -265,7 +265,9 @@ fn digest(header: &Header, sequence: &DecodedSequence) -> [u8; 32] {
         hasher.update(text.as_bytes());
     }
     hasher.update(sequence.row.to_le_bytes());
-    hasher.update(sequence.target_mask.iter().map(|&target| u8::from(target)).collect::<Vec<_>>());
+    for flags in [&sequence.target_mask, &targets.heads] {
+        hasher.update(flags.iter().map(|&flag| u8::from(flag)).collect::<Vec<_>>());
+    }
     for words in [&sequence.token_ids, &targets.offsets, &targets.ids, &targets.top_ids] {
         hasher.update((words.len() as u64).to_le_bytes());
         words.iter().for_each(|word| hasher.update(word.to_le_bytes()));

@@ -110,6 +110,7 @@ impl Flat<'_> {
             ids: Vec::with_capacity(entries),
             masses: Vec::with_capacity(entries),
             logprobs: Vec::with_capacity(entries),
+            heads: self.counts.values().iter().map(|&count| count == 0).collect(),
             top_ids: Vec::with_capacity(positions),
             label_logprobs: self.labels.values().to_vec(),
             residuals: vec![0.0; positions],

@@ -179,6 +179,30 @@ fn a_top_k_list_is_the_exact_head_at_the_token_before_its_target() {
 }
 
 #[test]
+fn a_sample_whose_mass_is_its_probability_is_no_head() {
+    let header = sample::with_codec(200, Codec::Threshold { threshold: 0.1 });
+    let raw = sample::sequences(&header, 2, 20);
+    let mut shard = stored(&header, &raw);
+    let mut samples = 0;
+    for sequence in &mut shard.sequences {
+        let targets = &mut sequence.targets;
+        for e in (0..targets.ids.len()).filter(|&e| !targets.heads[e]) {
+            targets.logprobs[e] = targets.masses[e].ln();
+            samples += 1;
+        }
+    }
+    assert!(samples > 0);
+    let exported = batches(top_k(std::slice::from_ref(&shard), None));
+    let lists = exported[0].column_by_name("top_indices").unwrap().as_list::<i32>();
+    for (r, sequence) in raw.iter().enumerate() {
+        let lists = lists.value(r);
+        let mut lengths = lists.as_list::<i32>().iter().map(|list| list.unwrap().len()).filter(|&length| length > 0);
+        assert!(sequence.positions.iter().all(|position| lengths.next() == Some(position.head.len())));
+        assert_eq!(lengths.next(), None);
+    }
+}
+
+#[test]
 fn shards_of_two_teachers_do_not_share_an_export() {
     let header = sample::header(64, 4, 4);
     let stranger = Header { shard: 9, teacher_sha256: "f00d".repeat(16), ..header.clone() };

@@ -96,6 +96,7 @@ fn check_position(raw: &Position, header: &Header, targets: &SparseTargets, p: u
     }
     for &(id, logprob) in &raw.head {
         let at = ids.binary_search(&id).unwrap();
+        assert!(targets.heads[range.start + at]);
         assert!((masses[at].ln() - targets.logprobs[range.start + at]).abs() < 1e-4);
         // The factor that makes the head whole adds what rounding can have taken elsewhere.
         let error = (targets.logprobs[range.start + at] - logprob).abs();
@@ -103,6 +104,7 @@ fn check_position(raw: &Position, header: &Header, targets: &SparseTargets, p: u
     }
     for &(id, count, logprob) in &raw.tail {
         let at = ids.binary_search(&id).unwrap();
+        assert!(!targets.heads[range.start + at]);
         let expected = tail * f64::from(count) / drawn;
         assert!((f64::from(masses[at]) - expected).abs() < expected * COARSE + 1e-6, "{codec:?}");
         match header.tail_logprobs {

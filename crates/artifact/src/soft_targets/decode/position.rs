@@ -28,8 +28,15 @@ pub(super) struct Position<'a> {
     pub(super) tail_mass: f32,
 }
 
-/// An entry of a support: id, target mass, log-probability.
-pub(super) type Entry = (u32, f64, f64);
+/// An entry of a support.
+pub(super) struct Entry {
+    pub(super) id: u32,
+    /// Of the target.
+    pub(super) mass: f64,
+    pub(super) logprob: f64,
+    /// Whether it is of the head.
+    pub(super) head: bool,
+}
 
 /// Whether a tail's counts are stored; where they are not, each is 1.
 pub(in crate::soft_targets) fn has_counts(codec: Codec) -> bool {
@@ -44,9 +51,9 @@ impl Position<'_> {
         let heads = entries.len();
         let drawn_top = self.tail(header, table, entries)?;
         debug_assert!(entries.len() - heads == self.tail_deltas.len());
-        entries.sort_unstable_by_key(|&(id, ..)| id);
-        if let Some(twice) = entries.windows(2).find(|pair| pair[0].0 == pair[1].0) {
-            return Err(format!("token {} is in its support twice", twice[0].0));
+        entries.sort_unstable_by_key(|entry| entry.id);
+        if let Some(twice) = entries.windows(2).find(|pair| pair[0].id == pair[1].id) {
+            return Err(format!("token {} is in its support twice", twice[0].id));
         }
         head_top.or(drawn_top).ok_or_else(|| "its support is empty".to_owned())
     }
@@ -60,11 +67,11 @@ impl Position<'_> {
         if size == 0 {
             return Ok(None);
         }
-        push_ids(header, table, self.head_deltas, entries)?;
+        push_ids(header, table, self.head_deltas, true, entries)?;
         let max = f64::from(self.max);
         let mut top = None;
         let mut rest = 0.0;
-        for (at, (id, mass, logprob)) in entries.iter_mut().enumerate() {
+        for (at, Entry { id, mass, logprob, .. }) in entries.iter_mut().enumerate() {
             *logprob = match self.head_qs.get(at) {
                 Some(&q) => max - below_max(q),
                 None => f64::from(self.head_logprobs[at]),
@@ -95,7 +102,7 @@ impl Position<'_> {
         let wanted = 1.0 - f64::from(self.tail_mass);
         let bound = f64::from(MAX_ERROR).exp();
         // No factor lifts another token to the first place.
-        let best_rest = entries.iter().filter(|entry| entry.0 != top_id).map(|entry| entry.1).fold(0.0, f64::max);
+        let best_rest = entries.iter().filter(|entry| entry.id != top_id).map(|entry| entry.mass).fold(0.0, f64::max);
         let most = bound.min(BELOW_TOP * top_mass / best_rest);
         let scale = if rest > 0.0 { ((wanted - top_mass) / rest).min(most).max(1.0 / bound) } else { 1.0 };
         let whole = top_mass + rest * scale;
@@ -103,10 +110,10 @@ impl Position<'_> {
             return Err(format!("its head's masses sum to {whole}, its tail has {}", self.tail_mass));
         }
         let all = if wanted > LEAST_MASS { wanted / whole } else { 1.0 };
-        for (id, mass, logprob) in entries.iter_mut() {
-            let factor = if *id == top_id { all } else { scale * all };
-            *mass *= factor;
-            *logprob += factor.ln();
+        for entry in entries.iter_mut() {
+            let factor = if entry.id == top_id { all } else { scale * all };
+            entry.mass *= factor;
+            entry.logprob += factor.ln();
         }
         Ok(Some(top_id))
     }
@@ -121,7 +128,7 @@ impl Position<'_> {
                 codec.name()
             ));
         }
-        push_ids(header, table, self.tail_deltas, entries)?;
+        push_ids(header, table, self.tail_deltas, false, entries)?;
         let tail = &mut entries[heads..];
         if self.tail_counts.contains(&0) {
             return Err("a tail entry was drawn 0 times".to_owned());
@@ -133,14 +140,14 @@ impl Position<'_> {
         })?;
         let mut top: Option<(u32, u32)> = None;
         for (at, entry) in tail.iter_mut().enumerate() {
-            entry.1 = mass * f64::from(count(at)) / f64::from(drawn);
-            entry.2 = match (header.tail_logprobs, self.tail_qs.get(at)) {
+            entry.mass = mass * f64::from(count(at)) / f64::from(drawn);
+            entry.logprob = match (header.tail_logprobs, self.tail_qs.get(at)) {
                 (TailLogprobs::Mean(mean), _) => f64::from(mean),
                 (TailLogprobs::Stored, q) => f64::from(self.max) - below_max(q.copied().unwrap_or(0)),
             };
-            let better = |(id, most): (u32, u32)| count(at) > most || (count(at) == most && entry.0 < id);
+            let better = |(id, most): (u32, u32)| count(at) > most || (count(at) == most && entry.id < id);
             if top.is_none_or(better) {
-                top = Some((entry.0, count(at)));
+                top = Some((entry.id, count(at)));
             }
         }
         Ok(top.map(|(id, _)| id))
@@ -148,13 +155,19 @@ impl Position<'_> {
 }
 
 /// Undoes differences and ranks.
-fn push_ids(header: &Header, table: &[u32], deltas: &[u32], entries: &mut Vec<Entry>) -> Result<(), String> {
+fn push_ids(
+    header: &Header,
+    table: &[u32],
+    deltas: &[u32],
+    head: bool,
+    entries: &mut Vec<Entry>,
+) -> Result<(), String> {
     let mut rank = 0u64;
     for &delta in deltas {
         rank += u64::from(delta);
         let id = id_table::token(table, rank, header.vocab_size)
             .ok_or_else(|| format!("rank {rank} is outside the vocabulary of {}", header.vocab_size))?;
-        entries.push((id, 0.0, 0.0));
+        entries.push(Entry { id, mass: 0.0, logprob: 0.0, head });
     }
     Ok(())
 }

@@ -30,9 +30,6 @@ const ZSTD_LEVEL: i32 = 3;
 const BATCH_VALUES: usize = 1 << 20;
 /// Encoded bytes a row group takes at most, and so what a reader must hold.
 const ROW_GROUP_BYTES: usize = 64 << 20;
-/// A head entry's log-probability is the logarithm of its mass, but for rounding to single
-/// precision; a tail entry's is another number.
-const ROUNDING: f64 = 1e-5;
 
 /// Writes rows as they come, in row groups of at most some 64 MiB.
 #[derive(Debug)]
@@ -76,7 +73,7 @@ impl<W: Write + Send> TopKWriter<W> {
                 return Err(Error::new(Code::ObjectTooLarge, message));
             }
         }
-        self.columns.push(header, sequence, self.k.unwrap_or(usize::MAX));
+        self.columns.push(sequence, self.k.unwrap_or(usize::MAX));
         if self.columns.values >= BATCH_VALUES { self.write() } else { Ok(()) }
     }
 
@@ -100,20 +97,15 @@ impl<W: Write + Send> TopKWriter<W> {
     }
 }
 
-/// The entries of position `p` that are exact: the head's `(id, log-probability)`, the most likely
-/// first and the others falling, of equals the smaller id first.
-fn head(targets: &SparseTargets, p: usize, largest: usize) -> Vec<(u32, f32)> {
+/// The head of position `p`: at most `k` of its `(id, log-probability)`, the most likely first and the
+/// others falling, of equals the smaller id first.
+fn head(targets: &SparseTargets, p: usize, k: usize) -> Vec<(u32, f32)> {
     let range = targets.range(p);
-    let (masses, logprobs) = (&targets.masses[range.clone()], &targets.logprobs[range.clone()]);
-    let exact = |mass: f32, logprob: f32| (f64::from(mass).ln() - f64::from(logprob)).abs() <= ROUNDING;
-    let mut head: Vec<(u32, f32)> = (targets.ids[range].iter().zip(masses).zip(logprobs))
-        .filter(|&((_, &mass), &logprob)| exact(mass, logprob))
-        .map(|((&id, _), &logprob)| (id, logprob))
-        .collect();
+    let mut head: Vec<(u32, f32)> =
+        range.filter(|&e| targets.heads[e]).map(|e| (targets.ids[e], targets.logprobs[e])).collect();
     let top = targets.top_ids[p];
     head.sort_by(|a, b| (b.0 == top).cmp(&(a.0 == top)).then(b.1.total_cmp(&a.1)).then(a.0.cmp(&b.0)));
-    // A tail entry whose share of the draws happens to be its probability lies below the head's.
-    head.truncate(largest);
+    head.truncate(k);
     head
 }
 
@@ -149,7 +141,7 @@ impl Default for Columns {
 
 impl Columns {
     /// Ids fit: they lie below the vocabulary's size, which was checked.
-    fn push(&mut self, header: &Header, sequence: &DecodedSequence, k: usize) {
+    fn push(&mut self, sequence: &DecodedSequence, k: usize) {
         let (tokens, mask) = (&sequence.token_ids, &sequence.target_mask);
         self.row_id.append_value(&sequence.row_id);
         self.row.append_value(sequence.row);
@@ -162,11 +154,10 @@ impl Columns {
         self.labels.append(true);
         self.values += tokens.len();
         // The output at a token predicts the next one; nothing follows the last.
-        let largest = k.min(header.soft_targets.codec.max_head(header.vocab_size) as usize);
         let mut p = 0;
         for i in 0..tokens.len() {
             if mask.get(i + 1) == Some(&true) {
-                for (id, logprob) in head(&sequence.targets, p, largest) {
+                for (id, logprob) in head(&sequence.targets, p, k) {
                     self.top_indices.values().values().append_value(id as i32);
                     self.top_values.values().values().append_value(logprob);
                     self.values += 1;
