@@ -1,6 +1,7 @@
 """What a shard's metadata say of its soft targets."""
 
 import math
+import re
 from dataclasses import dataclass
 
 import numpy as np
@@ -28,6 +29,8 @@ TEMPERATURES = (0.05, 20)
 MAX_TEMPERATURES = 8
 MAX_VOCABULARY = 1 << 24
 MAX_VALUE_BYTES = 16 << 10
+# A real number in decimal, as Rust reads one; float() takes more: underscores, spaces, other digits, nan.
+REAL = re.compile(r"[+-]?([0-9]+\.?[0-9]*|\.[0-9]+)([eE][+-]?[0-9]+)?")
 
 
 @dataclass(frozen=True)
@@ -90,10 +93,8 @@ def parse(path, pairs):
         return int(value)
 
     def real(key, value):
-        try:
-            return float(value)
-        except ValueError:
-            require(False, key, "it holds no number")
+        require(REAL.fullmatch(value), key, "it holds no number")
+        return float(value)
 
     if "retort.schema_version" not in pairs:
         raise ShardError(f"{path}: a Parquet file, but none of retort's: it has no retort.schema_version")
@@ -142,7 +143,8 @@ def parse(path, pairs):
             f"at most {MAX_TEMPERATURES}, rising, from {least} to {most}, without 1",
         )
         if text("tail_logprobs") != "stored":
-            tail_logprob = float(np.float32(real("tail_logprobs", text("tail_logprobs"))))
+            with np.errstate(over="ignore"):
+                tail_logprob = float(np.float32(real("tail_logprobs", text("tail_logprobs"))))
             good = math.isfinite(tail_logprob) and tail_logprob <= 0
             require(good, "tail_logprobs", "a mean log-probability is finite and not above 0")
             require(not temperatures, "tail_logprobs", "temperatures other than 1 need the tail's log-probabilities")

@@ -31,6 +31,8 @@ BELOW_MAX = np.concatenate((
     8 + (np.arange(64) + 0.5) / 8,
     16 + (np.arange(63) + 0.5) / 4,
 ))
+# Below what float32 resolves beside one.
+LEAST_MASS = 1e-6
 # What rounding to a byte can have done to the head's sum.
 MAX_FACTOR = np.exp(1 / 8)
 # How much less than the most likely token another one has at least, relatively; more than float32 rounds.
@@ -61,7 +63,8 @@ def decode(rows, format, table, begins):
     floats = rows.floats(format)
     log_sum_exps = rows.take("log_sum_exp", rows.positions.sizes * len(format.temperatures))
     log_sum_exps = log_sum_exps.reshape(len(head), len(format.temperatures))
-    unfit = ~np.isfinite(log_sum_exps).all(1)
+    least, most = _log_sum_exp_bounds(format)
+    unfit = ~((log_sum_exps >= least) & (log_sum_exps <= most)).all(1)
     rows.check(unfit, lambda n: f"its log-sum-exps are {log_sum_exps[n].tolist()}")
 
     head_ids = _ids(rows, format, table, head, rows.take("head_delta", heads))
@@ -91,6 +94,15 @@ def decode(rows, format, table, begins):
         temperatures=format.temperatures,
         vocab_size=format.vocab_size,
     )
+
+
+def _log_sum_exp_bounds(format):
+    """float64 [temperatures] each: a sum of p^(1/T) lies between 1, all mass on one token, and that of an
+    even distribution."""
+    temperatures = np.array(format.temperatures, np.float64)
+    even = (1 - 1 / temperatures) * np.log(format.vocab_size)
+    slack = MASS_TOLERANCE * (1 + 1 / temperatures) + np.abs(even) * 1e-5
+    return np.minimum(even, 0) - slack, np.maximum(even, 0) + slack
 
 
 def _ids(rows, format, table, runs, deltas):
@@ -127,6 +139,12 @@ def _head(rows, format, head, ids, entries, maxima, tail_mass):
         # Of equals the smallest id, which is the largest when counted from the end.
         from_end = np.where(best, format.vocab_size - ids, 0)
         top = best & (from_end == head.max(from_end)[head.of])
+        likeliest, largest = head.sum(logprobs * top), maxima.astype(np.float64)
+        apart = np.abs(likeliest - largest) > COARSE_TOLERANCE * np.abs(largest) + MASS_TOLERANCE
+        rows.check(
+            apart & (head.sizes > 0),
+            lambda n: f"its likeliest token has log-probability {likeliest[n]:g}, its largest is {largest[n]:g}",
+        )
 
     mass = np.exp(logprobs)
     top_mass = head.sum(mass * top)
@@ -139,8 +157,8 @@ def _head(rows, format, head, ids, entries, maxima, tail_mass):
         scale = np.maximum(np.minimum((wanted - top_mass) / rest, most), 1 / MAX_FACTOR)
         scale = np.where(rest > 0, scale, 1)
         whole = top_mass + rest * scale
-        every = np.where(wanted > 0, wanted / whole, 1)
-    wrong = (head.sizes > 0) & ((np.abs(whole - wanted) > COARSE_TOLERANCE * wanted + 1e-6) | ~np.isfinite(every))
+        every = np.where(wanted > LEAST_MASS, wanted / whole, 1)
+    wrong = (head.sizes > 0) & (np.abs(whole - wanted) > COARSE_TOLERANCE * wanted + LEAST_MASS)
     rows.check(wrong, lambda n: f"its head's masses sum to {whole[n]:.6f}, its tail has {tail_mass[n]:.6f}")
     factor = np.where(top, 1, scale[head.of]) * every[head.of]
     return mass * factor, logprobs + np.log(factor)
