@@ -252,6 +252,23 @@ fn export_writes_what_a_reader_sees_and_keeps_what_is_there() {
 }
 
 #[test]
+fn export_keeps_what_other_temperatures_need() {
+    let shard = golden_file("soft-targets-v2-head-draws.parquet").display().to_string();
+    let (code, stdout, stderr) = retort(&["shard", "export", &shard, "--out", "-"]);
+    assert_eq!(code, 0, "{stderr}");
+    let first: Value = serde_json::from_str(stdout.lines().next().unwrap()).unwrap();
+    assert_eq!(first["temperatures"], json!([0.5, 2.0]));
+    assert_eq!(first["targets"][1]["log_sum_exps"], json!([-1.5, 1.5]));
+
+    let (folder, sound, _) = folder();
+    let (code, stdout, _) = retort(&["shard", "export", &sound, "--out", "-"]);
+    assert!(code == 0 && !stdout.contains("temperatures") && !stdout.contains("log_sum_exps"), "{stdout}");
+    let out = folder.path().join("out").display().to_string();
+    let (code, _, stderr) = retort(&["shard", "export", &sound, &shard, "--format", "npz", "--out", &out]);
+    assert!(code == 2 && stderr.contains("for the temperatures [0.5, 2.0], those before it for []"), "{stderr}");
+}
+
+#[test]
 fn npz_and_top_k_are_what_their_golden_files_are() {
     let (folder, sound, _) = folder();
     for (format, golden, options) in [("npz", "export.npz", &[][..]), ("top-k", "export-top-k.parquet", &["--k", "3"])]
@@ -290,7 +307,7 @@ fn an_export_that_cannot_be_says_so_and_leaves_nothing() {
         (&[&sound, "--out", &out, "--rows", "5..9"], 2, "no row of the shards lies in --rows"),
         (&[&sound, "--out", &out, "--rows", "9..5"], 2, "A must be smaller than B"),
         (&[&sound, "--out", &out, "--format", "npz", "--rows", "0..9"], 2, "no row of the shards lies in --rows"),
-        (&[&sound, "--out", &out, "--format", "npz", "--max-bytes", "1262"], 2, "would take 1.3 kB once loaded"),
+        (&[&sound, "--out", &out, "--format", "npz", "--max-bytes", "1278"], 2, "would take 1.3 kB once loaded"),
         (&[&sound, "--out", &inside], 2, "file-not-found"),
         (&[&sound, "--out", &link, "--force"], 1, "is a link"),
         (&[&sound, "--out", &at("shards"), "--force"], 1, "is a folder"),
@@ -303,7 +320,7 @@ fn an_export_that_cannot_be_says_so_and_leaves_nothing() {
         assert!(code == expected && stderr.contains(why), "{args:?}: {code} {stderr}");
         assert_eq!(names(folder.path()), ["shards"], "{args:?}");
     }
-    let fits = ["shard", "export", &sound, "--out", &out, "--format", "npz", "--max-bytes", "1263"];
+    let fits = ["shard", "export", &sound, "--out", &out, "--format", "npz", "--max-bytes", "1279"];
     assert_eq!(retort(&fits).0, 0);
     assert_eq!(retort(&["shard", "verify", &sound]).0, 0);
 }

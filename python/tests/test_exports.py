@@ -29,12 +29,14 @@ def test_the_npz_holds_what_the_shard_says(sequences):
         "target_mask": ("|b1", (7,)),
         "top_ids": ("<i8", (4,)),
         "label_logprobs": ("<f4", (4,)),
+        "residuals": ("<f4", (4,)),
         "masses": ("<f4", (4, 64)),
     }
     assert arrays["row_ids"].tolist() == [sequence.row_id for sequence in sequences]
     assert arrays["rows"].tolist() == [12, 13]
     assert arrays["top_ids"].tolist() == [17, 9, 2, 63]
     np.testing.assert_allclose(arrays["label_logprobs"], [-0.5, -0.9, -0.002, -1e-5])
+    assert not arrays["residuals"].any()
     for r, sequence in enumerate(sequences):
         tokens = slice(*arrays["row_offsets"][r : r + 2])
         positions = slice(*arrays["position_offsets"][r : r + 2])

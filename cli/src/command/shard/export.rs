@@ -24,7 +24,8 @@ use crate::{
 ///
 /// jsonl: one line a sequence: row_id, row, tags, token_ids, target_mask, finish_reason, and
 /// "targets", one object a target token with its support: "ids", "mass" (what a loss uses; sums to
-/// 1), "logprobs", "top" (the most likely id) and "label_logprob". Ten times the shard and more.
+/// 1 with the "residual" of a bucket), "logprobs", "top" (the most likely id), "label_logprob", and
+/// "log_sum_exps" for the line's "temperatures" where it has any. Ten times the shard and more.
 ///
 /// npz: arrays for numpy.load, among them the dense masses, positions x vocabulary: large once
 /// loaded, so --max-bytes limits it.

@@ -16,7 +16,7 @@ use bytes::Bytes;
 use half::f16;
 use parquet::arrow::arrow_reader::ParquetRecordBatchReaderBuilder;
 use retort_artifact::soft_targets::{
-    Header, Limits, Sequence, Shard, decode, encode,
+    Header, Limits, Sequence, Shard, SparseTargets, decode, encode,
     export::{Dtype, NpzPlan, TopKWriter},
 };
 use retort_core::{
@@ -127,6 +127,35 @@ fn the_dense_masses_are_the_sparse_ones_and_zero_elsewhere() {
         assert_eq!((plan.sequences(), plan.positions(), plan.vocab_size()), (5, 35, 300));
         assert_eq!(plan.bytes(), found.values().map(|(_, bytes)| bytes.len() as u64).sum::<u64>());
     }
+}
+
+#[test]
+fn the_bucket_and_the_log_sum_exps_are_arrays_of_their_own() {
+    let mut header = sample::with_codec(300, Codec::TopKTail { head: 5 });
+    header.soft_targets.temperatures = vec![0.5, 2.0, 4.0];
+    let shard = [stored(&header, &sample::sequences(&header, 3, 9))];
+    let found = arrays(&npz(&shard, Dtype::F32));
+    let expected = |of: fn(&SparseTargets) -> &Vec<f32>| -> Vec<u8> {
+        let values = shard[0].sequences.iter().flat_map(|sequence| of(&sequence.targets));
+        values.flat_map(|value| value.to_le_bytes()).collect()
+    };
+    let array = |name: &str| (found[name].0.as_str(), found[name].1.clone());
+    let text =
+        |descr: &str, shape: &str| format!("{{'descr': '{descr}', 'fortran_order': False, 'shape': ({shape}), }}");
+    assert_eq!(array("residuals.npy"), (&*text("<f4", "27, "), expected(|targets| &targets.residuals)));
+    assert!(shard[0].sequences.iter().all(|sequence| sequence.targets.residuals.iter().any(|&mass| mass > 0.0)));
+    assert_eq!(array("log_sum_exps.npy"), (&*text("<f4", "27, 3, "), expected(|targets| &targets.log_sum_exps)));
+    let temperatures = [0.5f64, 2.0, 4.0].iter().flat_map(|temperature| temperature.to_le_bytes()).collect();
+    assert_eq!(array("temperatures.npy"), (&*text("<f8", "3, "), temperatures));
+    let mut plan = NpzPlan::new(Dtype::F32);
+    plan.add(&header, &shard[0].sequences).unwrap();
+    assert_eq!(plan.bytes(), found.values().map(|(_, bytes)| bytes.len() as u64).sum::<u64>());
+
+    let mut other = header.clone();
+    other.soft_targets.temperatures.pop();
+    let error = plan.add(&other, &[]).unwrap_err();
+    assert_eq!(error.code, Code::RequestInvalid);
+    assert!(error.message.contains("for the temperatures [0.5, 2.0], those before it for [0.5, 2.0, 4.0]"), "{error}");
 }
 
 #[test]

@@ -78,7 +78,10 @@ impl Work {
 
     fn lines(&self, out: impl Write) -> Result<ControlFlow<Ended, Written>> {
         let mut out = BufWriter::new(out);
-        let written = self.each(&[], |_, sequence| self.unless_unread(writeln!(out, "{}", line(sequence))))?;
+        let written = self.each(&[], |shard, sequence| {
+            let line = line(&shard.header.soft_targets.temperatures, sequence);
+            self.unless_unread(writeln!(out, "{line}"))
+        })?;
         Ok(match self.unless_unread(out.flush())? {
             Continue(()) => written,
             Break(unread) => Break(unread),
@@ -217,20 +220,25 @@ fn ended(written: ControlFlow<Ended, Written>) -> Ended {
     }
 }
 
-fn line(sequence: &DecodedSequence) -> Value {
+fn line(temperatures: &[f64], sequence: &DecodedSequence) -> Value {
     let targets = &sequence.targets;
+    let count = temperatures.len();
     let position = |p: usize| {
         let range = targets.range(p);
-        json!({
+        let mut position = json!({
             "ids": targets.ids[range.clone()],
             "mass": targets.masses[range.clone()],
             "logprobs": targets.logprobs[range],
             "top": targets.top_ids[p],
             "label_logprob": targets.label_logprobs[p],
             "residual": targets.residuals[p],
-        })
+        });
+        if count > 0 {
+            position["log_sum_exps"] = json!(targets.log_sum_exps[p * count..(p + 1) * count]);
+        }
+        position
     };
-    json!({
+    let mut line = json!({
         "row_id": sequence.row_id,
         "row": sequence.row,
         "tags": sequence.tags,
@@ -238,5 +246,9 @@ fn line(sequence: &DecodedSequence) -> Value {
         "target_mask": sequence.target_mask,
         "finish_reason": sequence.finish_reason,
         "targets": (0..targets.len()).map(position).collect::<Vec<_>>(),
-    })
+    });
+    if count > 0 {
+        line["temperatures"] = json!(temperatures);
+    }
+    line
 }

@@ -10,7 +10,7 @@ use std::{
 };
 
 use half::f16;
-use retort_core::{Error, Result};
+use retort_core::{Code, Error, Result};
 use zip::{CompressionMethod, ZipWriter, write::SimpleFileOptions};
 
 use super::Origin;
@@ -46,7 +46,8 @@ impl Dtype {
     }
 }
 
-/// The first pass: everything but the masses, in memory. About 10 bytes a token.
+/// The first pass: everything but the masses, in memory. About 15 bytes a token, and 4 for each
+/// temperature.
 #[derive(Debug)]
 pub struct NpzPlan {
     dtype: Dtype,
@@ -59,6 +60,9 @@ pub struct NpzPlan {
     target_mask: Vec<u8>,
     top_ids: Vec<u32>,
     label_logprobs: Vec<f32>,
+    residuals: Vec<f32>,
+    temperatures: Vec<f64>,
+    log_sum_exps: Vec<f32>,
 }
 
 impl NpzPlan {
@@ -74,15 +78,24 @@ impl NpzPlan {
             target_mask: Vec::new(),
             top_ids: Vec::new(),
             label_logprobs: Vec::new(),
+            residuals: Vec::new(),
+            temperatures: Vec::new(),
+            log_sum_exps: Vec::new(),
         }
     }
 
     /// Takes one shard's sequences in. Errors: `TokenizerMismatch` where the shard is of another
-    /// origin than those before it.
+    /// origin than those before it, `RequestInvalid` where it was captured for other temperatures.
     pub fn add(&mut self, header: &Header, sequences: &[DecodedSequence]) -> Result<()> {
         match &self.origin {
-            Some(origin) => origin.check(header)?,
-            None => self.origin = Some(Origin::of(header)),
+            Some(origin) => {
+                origin.check(header)?;
+                self.check_temperatures(header)?;
+            }
+            None => {
+                self.origin = Some(Origin::of(header));
+                self.temperatures.clone_from(&header.soft_targets.temperatures);
+            }
         }
         for sequence in sequences {
             self.row_ids.push(sequence.row_id.clone());
@@ -92,6 +105,8 @@ impl NpzPlan {
             self.target_mask.extend(sequence.target_mask.iter().map(|&target| u8::from(target)));
             self.top_ids.extend_from_slice(&sequence.targets.top_ids);
             self.label_logprobs.extend_from_slice(&sequence.targets.label_logprobs);
+            self.residuals.extend_from_slice(&sequence.targets.residuals);
+            self.log_sum_exps.extend_from_slice(&sequence.targets.log_sum_exps);
             self.position_offsets.push(self.top_ids.len() as u64);
         }
         Ok(())
@@ -116,8 +131,22 @@ impl NpzPlan {
         let masses =
             self.positions().saturating_mul(u64::from(self.vocab_size())).saturating_mul(self.dtype.bytes() as u64);
         let strings = self.sequences().saturating_mul(4 * self.row_id_chars() as u64);
-        let rest = 24 * self.sequences() + 16 + 9 * self.token_ids.len() as u64 + 12 * self.positions();
-        masses.saturating_add(strings).saturating_add(rest)
+        let rest = 24 * self.sequences() + 16 + 9 * self.token_ids.len() as u64 + 16 * self.positions();
+        let tempered = 8 * self.temperatures.len() + 4 * self.log_sum_exps.len();
+        masses.saturating_add(strings).saturating_add(rest).saturating_add(tempered as u64)
+    }
+
+    /// One array of log-sum-exps has the same temperatures throughout.
+    fn check_temperatures(&self, header: &Header) -> Result<()> {
+        let its = &header.soft_targets.temperatures;
+        if *its == self.temperatures {
+            return Ok(());
+        }
+        let message = format!(
+            "shard {} of job {} was captured for the temperatures {its:?}, those before it for {:?}; export them apart",
+            header.shard, header.job, self.temperatures
+        );
+        Err(Error::new(Code::RequestInvalid, message))
     }
 
     /// Of the longest; numpy knows no string type of none.
@@ -212,7 +241,14 @@ impl<W: Write + Seek> NpzWriter<W> {
         self.entry("target_mask", "|b1", &[plan.target_mask.len() as u64], 1)?;
         self.zip.write_all(&plan.target_mask)?;
         self.array("top_ids", "<i8", plan.top_ids.iter().map(|&id| u64::from(id).to_le_bytes()))?;
-        self.array("label_logprobs", "<f4", plan.label_logprobs.iter().map(|logprob| logprob.to_le_bytes()))
+        self.array("label_logprobs", "<f4", plan.label_logprobs.iter().map(|logprob| logprob.to_le_bytes()))?;
+        self.array("residuals", "<f4", plan.residuals.iter().map(|mass| mass.to_le_bytes()))?;
+        if plan.temperatures.is_empty() {
+            return Ok(());
+        }
+        self.array("temperatures", "<f8", plan.temperatures.iter().map(|temperature| temperature.to_le_bytes()))?;
+        self.entry("log_sum_exps", "<f4", &[plan.positions(), plan.temperatures.len() as u64], 4)?;
+        self.values(plan.log_sum_exps.iter().map(|sum| sum.to_le_bytes()))
     }
 
     /// A whole array of one dimension.
@@ -223,6 +259,11 @@ impl<W: Write + Seek> NpzWriter<W> {
         values: impl ExactSizeIterator<Item = [u8; N]>,
     ) -> io::Result<()> {
         self.entry(name, descr, &[values.len() as u64], N)?;
+        self.values(values)
+    }
+
+    /// The array's that was begun last.
+    fn values<const N: usize>(&mut self, values: impl Iterator<Item = [u8; N]>) -> io::Result<()> {
         let mut buffer = Vec::with_capacity(1 << 16);
         for value in values {
             buffer.extend_from_slice(&value);
