@@ -61,7 +61,7 @@ impl Outcome {
 /// The outcome of a finished job; why it did not succeed goes to standard error.
 pub fn conclude(output: &Output, job: &proto::Job) -> Outcome {
     if let Some(error) = &job.error {
-        output.remark(&crate::text::clean(&format!("error[{}]: {}", error.code, error.message)));
+        output.remark(&format!("error[{}]: {}", error.code, error.message));
     }
     Outcome::of_job(job)
 }

@@ -62,7 +62,7 @@ impl Output {
 
     /// A remark beside the result, on standard error: it never mixes with what a script reads.
     pub fn remark(&self, text: &str) {
-        let _ = writeln!(std::io::stderr().lock(), "{text}");
+        retort_process::remark(text);
     }
 
     /// The same output, as JSON lines.

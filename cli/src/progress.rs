@@ -57,9 +57,10 @@ impl View {
     /// A remark that stays above the bars.
     pub fn notice(&mut self, text: &str) {
         self.output.json(&json::notice(text));
+        let text = retort_process::escaped(text);
         match &self.bars {
-            Some(bars) => bars.print(text),
-            None => self.output.text(text),
+            Some(bars) => bars.print(&text),
+            None => self.output.text(&text),
         }
     }
 

@@ -63,6 +63,19 @@ fn verify_names_each_file_that_is_not_sound() {
 }
 
 #[test]
+fn what_a_name_or_a_shard_says_moves_no_cursor() {
+    let folder = tempfile::tempdir().unwrap();
+    let shard = write_shard(&folder.path().join("wide.parquet"), 1, 65, &[sequence(0, 1, 0.8, 3)]);
+    let odd = folder.path().join("odd\u{1b}[2J\nerror[internal]: \u{202e}.parquet");
+    fs::write(&odd, "no shard").unwrap();
+    let shown = r"odd\u{1b}[2J\nerror[internal]: \u{202e}.parquet: ";
+    let (code, stdout, _) = retort(&["shard", "verify", odd.to_str().unwrap()]);
+    assert!(code == 1 && stdout.contains(shown) && stdout.lines().count() == 1, "{stdout}");
+    let (code, _, stderr) = retort(&["shard", "diff", &shard, odd.to_str().unwrap()]);
+    assert!(code == 2 && stderr.contains(shown) && stderr.lines().count() == 1, "{stderr}");
+}
+
+#[test]
 fn stats_sum_up_whole_folders() {
     let (folder, sound, damaged) = folder();
     fs::remove_file(damaged).unwrap();

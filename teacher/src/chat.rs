@@ -8,6 +8,7 @@ use std::{
 
 use retort_core::{Code, Error, Result};
 use retort_llama::{ChatMessage, GenerateOptions, Model, TextStream, Tokenizer};
+use retort_process::remark;
 use tch::{Device, Kind};
 
 use crate::torch::model as llama;
@@ -64,7 +65,9 @@ pub fn run(dir: &Path, device: Device, kind: Kind, prompt: Option<String>, optio
         }
         match chat.answer(said.to_owned()) {
             // The conversation has outgrown the context: say so, and let the person start again.
-            Err(error) if error.code == Code::PromptTooLong && people => eprintln!("error[{}]: {error}", error.code),
+            Err(error) if error.code == Code::PromptTooLong && people => {
+                remark(format_args!("error[{}]: {error}", error.code));
+            }
             other => other?,
         }
     }

@@ -1,5 +1,6 @@
 //! Events as lines of text.
 
+use retort_process::escaped;
 use retort_proto::{self as proto, job_event::What};
 
 use super::state::State;
@@ -47,15 +48,15 @@ pub fn remarkable(event: &proto::JobEvent) -> Option<String> {
         What::AttemptLost(lost) => {
             let redone = lost.redone.as_ref()?;
             let task = redone.task.rsplit('/').next().unwrap_or_default();
-            Some(text::clean(&format!("redone    {task}, attempt {}: {}", redone.epoch, redone.reason)))
+            Some(escaped(&format!("redone    {task}, attempt {}: {}", redone.epoch, redone.reason)))
         }
-        What::TaskUnclaimed(unclaimed) => Some(text::clean(&format!(
+        What::TaskUnclaimed(unclaimed) => Some(escaped(&format!(
             "waiting   nobody takes {}: is a {} of the pool {:?} up?",
             unclaimed.task, unclaimed.role, unclaimed.pool
         ))),
         What::StateChanged(changed) => {
             let why = changed.error.as_ref().map_or_else(String::new, |error| format!(": {}", error.message));
-            Some(text::clean(&format!("job       {}{why}", json::state(changed.to))))
+            Some(escaped(&format!("job       {}{why}", json::state(changed.to))))
         }
         _ => None,
     }

@@ -3,14 +3,11 @@ use std::path::{Path, PathBuf};
 use clap::Args;
 use retort_artifact::soft_targets::Limits;
 use retort_core::{Code, Error, Result};
+use retort_process::escaped;
 use serde_json::json;
 
 use super::files;
-use crate::{
-    command::Context,
-    outcome::Outcome,
-    text::{clean, count},
-};
+use crate::{command::Context, outcome::Outcome, text::count};
 
 /// Checks soft-target files: hashes, structure, ids, masses
 ///
@@ -45,7 +42,7 @@ impl Verify {
                     context.output.json(
                         &json!({ "path": path, "sound": false, "code": error.code.as_str(), "message": message }),
                     );
-                    context.output.text(&clean(&format!("{}  {message}", error.code)));
+                    context.output.text(&escaped(&format!("{}  {message}", error.code)));
                     wrong += 1;
                     first.get_or_insert(error.code);
                 }
