@@ -39,16 +39,6 @@ pub(super) async fn apply(context: &Context, conn: &mut Connection, event: &Even
             format!("epoch {} of {} was never claimed; the newest is {}", event.epoch, task.id, task.epoch),
         ));
     }
-    if let What::ShardReady { published, .. } = &event.what
-        && published.reused
-        && task.is_current(event.epoch)
-        && !shards::is_reusable(&mut *conn, published).await?
-    {
-        return Err(Error::new(
-            Code::BusMalformed,
-            format!("{} reuses {}, and no job has published that as this work", task.id, published.key),
-        ));
-    }
     if !offsets::mark_applied(&mut *conn, &event.id, &job.id).await? {
         return Ok(Outcome::Repeated);
     }
@@ -82,6 +72,12 @@ pub(super) async fn apply(context: &Context, conn: &mut Connection, event: &Even
         }
         What::TaskFailed { code, message, retryable } => {
             failed(context, conn, &task, code, message, *retryable).await?;
+            Ok(Outcome::Applied)
+        }
+        What::ShardReady { published, .. }
+            if published.reused && !shards::is_reusable(&mut *conn, published).await? =>
+        {
+            not_reusable(context, conn, &task, &published.key).await?;
             Ok(Outcome::Applied)
         }
         What::ShardReady { published, measured } => {
@@ -132,6 +128,16 @@ pub(super) async fn apply(context: &Context, conn: &mut Connection, event: &Even
 async fn done(conn: &mut Connection, task: &Task) -> Result<()> {
     tasks::set_state(&mut *conn, &task.id, TaskState::Done).await?;
     tasks::delete_redone(conn, &task.id, task.epoch).await
+}
+
+/// The job that had published the shard was deleted, or the shard withdrawn, after the teacher had asked
+/// for it. The attempt is over, and the next one finds another or computes it.
+async fn not_reusable(context: &Context, conn: &mut Connection, task: &Task, key: &str) -> Result<()> {
+    let reason = format!("it reused {key}, and no job has published that as this work");
+    tracing::warn!(job = %task.job_id, task = task.id.short(), epoch = task.epoch, "an attempt failed: {reason}");
+    tasks::void_attempts(&mut *conn, &task.id).await?;
+    leases::lose(context, conn, task, &reason).await?;
+    Ok(())
 }
 
 async fn failed(
