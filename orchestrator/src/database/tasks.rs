@@ -282,6 +282,20 @@ pub async fn count_redone_of(conn: &mut Connection, id: &TaskId) -> Result<u32> 
     unsigned32("count", count)
 }
 
+/// Whether an attempt failed with this code before.
+pub async fn was_redone_for(conn: &mut Connection, id: &TaskId, code: &str) -> Result<bool> {
+    let start = format!("{code}: ");
+    let one: Option<i64> =
+        sqlx::query_scalar("SELECT 1 FROM redone WHERE task_id = ? AND substr(reason, 1, length(?)) = ? LIMIT 1")
+            .bind(id.as_str())
+            .bind(&start)
+            .bind(&start)
+            .fetch_optional(conn)
+            .await
+            .db()?;
+    Ok(one.is_some())
+}
+
 /// In the order they were lost, the first 1,000.
 pub async fn list_redone(conn: &mut Connection, job: &JobId) -> Result<Vec<Redone>> {
     let rows: Vec<(String, i64, String, String)> = sqlx::query_as(

@@ -159,7 +159,7 @@ async fn failed(
             "an attempt failed: {message}"
         );
     }
-    if !retryable {
+    if !retryable && !may_be_chance(conn, task, code).await? {
         let text = format!("{}: {message}", task.id.short());
         tasks::set_state(&mut *conn, &task.id, TaskState::Failed).await?;
         return leases::fail_job(conn, task, (code, &text), now_ms).await;
@@ -180,6 +180,11 @@ async fn failed(
     }
     leases::redo(context, conn, task, &format!("{code}: {message}"), not_before_ms).await?;
     Ok(())
+}
+
+/// What a shard's numbers come to, they come to again; but a fault of memory may have hit them once.
+async fn may_be_chance(conn: &mut Connection, task: &Task, code: &str) -> Result<bool> {
+    Ok(code == Code::ShardUnfaithful.as_str() && !tasks::was_redone_for(conn, &task.id, code).await?)
 }
 
 /// The student waited for shards and made room for another task. It goes on when the next shard is

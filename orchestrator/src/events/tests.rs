@@ -214,6 +214,27 @@ async fn a_failure_that_stays_fails_the_job_with_its_own_code() {
 }
 
 #[tokio::test]
+async fn an_unfaithful_shard_is_computed_once_more() {
+    let world = World::new().await;
+    let job = world.job().await;
+    let (once, twice) = (TaskId::shard(&job, 0), TaskId::shard(&job, 1));
+    for task in [&once, &twice] {
+        let epoch = world.claim(task, "a").await;
+        world.emit(task, epoch, task_failed(Code::ShardUnfaithful, false)).await;
+        let read = world.read_task(task).await;
+        assert_eq!((read.state, read.attempts), (TaskState::Ready, 1));
+        world.clock.advance_ms(read.not_before_ms - world.context.now_ms());
+    }
+    let epoch = world.claim(&once, "a").await;
+    assert_eq!(world.emit(&once, epoch, shard_ready(&job, 0, epoch)).await, Outcome::Applied);
+    assert_eq!(world.read_job(&job).await.state, JobState::Running);
+    let epoch = world.claim(&twice, "a").await;
+    world.emit(&twice, epoch, task_failed(Code::ShardUnfaithful, false)).await;
+    let read = world.read_job(&job).await;
+    assert_eq!(read.error.unwrap(), ("shard-unfaithful".to_owned(), "shard-00001: it broke".to_owned()));
+}
+
+#[tokio::test]
 async fn the_evaluation_waits_for_training_and_every_held_out_shard() {
     let world = World::new().await;
     let job = world.job().await;
