@@ -110,22 +110,22 @@ impl TrainingData {
         &self.consumed
     }
 
-    async fn keep(&mut self, fetched: Fetched) -> Result<()> {
-        let Fetched { published, shard } = fetched;
-        let vocab_size = self.vocab_size;
-        let examples = shard
-            .sequences
-            .into_iter()
-            .map(|sequence| Example::from_sequence(sequence, vocab_size))
-            .collect::<Result<Vec<_>>>()?;
+    async fn keep(&mut self, mut fetched: Fetched) -> Result<()> {
+        let before = self.spill.len();
+        while let Some(rows) = fetched.next_rows().await? {
+            for sequence in rows {
+                // A few megabytes into the page cache: short enough for this thread.
+                self.spill.append(&[Example::from_sequence(sequence, self.vocab_size)?])?;
+            }
+        }
+        let published = fetched.published;
         self.consumed.push(Consumed {
             shard: published.shard,
             epoch: published.epoch,
             sha256: published.sha256,
-            rows: examples.len() as u64,
+            rows: self.spill.len() - before,
         });
-        // A few megabytes into the page cache: short enough for this thread.
-        self.spill.append(&examples)
+        Ok(())
     }
 }
 

@@ -88,21 +88,23 @@ impl Judging<'_> {
         checkpoint::fetch_below(&self.cx.store, key, "model/", &folder).await?;
         let thread = self.load(folder.join("model")).await?;
 
-        let mut stream =
-            ShardStream::new(self.cx.clone(), self.attempt.clone(), Split::HeldOut, Teacher::clone(&self.teacher));
+        let (cx, teacher, folder) = (self.cx.clone(), Teacher::clone(&self.teacher), self.workspace.path().to_owned());
+        let mut stream = ShardStream::new(cx, self.attempt.clone(), Split::HeldOut, teacher, folder);
         let mut overall = Tally::default();
         let mut by_tag: BTreeMap<String, Tally> = BTreeMap::new();
         let mut rows = Vec::new();
         let mut shards = 0;
-        while let Some(fetched) = stream.next().await? {
+        while let Some(mut fetched) = stream.next().await? {
             shards += 1;
-            let tags: Vec<Vec<String>> = fetched.shard.sequences.iter().map(|sequence| sequence.tags.clone()).collect();
-            rows.extend(fetched.shard.sequences.iter().filter_map(answerable));
-            let tallies = self.measure(&thread, fetched.shard.sequences).await?;
-            for (tags, tally) in tags.into_iter().zip(&tallies) {
-                overall.add(tally);
-                for tag in tags {
-                    by_tag.entry(tag).or_default().add(tally);
+            while let Some(sequences) = fetched.next_rows().await? {
+                let tags: Vec<Vec<String>> = sequences.iter().map(|sequence| sequence.tags.clone()).collect();
+                rows.extend(sequences.iter().filter_map(answerable));
+                let tallies = self.measure(&thread, sequences).await?;
+                for (tags, tally) in tags.into_iter().zip(&tallies) {
+                    overall.add(tally);
+                    for tag in tags {
+                        by_tag.entry(tag).or_default().add(tally);
+                    }
                 }
             }
         }

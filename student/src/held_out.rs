@@ -24,14 +24,16 @@ impl HeldOutSample {
     /// Rows of the shards published by now; none before the first. Waits for nothing.
     pub async fn rows(&mut self) -> Result<&[Example]> {
         while self.targets < MAX_TARGETS {
-            let Some(fetched) = self.stream.try_next().await? else { break };
-            for sequence in fetched.shard.sequences {
-                if self.targets >= MAX_TARGETS {
-                    break;
+            let Some(mut fetched) = self.stream.try_next().await? else { break };
+            while let Some(rows) = fetched.next_rows().await? {
+                for sequence in rows {
+                    if self.targets >= MAX_TARGETS {
+                        return Ok(&self.examples);
+                    }
+                    let example = Example::from_sequence(sequence, self.vocab_size)?;
+                    self.targets += example.targets.len();
+                    self.examples.push(example);
                 }
-                let example = Example::from_sequence(sequence, self.vocab_size)?;
-                self.targets += example.targets.len();
-                self.examples.push(example);
             }
         }
         Ok(&self.examples)

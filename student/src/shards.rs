@@ -3,11 +3,11 @@
 //! A shard whose bytes are not what was published is never used: it is reported, and the stream waits
 //! until another attempt has published it again.
 
-use std::{collections::VecDeque, time::Duration};
+use std::{collections::VecDeque, path::PathBuf, sync::Arc, time::Duration};
 
 use retort_artifact::{
     prompts::Row,
-    soft_targets::{self, Limits, Shard},
+    soft_targets::{DecodedSequence, Header, Limits, Reader, Source},
 };
 use retort_core::{Code, Error, Kind, Result, state::Split};
 use retort_proto::PublishedShard;
@@ -23,11 +23,23 @@ const PATIENCE: Duration = Duration::from_secs(20);
 /// How often one shard may be found corrupt before it is given up: the store itself is at fault.
 const MAX_WITHDRAWALS: u32 = 5;
 
-/// A verified shard and where it came from.
-#[derive(Clone, Debug)]
+/// A shard of which every row was decoded and checked. It lies in a file, and is read again a row group
+/// at a time: memory does not grow with the shard.
 pub struct Fetched {
     pub published: PublishedShard,
-    pub shard: Shard,
+    /// Until its last row group was read.
+    reader: Option<Reader>,
+}
+
+impl Fetched {
+    /// The rows of the next row group; `None` after the last.
+    pub async fn next_rows(&mut self) -> Result<Option<Vec<DecodedSequence>>> {
+        let Some(mut reader) = self.reader.take() else { return Ok(None) };
+        let (group, reader) = blocking(move || Ok((reader.next(), reader))).await?;
+        let Some(rows) = group else { return Ok(None) };
+        self.reader = Some(reader);
+        rows.map(Some)
+    }
 }
 
 /// Reads the shards of one split one after another.
@@ -36,6 +48,8 @@ pub struct ShardStream {
     attempt: Attempt,
     split: Split,
     teacher: Teacher,
+    /// Holds the shard that is read, without a name.
+    folder: PathBuf,
     /// Lowest index that the next shard may have.
     next: u32,
     /// Line of the prompt set that the next shard begins with; `None` at the split's first.
@@ -48,13 +62,14 @@ pub struct ShardStream {
 }
 
 impl ShardStream {
-    /// From the split's first shard on.
-    pub fn new(cx: TaskContext, attempt: Attempt, split: Split, teacher: Teacher) -> Self {
+    /// From the split's first shard on. `folder` must exist.
+    pub fn new(cx: TaskContext, attempt: Attempt, split: Split, teacher: Teacher, folder: PathBuf) -> Self {
         Self {
             cx,
             attempt,
             split,
             teacher,
+            folder,
             next: 0,
             next_row: None,
             queue: VecDeque::new(),
@@ -95,12 +110,12 @@ impl ShardStream {
         }
         let Some(published) = self.queue.front().cloned() else { return Ok(None) };
         match self.fetch(&published).await {
-            Ok(shard) => {
+            Ok((reader, end)) => {
                 self.queue.pop_front();
                 self.next = published.shard.saturating_add(1);
-                self.next_row = shard.sequences.last().map(|last| last.row.saturating_add(1)).or(self.next_row);
+                self.next_row = end.or(self.next_row);
                 self.withdrawn = None;
-                Ok(Some(Fetched { published, shard }))
+                Ok(Some(Fetched { published, reader: Some(reader) }))
             }
             Err(error) if is_corrupt(&error) => {
                 self.withdraw(&published, error).await?;
@@ -127,11 +142,31 @@ impl ShardStream {
         Ok(())
     }
 
-    async fn fetch(&self, published: &PublishedShard) -> Result<Shard> {
-        let bytes = self.cx.store.get_verified(&published.key, &published.sha256, published.bytes).await?;
-        let decoded = tokio::task::spawn_blocking(move || soft_targets::decode(bytes, Limits::default())).await;
-        let shard = decoded.map_err(|error| Error::internal(format!("decoding a shard failed: {error}")))??;
-        let header = &shard.header;
+    /// A shard whose rows are sound, and the line after its last; `None` if it has no rows.
+    async fn fetch(&self, published: &PublishedShard) -> Result<(Reader, Option<u64>)> {
+        let store = &self.cx.store;
+        let file = store.get_verified_file(&published.key, &published.sha256, published.bytes, &self.folder).await?;
+        let source = Source::of_file(file).map_err(|error| Error::io(&self.folder, error))?;
+        let mut reader = blocking(move || Reader::open(source, Limits::default())).await?;
+        self.check_header(published, reader.header())?;
+        let mut rows = None;
+        if published.reused {
+            if reader.rows() != published.rows {
+                let message =
+                    format!("{}: it has {} rows, and {} are published", published.key, reader.rows(), published.rows);
+                return Err(Error::new(Code::ShardCorrupt, message));
+            }
+            rows = Some(self.expected(published).await?);
+        }
+        blocking(move || {
+            let end = check_rows(&mut reader, rows)?;
+            reader.rewind();
+            Ok((reader, end))
+        })
+        .await
+    }
+
+    fn check_header(&self, published: &PublishedShard, header: &Header) -> Result<()> {
         let job = self.attempt.job.as_str();
         let own = header.job == job && header.shard == published.shard;
         if header.split != self.split.as_str() || !(own || published.reused) {
@@ -142,10 +177,6 @@ impl ShardStream {
                     published.key, header.split, header.shard, header.job, self.split, published.shard
                 ),
             ));
-        }
-        if published.reused {
-            let rows = self.cx.prompt_set(&self.attempt).await?;
-            self.check_rows(published, &shard, &rows)?;
         }
         if header.tokenizer_sha256 != self.teacher.tokenizer_sha256 {
             return Err(tokenizer_mismatch(
@@ -163,28 +194,15 @@ impl ShardStream {
                 ),
             ));
         }
-        Ok(shard)
+        Ok(())
     }
 
-    /// A reused shard's header names the job that computed it: its rows say whether it is this one.
-    fn check_rows(&self, published: &PublishedShard, shard: &Shard, rows: &[Row]) -> Result<()> {
-        let wrong = |what: String| Err(Error::new(Code::ShardCorrupt, format!("{}: {what}", published.key)));
-        if shard.sequences.len() as u64 != published.rows {
-            return wrong(format!("it has {} rows, and {} are published", shard.sequences.len(), published.rows));
-        }
-        let of_split = |row: &Row| row.split.unwrap_or(Split::Train) == self.split;
+    /// The rows that a reused shard must have: its header names the job that computed it.
+    async fn expected(&self, published: &PublishedShard) -> Result<Expected> {
+        let rows = self.cx.prompt_set(&self.attempt).await?;
+        let of_split = |row: &Row| is_of(row, self.split);
         let first = self.next_row.or_else(|| rows.iter().position(of_split).map(|first| first as u64)).unwrap_or(0);
-        for (line, sequence) in (first..).zip(&shard.sequences) {
-            let row = usize::try_from(line).ok().and_then(|line| rows.get(line)).filter(|row| of_split(row));
-            let id = row.map_or("", |row| &row.id);
-            if row.is_none() || sequence.row != line || sequence.row_id != id {
-                return wrong(format!(
-                    "it has row {:?} of line {}, where the {} rows go on with {id:?} of line {line}",
-                    sequence.row_id, sequence.row, self.split
-                ));
-            }
-        }
-        Ok(())
+        Ok(Expected { key: published.key.clone(), split: self.split, rows, line: first })
     }
 
     async fn withdraw(&mut self, published: &PublishedShard, error: Error) -> Result<()> {
@@ -208,6 +226,57 @@ impl ShardStream {
         self.queue.clear();
         Ok(())
     }
+}
+
+/// Rows of the job's own prompt set, from a line on.
+struct Expected {
+    /// Of the shard, for messages.
+    key: String,
+    split: Split,
+    rows: Arc<Vec<Row>>,
+    /// Of the next row.
+    line: u64,
+}
+
+impl Expected {
+    fn check(&mut self, sequence: &DecodedSequence) -> Result<()> {
+        let line = self.line;
+        let row = usize::try_from(line).ok().and_then(|line| self.rows.get(line)).filter(|row| is_of(row, self.split));
+        let id = row.map_or("", |row| &row.id);
+        if row.is_none() || sequence.row != line || sequence.row_id != id {
+            let message = format!(
+                "{}: it has row {:?} of line {}, where the {} rows go on with {id:?} of line {line}",
+                self.key, sequence.row_id, sequence.row, self.split
+            );
+            return Err(Error::new(Code::ShardCorrupt, message));
+        }
+        self.line += 1;
+        Ok(())
+    }
+}
+
+fn is_of(row: &Row, split: Split) -> bool {
+    row.split.unwrap_or(Split::Train) == split
+}
+
+/// Decodes every row and holds it against what is expected; the line after the last.
+fn check_rows(reader: &mut Reader, mut expected: Option<Expected>) -> Result<Option<u64>> {
+    let mut end = None;
+    for group in reader {
+        for sequence in group? {
+            if let Some(expected) = &mut expected {
+                expected.check(&sequence)?;
+            }
+            end = Some(sequence.row.saturating_add(1));
+        }
+    }
+    Ok(end)
+}
+
+/// Runs what reads and decodes on a thread that may wait for the disk.
+async fn blocking<T: Send + 'static>(read: impl FnOnce() -> Result<T> + Send + 'static) -> Result<T> {
+    let done = tokio::task::spawn_blocking(read).await;
+    done.map_err(|error| Error::internal(format!("decoding a shard failed: {error}")))?
 }
 
 /// The object is there no more, or is not what was published.

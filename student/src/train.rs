@@ -96,7 +96,9 @@ impl<'a> Run<'a> {
         let teacher = init::open_teacher(&attempt.spec.teacher.model).await?;
         let job = attempt.job.as_str().to_owned();
         let spec = serde_json::to_vec(&attempt.spec).map_err(|error| Error::internal(error.to_string()))?;
-        let stream = ShardStream::new(cx.clone(), attempt.clone(), Split::HeldOut, Teacher::clone(&teacher));
+        let workspace = Workspace::create(&settings.work_dir, attempt)?;
+        let folder = workspace.path().to_owned();
+        let stream = ShardStream::new(cx.clone(), attempt.clone(), Split::HeldOut, Teacher::clone(&teacher), folder);
         let mut run = Self {
             attempt,
             cx,
@@ -105,7 +107,7 @@ impl<'a> Run<'a> {
             spec_sha256: sha256_hex(&spec),
             uploader: Uploader::new(cx.clone(), job),
             thread: ModelThread::spawn("trainer", || None)?,
-            workspace: Workspace::create(&settings.work_dir, attempt)?,
+            workspace,
             held_out: HeldOutSample::new(stream, teacher.vocab_size),
             teacher,
             progress: Progress::default(),
@@ -192,9 +194,9 @@ impl<'a> Run<'a> {
         let first = self.progress.step;
         let first_pass = order.steps_per_pass();
         let (send, mut rows) = mpsc::channel(READ_AHEAD);
-        let stream =
-            ShardStream::new(self.cx.clone(), self.attempt.clone(), Split::Train, Teacher::clone(&self.teacher));
-        let data = TrainingData::new(stream, order, self.teacher.vocab_size, self.workspace.path())?;
+        let (cx, teacher, folder) = (self.cx.clone(), Teacher::clone(&self.teacher), self.workspace.path());
+        let stream = ShardStream::new(cx, self.attempt.clone(), Split::Train, teacher, folder.to_owned());
+        let data = TrainingData::new(stream, order, self.teacher.vocab_size, folder)?;
         // Dropped with this call, and with it the task.
         let mut loader = TaskGroup::new(CancellationToken::new());
         loader.spawn("loader", load_rows(data, first..self.steps, send));

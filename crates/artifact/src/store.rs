@@ -17,7 +17,7 @@ use std::{
 use bytes::Bytes;
 use futures::TryStreamExt;
 use object_store::{
-    ObjectStore, ObjectStoreExt, PutMode, PutOptions, PutPayload, local::LocalFileSystem, path::Path as Key,
+    GetResult, ObjectStore, ObjectStoreExt, PutMode, PutOptions, PutPayload, local::LocalFileSystem, path::Path as Key,
 };
 use retort_core::{Code, Error, Result};
 
@@ -70,6 +70,12 @@ impl Store {
     /// Reads a whole object. One larger than `max_bytes` is `ObjectTooLarge`, told from its size
     /// before any of it is read.
     pub async fn get(&self, key: &str, max_bytes: u64) -> Result<Bytes> {
+        let found = self.find(key, max_bytes).await?;
+        found.bytes().await.map_err(|error| self.fault(key, error))
+    }
+
+    /// An object to be read, no larger than that.
+    async fn find(&self, key: &str, max_bytes: u64) -> Result<GetResult> {
         let found = self.inner.get(&self.key(key)?).await.map_err(|error| self.fault(key, error))?;
         let size = found.meta.size;
         if size > max_bytes {
@@ -78,21 +84,22 @@ impl Store {
                 format!("{}: it takes {size} bytes, at most {max_bytes} are read here", self.shown(key)),
             ));
         }
-        found.bytes().await.map_err(|error| self.fault(key, error))
+        Ok(found)
     }
 
     /// [`Self::get`], refusing bytes of another SHA-256 with `ShardCorrupt`.
     pub async fn get_verified(&self, key: &str, sha256: &str, max_bytes: u64) -> Result<Bytes> {
         let bytes = self.get(key, max_bytes).await?;
-        let found = sha256_hex(&bytes);
-        if found == sha256 {
-            Ok(bytes)
-        } else {
-            Err(Error::new(
-                Code::ShardCorrupt,
-                format!("{}: it has sha256 {found}, {sha256} was published", self.shown(key)),
-            ))
+        self.check_sha256(key, sha256, &sha256_hex(&bytes))?;
+        Ok(bytes)
+    }
+
+    fn check_sha256(&self, key: &str, published: &str, found: &str) -> Result<()> {
+        if found == published {
+            return Ok(());
         }
+        let message = format!("{}: it has sha256 {found}, {published} was published", self.shown(key));
+        Err(Error::new(Code::ShardCorrupt, message))
     }
 
     /// Every object below `prefix`, by key. A prefix ends at a folder's boundary.

@@ -1,8 +1,7 @@
 use std::path::{Path, PathBuf};
 
 use clap::Args;
-use retort_artifact::soft_targets::Limits;
-use retort_core::{Code, Error, Result};
+use retort_core::{Error, Result};
 use retort_process::escaped;
 use serde_json::json;
 
@@ -61,17 +60,11 @@ impl Verify {
 
 /// Rows and target tokens of a sound shard, in memory for one of its row groups.
 fn verify(file: &Path) -> Result<(u64, u64)> {
-    let (mut rows, mut target_tokens, mut entries) = (0, 0, 0);
+    let (mut rows, mut target_tokens) = (0, 0);
     for group in files::reader(file)? {
         let group = group.map_err(|error| files::named(file, &error))?;
         rows += group.len() as u64;
         target_tokens += group.iter().map(|sequence| sequence.targets.len() as u64).sum::<u64>();
-        entries += group.iter().map(|sequence| sequence.targets.ids.len() as u64).sum::<u64>();
-    }
-    let most = Limits::default().max_entries;
-    if entries > most {
-        let message = format!("{}: {entries} support entries are more than a student reads ({most})", file.display());
-        return Err(Error::new(Code::ObjectTooLarge, message));
     }
     Ok((rows, target_tokens))
 }

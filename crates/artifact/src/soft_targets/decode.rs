@@ -83,6 +83,11 @@ impl Reader {
         self.opened.rows
     }
 
+    /// Goes back to the first row group.
+    pub fn rewind(&mut self) {
+        self.group = 0;
+    }
+
     pub(super) fn opened(&self) -> &Opened {
         &self.opened
     }

@@ -38,8 +38,8 @@ const GROUP_TOKENS: usize = 4 << 20;
 /// finite, masses above 1, an id twice, a target without distribution) is
 /// [`Code::ShardUnfaithful`], naming row and position.
 ///
-/// More entries than [`super::decode`] reads by default are [`Code::ObjectTooLarge`]: a student could
-/// not use the shard. [`Writer`] has no such bound.
+/// More entries than [`super::decode`] reads by default are [`Code::ObjectTooLarge`]: who reads a shard
+/// whole could not read this one. [`Writer`] has no such bound.
 pub fn encode(header: &Header, sequences: &[Sequence]) -> Result<Encoded> {
     let entries: usize = sequences.iter().map(entries).sum();
     let most = Limits::default().max_entries;

@@ -26,12 +26,13 @@ pub enum Source {
 impl Source {
     /// Opens a file; reading takes only the piece asked for.
     pub fn open(path: &Path) -> Result<Self> {
-        let open = || -> io::Result<Self> {
-            let file = File::open(path)?;
-            let length = file.metadata()?.len();
-            Ok(Self::File(Arc::new(file), length))
-        };
-        open().map_err(|error| Error::io(path, error))
+        File::open(path).and_then(Self::of_file).map_err(|error| Error::io(path, error))
+    }
+
+    /// Of an open file.
+    pub fn of_file(file: File) -> io::Result<Self> {
+        let length = file.metadata()?.len();
+        Ok(Self::File(Arc::new(file), length))
     }
 
     /// SHA-256 of all of it, in hexadecimal.

@@ -77,10 +77,20 @@ async fn reading_is_bounded_and_verified() {
     assert_eq!((error.code, error.message), (Code::ObjectNotFound, format!("{missing}: no such object")));
     let sha256 = sha256_hex(b"abc");
     assert_eq!(store.get_verified("a/b", &sha256, 3).await.unwrap(), "abc");
+    let folder = tempfile::tempdir().unwrap();
+    let file = store.get_verified_file("a/b", &sha256, 3, folder.path()).await.unwrap();
+    let mut read = [0; 3];
+    std::os::unix::fs::FileExt::read_exact_at(&file, &mut read, 0).unwrap();
+    assert_eq!((&read, file.metadata().unwrap().len()), (b"abc", 3));
+    assert_eq!(std::fs::read_dir(folder.path()).unwrap().count(), 0, "it has no name");
+    let error = store.get_verified_file("a/b", &sha256, 2, folder.path()).await.unwrap_err();
+    assert_eq!(error.code, Code::ObjectTooLarge);
     std::fs::write(store.root().join("a/b"), b"abd").unwrap();
     let error = store.get_verified("a/b", &sha256, 3).await.unwrap_err();
     assert_eq!(error.code, Code::ShardCorrupt);
     assert_eq!(error.message, format!("{place}: it has sha256 {}, {sha256} was published", sha256_hex(b"abd")));
+    let of_file = store.get_verified_file("a/b", &sha256, 3, folder.path()).await.unwrap_err();
+    assert_eq!((of_file.code, of_file.message), (error.code, error.message));
 }
 
 #[tokio::test]

@@ -6,7 +6,7 @@ use std::{
 };
 
 use futures::TryStreamExt;
-use object_store::{CopyMode, CopyOptions, ObjectStore, ObjectStoreExt, WriteMultipart};
+use object_store::{CopyMode, CopyOptions, GetResult, ObjectStore, ObjectStoreExt, WriteMultipart};
 use retort_core::{Code, Error, Result};
 use sha2::{Digest, Sha256};
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
@@ -57,16 +57,10 @@ impl Store {
         let part = beside(file);
         let written = async {
             let mut out = tokio::fs::File::create(&part).await.map_err(|error| Error::io(&part, error))?;
-            let mut pieces = found.into_stream();
-            let (mut size, mut hasher) = (0u64, Sha256::new());
-            while let Some(piece) = pieces.try_next().await.map_err(|error| self.fault(key, error))? {
-                hasher.update(&piece);
-                size += piece.len() as u64;
-                out.write_all(&piece).await.map_err(|error| Error::io(file, error))?;
-            }
+            let (size, sha256) = self.pour(key, found, &mut out, file).await?;
             out.sync_all().await.map_err(|error| Error::io(file, error))?;
             tokio::fs::rename(&part, file).await.map_err(|error| Error::io(file, error))?;
-            Ok((size, hex(&hasher.finalize())))
+            Ok((size, sha256))
         }
         .await;
         if written.is_err() {
@@ -74,6 +68,42 @@ impl Store {
             let _ = tokio::fs::remove_file(&part).await;
         }
         written
+    }
+
+    /// [`Self::get_verified`] into a file in `folder` instead of memory. The file has no name: its space is
+    /// free again once it is closed.
+    pub async fn get_verified_file(
+        &self,
+        key: &str,
+        sha256: &str,
+        max_bytes: u64,
+        folder: &Path,
+    ) -> Result<std::fs::File> {
+        let found = self.find(key, max_bytes).await?;
+        let file = tempfile::tempfile_in(folder).map_err(|error| Error::io(folder, error))?;
+        let mut out = tokio::fs::File::from_std(file);
+        let (_, hashed) = self.pour(key, found, &mut out, folder).await?;
+        self.check_sha256(key, sha256, &hashed)?;
+        Ok(out.into_std().await)
+    }
+
+    /// All of an object into `out`, which lies at `place`; its size and SHA-256.
+    async fn pour(
+        &self,
+        key: &str,
+        found: GetResult,
+        out: &mut tokio::fs::File,
+        place: &Path,
+    ) -> Result<(u64, String)> {
+        let mut pieces = found.into_stream();
+        let (mut size, mut hasher) = (0u64, Sha256::new());
+        while let Some(piece) = pieces.try_next().await.map_err(|error| self.fault(key, error))? {
+            hasher.update(&piece);
+            size += piece.len() as u64;
+            out.write_all(&piece).await.map_err(|error| Error::io(place, error))?;
+        }
+        out.flush().await.map_err(|error| Error::io(place, error))?;
+        Ok((size, hex(&hasher.finalize())))
     }
 
     /// Copies every object below `from` to the same place below `to`; how many. Objects that are
