@@ -9,7 +9,7 @@ use std::{
 
 use indicatif::ProgressBar;
 use retort_artifact::soft_targets::{
-    DecodedSequence, Shard,
+    DecodedSequence, Header, Limits, Reader,
     export::{Dtype, NpzPlan, TopKWriter},
 };
 use retort_core::{Code, Error, Result};
@@ -78,8 +78,8 @@ impl Work {
 
     fn lines(&self, out: impl Write) -> Result<ControlFlow<Ended, Written>> {
         let mut out = BufWriter::new(out);
-        let written = self.each(&[], |shard, sequence| {
-            let line = line(&shard.header.soft_targets.temperatures, sequence);
+        let written = self.each(&[], |header, sequence| {
+            let line = line(&header.soft_targets.temperatures, sequence);
             self.unless_unread(writeln!(out, "{line}"))
         })?;
         Ok(match self.unless_unread(out.flush())? {
@@ -99,7 +99,7 @@ impl Work {
 
     fn top_k(&self, file: &File) -> Result<ControlFlow<Ended, Written>> {
         let mut writer = TopKWriter::new(&self.options.out, file, self.options.k.map(|k| k as usize))?;
-        let written = self.each(&[], |shard, sequence| writer.push(&shard.header, sequence).map(Continue))?;
+        let written = self.each(&[], |header, sequence| writer.push(header, sequence).map(Continue))?;
         if written.is_continue() {
             writer.finish()?;
         }
@@ -118,9 +118,14 @@ impl Work {
             if self.stop.is_cancelled() {
                 return Ok(Break(Ended::Stopped));
             }
-            let (hash, shard) = self.load(path)?;
+            let (hash, reader) = open(path)?;
             hashes.push(hash);
-            plan.add(&shard.header, &shard.sequences)?;
+            let header = reader.header().clone();
+            for group in reader {
+                let mut sequences = group.map_err(|error| files::named(path, &error))?;
+                sequences.retain(|sequence| self.wants(sequence));
+                plan.add(&header, &sequences)?;
+            }
             self.show(at, 1.0);
         }
         self.check_size(&plan, dtype)?;
@@ -160,25 +165,32 @@ impl Work {
     fn each(
         &self,
         hashes: &[String],
-        mut take: impl FnMut(&Shard, &DecodedSequence) -> Result<ControlFlow<Ended>>,
+        mut take: impl FnMut(&Header, &DecodedSequence) -> Result<ControlFlow<Ended>>,
     ) -> Result<ControlFlow<Ended, Written>> {
         let mut written = Written::default();
         for (at, path) in self.files.iter().enumerate() {
-            let (hash, shard) = self.load(path)?;
+            let (hash, reader) = open(path)?;
             if hashes.get(at).is_some_and(|known| *known != hash) {
                 let message = format!("{}: it changed while it was exported; start again", path.display());
                 return Err(Error::new(Code::FileUnreadable, message));
             }
-            for (n, sequence) in shard.sequences.iter().enumerate() {
-                if self.stop.is_cancelled() {
-                    return Ok(Break(Ended::Stopped));
+            let (header, rows, mut read) = (reader.header().clone(), reader.rows(), 0u64);
+            for group in reader {
+                for sequence in group.map_err(|error| files::named(path, &error))? {
+                    if self.stop.is_cancelled() {
+                        return Ok(Break(Ended::Stopped));
+                    }
+                    read += 1;
+                    self.show(at, read as f64 / rows as f64);
+                    if !self.wants(&sequence) {
+                        continue;
+                    }
+                    if let Break(ended) = take(&header, &sequence)? {
+                        return Ok(Break(ended));
+                    }
+                    written.sequences += 1;
+                    written.positions += sequence.targets.len() as u64;
                 }
-                if let Break(ended) = take(&shard, sequence)? {
-                    return Ok(Break(ended));
-                }
-                written.sequences += 1;
-                written.positions += sequence.targets.len() as u64;
-                self.show(at, (n + 1) as f64 / shard.sequences.len() as f64);
             }
         }
         match written.sequences {
@@ -197,20 +209,22 @@ impl Work {
         Error::new(Code::RequestInvalid, why)
     }
 
-    /// A file's SHA-256, and the shard in it with the rows asked for.
-    fn load(&self, path: &Path) -> Result<(String, Shard)> {
-        let hash = files::open(path)?.sha256().map_err(|error| files::named(path, &error))?;
-        let mut shard = files::decode(path)?;
-        if let Some(rows) = self.options.rows {
-            shard.sequences.retain(|sequence| rows.contains(sequence.row));
-        }
-        Ok((hash, shard))
+    /// Whether its row was asked for.
+    fn wants(&self, sequence: &DecodedSequence) -> bool {
+        self.options.rows.is_none_or(|rows| rows.contains(sequence.row))
     }
 
     /// So many files are done, and that part of the next.
     fn show(&self, files: usize, part: f64) {
         self.bar.set_position((STEPS as f64 * (files as f64 + part)) as u64);
     }
+}
+
+/// A file's SHA-256, and what reads its rows.
+fn open(path: &Path) -> Result<(String, Reader)> {
+    let source = files::open(path)?;
+    let named = |error| files::named(path, &error);
+    Ok((source.sha256().map_err(named)?, Reader::open(source, Limits::default()).map_err(named)?))
 }
 
 fn ended(written: ControlFlow<Ended, Written>) -> Ended {
