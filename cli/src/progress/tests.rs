@@ -109,7 +109,7 @@ fn text_lines_are_clean_and_complete() {
     };
     let lost = What::AttemptLost(proto::AttemptLost { redone: Some(redone) });
     let lost = event(2, proto::JobState::Running, progress(2, 0), Some(lost));
-    assert_eq!(lines::line(&lost, &state).unwrap(), "redone    shard-00001, attempt 2: lease expired[31m");
+    assert_eq!(lines::line(&lost, &state).unwrap(), r"redone    shard-00001, attempt 2: lease expired\u{1b}[31m");
     assert_eq!(lines::line(&event(3, proto::JobState::Running, progress(2, 0), None), &state), None);
     for (sequence, step, expected) in
         [(4, 0, "train     started"), (5, 3, "train     step 3 of 10, loss 2.5000, held-out KL 1.2500, 640 tokens/s")]
