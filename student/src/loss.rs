@@ -89,14 +89,14 @@ impl ChunkedLoss {
     }
 
     /// Sums over all positions, and the gradient `[n, h]` of `scale * loss` with respect to
-    /// `hidden_nh`; the head's own is added to `weight_grad_vh` (f32, contiguous).
+    /// `hidden_nh`; the head's own is added to `weight_grad_vh` (f32, contiguous) where it is given.
     ///
     /// `hidden_nh` and `weight_vh` have one kind. No graph is recorded.
     pub fn backward(
         &mut self,
         hidden_nh: &Tensor,
         weight_vh: &Tensor,
-        weight_grad_vh: &mut Tensor,
+        mut weight_grad_vh: Option<&mut Tensor>,
         targets: &Targets,
         scale: f64,
     ) -> Result<(Sums, Tensor)> {
@@ -117,8 +117,17 @@ impl ChunkedLoss {
                 if self.ce_weight > 0.0 {
                     sums.ce -= labels_n.iter().map(|&logprob| f64::from(logprob)).sum::<f64>();
                 }
-                self.chunk_gradient(&chunk, bucket, logprobs_nv, &part_nh, &weight_vh, into_nh, weight_grad_vh, scale)
-                    .map_err(&failed)?;
+                self.chunk_gradient(
+                    &chunk,
+                    bucket,
+                    logprobs_nv,
+                    &part_nh,
+                    &weight_vh,
+                    into_nh,
+                    weight_grad_vh.as_deref_mut(),
+                    scale,
+                )
+                .map_err(&failed)?;
             }
             Ok((sums, grad_nh))
         })
@@ -168,7 +177,7 @@ impl ChunkedLoss {
         part_nh: &Tensor,
         weight_vh: &Tensor,
         mut into_nh: Tensor,
-        weight_grad_vh: &mut Tensor,
+        weight_grad_vh: Option<&mut Tensor>,
         scale: f64,
     ) -> Result<(), TchError> {
         let mut grad_nv = logprobs_nv.f_exp_()?;
@@ -186,6 +195,7 @@ impl ChunkedLoss {
         let factor_n1 = chunk.weight_n1.f_mul_scalar(scale)?;
         let back_nh = grad_nv.f_matmul(weight_vh)?.f_to_kind(Kind::Float)?.f_mul(&factor_n1)?;
         into_nh.f_copy_(&back_nh)?;
+        let Some(weight_grad_vh) = weight_grad_vh else { return Ok(()) };
         let scaled_nh = part_nh.f_to_kind(Kind::Float)?.f_mul(&factor_n1)?.f_to_kind(kind)?;
         let grad_vn = grad_nv.f_tr()?;
         let _ = if kind == Kind::Float {

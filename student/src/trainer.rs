@@ -58,6 +58,11 @@ pub struct StepReport {
     pub seconds: f64,
 }
 
+/// Name of the input embeddings, which are the head too where both are tied.
+const EMBEDDINGS: &str = "model.embed_tokens.weight";
+/// Name of a head of its own.
+const HEAD: &str = "lm_head.weight";
+
 #[derive(Debug)]
 pub struct Trainer {
     pub(crate) model: Model,
@@ -66,17 +71,25 @@ pub struct Trainer {
     pub(crate) options: Options,
     pub(crate) progress: Progress,
     schedule: Schedule,
-    /// The head's gradient, shared with the optimiser.
-    head_grad_vh: Tensor,
+    /// The head's gradient, shared with the optimiser; `None` where the head stays as it is.
+    head_grad_vh: Option<Tensor>,
 }
 
 impl Trainer {
     /// At step 0, with `model`'s weights.
     pub fn new(model: Model, options: Options) -> Result<Self> {
         model.set_trainable(true);
-        let optimizer = AdamW::new(model.parameters(), Hyper::new(options.train.weight_decay))?;
-        let head = if model.config().tie_word_embeddings { "model.embed_tokens.weight" } else { "lm_head.weight" };
-        let head_grad_vh = optimizer.gradient(head)?;
+        let mut parameters = model.parameters();
+        if options.train.freeze_embeddings {
+            let is_frozen = |name: &str| [EMBEDDINGS, HEAD].contains(&name);
+            for (_, tensor) in parameters.iter().filter(|(name, _)| is_frozen(name)) {
+                let _ = tensor.set_requires_grad(false);
+            }
+            parameters.retain(|(name, _)| !is_frozen(name));
+        }
+        let optimizer = AdamW::new(parameters, Hyper::new(options.train.weight_decay))?;
+        let head = if model.config().tie_word_embeddings { EMBEDDINGS } else { HEAD };
+        let head_grad_vh = if options.train.freeze_embeddings { None } else { Some(optimizer.gradient(head)?) };
         let loss = ChunkedLoss::new(options.train.ce_weight, model.config().vocab_size, model.kind(), model.device())?;
         let schedule = Schedule::new(options.train.learning_rate, options.train.warmup_ratio, options.steps);
         Ok(Self { model, loss, optimizer, options, progress: Progress::default(), schedule, head_grad_vh })
@@ -137,7 +150,7 @@ impl Trainer {
         let hidden_nh = target_hidden(&self.model, micro)?;
         let weight_vh = self.model.head_weight();
         let (sums, grad_nh) =
-            self.loss.backward(&hidden_nh, &weight_vh, &mut self.head_grad_vh, &micro.targets, scale)?;
+            self.loss.backward(&hidden_nh, &weight_vh, self.head_grad_vh.as_mut(), &micro.targets, scale)?;
         let through_body = || -> Result<(), TchError> {
             // The gradient of this sum with respect to hidden_nh is grad_nh; its value means nothing.
             hidden_nh.f_mul(&grad_nh)?.f_sum(Kind::Float)?.f_backward()

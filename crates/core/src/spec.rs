@@ -126,6 +126,9 @@ pub struct Train {
     pub ce_weight: f64,
     /// Optimiser steps between checkpoints; 0 means only at the end.
     pub checkpoint_steps: u32,
+    /// The input embeddings and the head stay as they are. For a student that starts with its
+    /// teacher's: the noise of sampled soft targets then has nowhere to settle (docs/fidelity.md).
+    pub freeze_embeddings: bool,
 }
 
 impl Default for Train {
@@ -139,6 +142,7 @@ impl Default for Train {
             clip_norm: 1.0,
             ce_weight: 0.0,
             checkpoint_steps: 20,
+            freeze_embeddings: false,
         }
     }
 }

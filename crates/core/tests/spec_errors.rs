@@ -109,6 +109,20 @@ fn shapes_that_do_not_divide_are_refused() {
 }
 
 #[test]
+fn random_embeddings_are_not_frozen() {
+    let yaml = GOOD.replace(
+        "    prune:\n      layers: 10\n",
+        "    config: {hidden_size: 96, intermediate_size: 64, num_hidden_layers: 2, num_attention_heads: 3, num_key_value_heads: 1}\n",
+    );
+    check(
+        &format!("{yaml}train:\n  freeze_embeddings: true\n"),
+        Code::SpecInvalid,
+        "job.yaml: train.freeze_embeddings would keep the random embeddings of student.init.config; start from prune or \
+         checkpoint, or leave it out",
+    );
+}
+
+#[test]
 fn a_value_of_the_wrong_kind_is_named_with_its_field_and_what_it_must_be() {
     let whole = "it must be a whole number from 0 to 4294967295";
     for (value, shown) in

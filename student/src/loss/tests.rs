@@ -67,7 +67,8 @@ fn value_and_gradients_are_those_of_the_dense_loss() {
 
                 let mut head_grad_vh = Tensor::ones([V, H], (Kind::Float, Device::Cpu));
                 let mut fast = ChunkedLoss::with_chunk(ce_weight, V, Kind::Float, Device::Cpu, chunk).unwrap();
-                let (sums, grad_nh) = fast.backward(&hidden_nh, &weight_vh, &mut head_grad_vh, &targets, 0.25).unwrap();
+                let (sums, grad_nh) =
+                    fast.backward(&hidden_nh, &weight_vh, Some(&mut head_grad_vh), &targets, 0.25).unwrap();
 
                 assert_eq!(sums.positions, positions);
                 assert!((sums.kl - kl).abs() < 1e-4, "{} {kl}", sums.kl);
@@ -97,7 +98,8 @@ fn a_bucket_is_one_more_outcome() {
         for chunk in [2, 16] {
             let mut head_grad_vh = Tensor::zeros([V, H], (Kind::Float, Device::Cpu));
             let mut fast = ChunkedLoss::with_chunk(ce_weight, V, Kind::Float, Device::Cpu, chunk).unwrap();
-            let (sums, grad_nh) = fast.backward(&hidden_nh, &weight_vh, &mut head_grad_vh, &targets, 1.0).unwrap();
+            let (sums, grad_nh) =
+                fast.backward(&hidden_nh, &weight_vh, Some(&mut head_grad_vh), &targets, 1.0).unwrap();
             assert!((sums.kl - kl).abs() < 1e-4, "{} {kl}", sums.kl);
             assert!(max_difference(&grad_nh, &hidden_nh.grad()) < 1e-5);
             assert!(max_difference(&head_grad_vh, &weight_vh.grad()) < 1e-5);
@@ -118,7 +120,7 @@ fn through_a_body_the_gradients_are_those_of_autograd_tied_and_untied() {
             if fast {
                 let mut head_grad_vh = head_vh.zeros_like().detach();
                 let mut loss = ChunkedLoss::with_chunk(0.2, V, Kind::Float, Device::Cpu, 4).unwrap();
-                let (_, grad_nh) = loss.backward(&hidden_nh, head_vh, &mut head_grad_vh, &targets, 1.0).unwrap();
+                let (_, grad_nh) = loss.backward(&hidden_nh, head_vh, Some(&mut head_grad_vh), &targets, 1.0).unwrap();
                 (hidden_nh * grad_nh).sum(Kind::Float).backward();
                 let mut head_grad = head_vh.grad();
                 let head_grad_vh = if head_grad.defined() { head_grad.g_add_(&head_grad_vh) } else { head_grad_vh };
@@ -143,14 +145,14 @@ fn positions_without_support_or_without_any_position_add_nothing() {
     let weight_vh = random([V, H], 2);
     let mut head_grad_vh = weight_vh.zeros_like();
     let mut loss = ChunkedLoss::new(0.0, V, Kind::Float, Device::Cpu).unwrap();
-    let (sums, grad_nh) = loss.backward(&hidden_nh, &weight_vh, &mut head_grad_vh, &targets, 1.0).unwrap();
+    let (sums, grad_nh) = loss.backward(&hidden_nh, &weight_vh, Some(&mut head_grad_vh), &targets, 1.0).unwrap();
     assert!(sums.kl.is_finite());
     assert_eq!(grad_nh.get(1).abs().max().double_value(&[]), 0.0);
     assert!(grad_nh.get(0).abs().max().double_value(&[]) > 0.0);
 
     let before = head_grad_vh.copy();
     let none = Targets::default();
-    let (sums, grad_nh) = loss.backward(&random([0, H], 1), &weight_vh, &mut head_grad_vh, &none, 1.0).unwrap();
+    let (sums, grad_nh) = loss.backward(&random([0, H], 1), &weight_vh, Some(&mut head_grad_vh), &none, 1.0).unwrap();
     assert_eq!((sums, grad_nh.size()), (Sums::default(), vec![0, H]));
     assert_eq!(max_difference(&before, &head_grad_vh), 0.0);
     assert_eq!(loss.measure(&random([0, H], 1), &weight_vh, &none).unwrap(), Measured::default());
@@ -183,7 +185,7 @@ fn the_cut_into_micro_batches_and_chunks_changes_nothing() {
             let hidden_nh = weight_vh
                 .index_select(0, &Tensor::from_slice(&micro.ids_bt))
                 .index_select(0, &Tensor::from_slice(&micro.positions_n));
-            sums.add(loss.backward(&hidden_nh, &weight_vh, &mut head_grad_vh, &micro.targets, 0.01).unwrap().0);
+            sums.add(loss.backward(&hidden_nh, &weight_vh, Some(&mut head_grad_vh), &micro.targets, 0.01).unwrap().0);
         }
         (sums, head_grad_vh)
     };

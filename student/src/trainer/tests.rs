@@ -162,3 +162,33 @@ fn a_cancelled_step_ends_between_micro_batches() {
     let cancelled = || Err(Error::new(Code::JobCancelled, "the job was cancelled"));
     assert_eq!(trainer.step(&rows(0), &cancelled).unwrap_err().code, Code::JobCancelled);
 }
+
+/// Frozen embeddings and head keep their bytes, and everything else learns as it does beside embeddings
+/// that nobody updates.
+#[test]
+fn frozen_embeddings_stay_as_they_are() {
+    for tied in [true, false] {
+        let mut frozen_options = options();
+        frozen_options.train.freeze_embeddings = true;
+        let mut frozen = Trainer::new(model(tied), frozen_options.clone()).unwrap();
+        let mut free = Trainer::new(model(tied), options()).unwrap();
+        let before = weights(&frozen);
+        let report = frozen.step(&rows(0), &|| Ok(())).unwrap();
+        let other = free.step(&rows(0), &|| Ok(())).unwrap();
+        assert_eq!(report.loss, other.loss);
+        assert!(report.gradient_norm < other.gradient_norm, "the frozen part has no gradient");
+        let after = weights(&frozen);
+        for ((name, old), (_, new)) in before.iter().zip(&after) {
+            let is_frozen = [EMBEDDINGS, HEAD].contains(&name.as_str());
+            assert_eq!(old == new, is_frozen, "{name}");
+        }
+        let folder = tempfile::tempdir().unwrap();
+        let teacher = tiny_teacher(&folder.path().join("teacher"), 1, VOCAB.into());
+        resume::save(&frozen, &teacher.folder, &folder.path().join("checkpoint")).unwrap();
+        let mut resumed =
+            resume::load(&folder.path().join("checkpoint"), frozen_options, Device::Cpu, Kind::Float).unwrap();
+        frozen.step(&rows(1), &|| Ok(())).unwrap();
+        resumed.step(&rows(1), &|| Ok(())).unwrap();
+        assert_eq!(weights(&frozen), weights(&resumed));
+    }
+}

@@ -56,6 +56,13 @@ impl JobSpec {
             }
         }
         let train = &self.train;
+        if train.freeze_embeddings && matches!(self.student.init, Init::Config { .. }) {
+            return Err(invalid(
+                "train.freeze_embeddings would keep the random embeddings of student.init.config; start from prune \
+                 or checkpoint, or leave it out"
+                    .to_owned(),
+            ));
+        }
         count("train.passes", train.passes, 1, 10_000)?;
         count("train.batch_rows", train.batch_rows, 1, 65_536)?;
         within("train.learning_rate", train.learning_rate, 1e-9, 10.0)?;

@@ -87,6 +87,7 @@ pub fn job_spec_from_proto(spec: proto::JobSpec) -> Result<JobSpec> {
             clip_norm: t.clip_norm,
             ce_weight: t.ce_weight,
             checkpoint_steps: t.checkpoint_steps,
+            freeze_embeddings: t.freeze_embeddings,
         }),
         gates: spec.gates.map_or_else(Gates::default, |g| Gates {
             max_kl: g.max_kl,

@@ -58,6 +58,7 @@ pub fn job_spec_to_proto(spec: &JobSpec) -> proto::JobSpec {
             clip_norm: spec.train.clip_norm,
             ce_weight: spec.train.ce_weight,
             checkpoint_steps: spec.train.checkpoint_steps,
+            freeze_embeddings: spec.train.freeze_embeddings,
         }),
         gates: Some(proto::GateSpec {
             max_kl: spec.gates.max_kl,
