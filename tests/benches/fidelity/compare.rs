@@ -3,7 +3,7 @@
 use retort_artifact::soft_targets::{
     Header, Limits, SCHEMA_VERSION, Sequence, SparseTargets, TailLogprobs, decode, encode,
 };
-use retort_core::spec::SoftTargets;
+use retort_core::spec::{Codec, SoftTargets};
 use retort_teacher::capture::{Capture, Target};
 use serde_json::{Value, json};
 use tch::Kind;
@@ -12,6 +12,7 @@ use crate::{
     Failure,
     corpus::{Answered, Corpus},
     settings::{How, Setting},
+    students::Student,
     training,
 };
 
@@ -23,6 +24,8 @@ const LARGE_SHARD_ROWS: usize = 64;
 const CAPTURES: u64 = 16;
 /// Of the held-out targets, one in so many is looked at for it.
 const EVERY: usize = 4;
+/// Whose gradient it is.
+const GRADIENT_OF: &str = "4-layers";
 
 /// The training rows of a setting as a student reads them, and the bytes they took. The first shard
 /// stays in the folder, for `retort shard show`.
@@ -143,10 +146,15 @@ pub fn run(corpus: &Corpus, setting: &Setting) -> Result<Value, Failure> {
     let percentile = |share: f64| sums.errors.get(((sums.errors.len() as f64 - 1.0) * share) as usize).copied();
     let positions = sums.positions as f64;
     let (bias, variance) = gradient(corpus, setting)?;
+    // Nobody may decode so many entries in one piece as whole distributions have there.
+    let large = match &setting.how {
+        How::Ours(SoftTargets { codec: Codec::Full, .. }) => None,
+        _ => Some(in_shards(corpus, setting, 0, LARGE_SHARD_ROWS)?.bytes / targets),
+    };
     Ok(json!({
         "name": setting.name,
         "bytes_per_token": stored.bytes / targets,
-        "bytes_per_token_large": in_shards(corpus, setting, 0, LARGE_SHARD_ROWS)?.bytes / targets,
+        "bytes_per_token_large": large,
         "entries": entries as f64 / targets,
         "mass_kept": sums.mass / positions,
         "reconstruction_kl": sums.kl / positions,
@@ -203,7 +211,7 @@ impl Sums {
 /// whole distribution: the norm of the mean difference, and the mean square around it, both relative to
 /// the true gradient's norm and its square. The student is the one that trainings start from.
 fn gradient(corpus: &Corpus, setting: &Setting) -> Result<(f64, f64), Failure> {
-    let student = training::start()?;
+    let student = Student::named(GRADIENT_OF)?.start()?;
     let sampled = match &setting.how {
         How::Ours(soft_targets) => soft_targets.codec.max_draws() > 0,
         How::DistillKit(_) => false,

@@ -29,49 +29,58 @@ COLUMNS = [
 def main(figures, plot):
     with open(figures) as file:
         measured = json.load(file)
-    online = {run["seed"]: run["kl"] for run in measured["online"]}
-    print(f"online: held-out KL {statistics.mean(online.values()):.4f}, seeds "
-          + ", ".join(f"{kl:.4f}" for kl in online.values()))
-    print("| setting | " + " | ".join(name for name, *_ in COLUMNS) + " | held-out KL against online |")
-    print("|---|" + "---|" * (len(COLUMNS) + 1))
-    points = []
+    sizes = {setting["name"]: setting["bytes_per_token"] for setting in measured["settings"]}
+    losses = {}
+    for student in measured["students"]:
+        online = {run["seed"]: run["kl"] for run in student["trained"][measured["online"]]}
+        print(f"{student['name']}, online: held-out KL {statistics.mean(online.values()):.4f}, seeds "
+              + ", ".join(f"{kl:.4f}" for kl in online.values()))
+        losses[student["name"]] = {
+            setting: [100 * (run["kl"] / online[run["seed"]] - 1) for run in runs]
+            for setting, runs in student["trained"].items() if setting in sizes
+        }
+    print("| setting | " + " | ".join([name for name, *_ in COLUMNS] + list(losses)) + " |")
+    print("|---|" + "---|" * (len(COLUMNS) + len(losses)))
     for setting in measured["settings"]:
-        cells = []
-        for _, key, form in COLUMNS:
-            value = setting.get(key)
-            cells.append("" if value is None else form.format(value))
-        ratios = [100 * (run["kl"] / online[run["seed"]] - 1) for run in setting.get("trained", [])]
-        if ratios:
-            mean, low, high = statistics.mean(ratios), min(ratios), max(ratios)
-            cells.append(f"{mean:+.1f} % ({low:+.1f} to {high:+.1f})")
-            points.append((setting["name"], setting["bytes_per_token"], mean, low, high))
-        else:
-            cells.append("")
+        values = [(setting.get(key), form) for _, key, form in COLUMNS]
+        cells = ["" if value is None else form.format(value) for value, form in values]
+        cells += [loss(of.get(setting["name"])) for of in losses.values()]
         print(f"| {setting['name']} | " + " | ".join(cells) + " |")
     print(json.dumps(measured["speed"], indent=1))
-    draw(points, plot)
+    draw(losses, sizes, plot)
 
 
-def draw(points, plot):
-    figure, axes = plt.subplots(figsize=(8, 5), layout="constrained")
-    named = []
-    for name, size, mean, low, high in points:
-        family = name.split("-")[0]
-        colour = {"threshold": "C0", "head": "C1", "random": "C2", "top": "C3", "distillkit": "C7"}.get(family, "C5")
-        axes.errorbar(size, mean, yerr=[[mean - low], [high - mean]], fmt="o", color=colour, capsize=3)
-        # Two settings of one size would write over each other.
-        crowded = any(abs(size - other) < 2 and abs(mean - height) < 0.3 for other, height in named)
-        place = (5, -10) if crowded else (5, 5)
-        axes.annotate(name, (size, mean), xytext=place, textcoords="offset points", fontsize=8)
-        named.append((size, mean))
-    axes.axhline(0, color="black", linewidth=0.8)
-    axes.set_xscale("log")
-    axes.set_xlim(25, 600)
-    axes.set_xticks([25, 50, 100, 200, 300], ["25", "50", "100", "200", "300"])
-    axes.minorticks_off()
-    axes.set_xlabel("bytes a target token on disk")
-    axes.set_ylabel("held-out KL against training on whole distributions, %")
-    axes.set_title("What a student loses to storage: mean and range of three seeds")
+def loss(ratios):
+    if not ratios:
+        return ""
+    return f"{statistics.mean(ratios):+.2f} % ({min(ratios):+.2f} to {max(ratios):+.2f})"
+
+
+def draw(losses, sizes, plot):
+    figure, panels = plt.subplots(len(losses), 1, figsize=(8, 3.6 * len(losses)), sharex=True, layout="constrained")
+    for axes, (student, of) in zip(panels, losses.items()):
+        named = []
+        height = max(max(ratios) for ratios in of.values())
+        for name, ratios in of.items():
+            size, mean = sizes[name], statistics.mean(ratios)
+            family = name.split("-")[0]
+            colour = {"threshold": "C0", "head": "C1", "random": "C2", "top": "C3", "distillkit": "C7"}.get(family, "C5")
+            spread = [[mean - min(ratios)], [max(ratios) - mean]]
+            axes.errorbar(size, mean, yerr=spread, fmt="o", color=colour, capsize=3)
+            # Two settings of one size would write over each other.
+            crowded = any(abs(size - other) < 2 and abs(mean - beside) < 0.06 * height for other, beside in named)
+            place = (5, -10) if crowded else (5, 5)
+            axes.annotate(name, (size, mean), xytext=place, textcoords="offset points", fontsize=8)
+            named.append((size, mean))
+        axes.axhline(0, color="black", linewidth=0.8)
+        axes.set_ylabel("held-out KL against online, %")
+        axes.set_title(student, fontsize=10)
+    panels[-1].set_xscale("log")
+    panels[-1].set_xlim(25, 600)
+    panels[-1].set_xticks([25, 50, 100, 200, 300], ["25", "50", "100", "200", "300"])
+    panels[-1].minorticks_off()
+    panels[-1].set_xlabel("bytes a target token on disk")
+    figure.suptitle("What a student loses to storage: mean and range of three seeds")
     figure.savefig(plot, dpi=150)
 
 

@@ -2,13 +2,13 @@
 //!
 //! ```text
 //! fidelity FOLDER                             everything; a second run goes on where the first stopped
-//! fidelity FOLDER train SETTING SEED          one training, as the first form starts them
+//! fidelity FOLDER train STUDENT SETTING SEED  one training, as the first form starts them
 //! ```
 //!
 //! A teacher writes answers to the demo's prompts; its whole distribution at each of their tokens is kept
 //! on disk. From it every setting is captured, encoded and decoded by the product's own code, and a
 //! student is trained on what comes back, by the product's trainer, from the same start, on the same
-//! tokens, with three seeds. The measure is KL(teacher || student) over the whole vocabulary on prompts
+//! tokens, with three seeds; that for three students. The measure is KL(teacher || student) over the whole vocabulary on prompts
 //! that no student saw. Prints one JSON object a setting; `figures.json` has them all.
 
 mod compare;
@@ -16,6 +16,7 @@ mod corpus;
 mod distillkit;
 mod settings;
 mod speed;
+mod students;
 mod training;
 
 use std::{
@@ -24,6 +25,8 @@ use std::{
 };
 
 use serde_json::{Value, json};
+
+use crate::{students::Student, training::ONLINE};
 
 pub type Failure = Box<dyn std::error::Error>;
 
@@ -35,20 +38,21 @@ fn main() -> Result<(), Failure> {
     let words: Vec<&str> = arguments.iter().map(String::as_str).collect();
     match words.as_slice() {
         [folder] => all(Path::new(folder)),
-        [folder, "train", setting, seed] => {
+        [folder, "train", student, setting, seed] => {
             tch::set_num_threads(1);
             let folder = PathBuf::from(folder);
-            let result = training::run(&folder, setting, seed.parse()?)?;
-            write(&result_path(&folder, setting, seed.parse()?), &result)
+            let seed = seed.parse()?;
+            let result = training::run(&folder, &Student::named(student)?, setting, seed)?;
+            write(&result_path(&folder, student, setting, seed), &result)
         }
-        _ => Err("usage: fidelity FOLDER [train SETTING SEED]".into()),
+        _ => Err("usage: fidelity FOLDER [train STUDENT SETTING SEED]".into()),
     }
 }
 
 fn all(folder: &Path) -> Result<(), Failure> {
     std::fs::create_dir_all(folder.join("results"))?;
     let corpus = corpus::prepare(folder)?;
-    let mut figures = Vec::new();
+    let mut figures: Vec<Value> = Vec::new();
     for setting in settings::all() {
         let path = folder.join(format!("results/{}.json", setting.name));
         if !path.exists() {
@@ -64,47 +68,58 @@ fn all(folder: &Path) -> Result<(), Failure> {
     }
     drop(corpus);
     train(folder)?;
-    for figure in &mut figures {
-        let name = figure["name"].as_str().unwrap_or_default().to_owned();
-        let results = (0..SEEDS).map(|seed| read(&result_path(folder, &name, seed))).collect::<Result<Vec<_>, _>>()?;
-        figure["trained"] = results.into();
-        println!("{figure}");
+    let of_seeds = |student: &Student, setting: &str| {
+        (0..SEEDS).map(|seed| read(&result_path(folder, student.name, setting, seed))).collect::<Result<Vec<_>, _>>()
+    };
+    let mut students = Vec::new();
+    for student in students::all() {
+        let mut trained = serde_json::Map::new();
+        for setting in student.trainings() {
+            let runs = of_seeds(&student, &setting)?;
+            trained.insert(setting, runs.into());
+        }
+        students.push(json!({
+            "name": student.name, "layers": student.layers, "learning_rate": student.learning_rate,
+            "freeze_embeddings": student.freeze_embeddings,
+            "trained": trained,
+        }));
     }
-    let full =
-        (0..SEEDS).map(|seed| read(&result_path(folder, training::ONLINE, seed))).collect::<Result<Vec<_>, _>>()?;
-    write(&folder.join("figures.json"), &json!({ "online": full, "settings": figures, "speed": read(&path)? }))
+    let whole = json!({ "online": ONLINE, "settings": figures, "students": students, "speed": read(&path)? });
+    println!("{whole}");
+    write(&folder.join("figures.json"), &whole)
 }
 
 /// Every training that has no result yet, one process a core.
 fn train(folder: &Path) -> Result<(), Failure> {
-    let names = settings::all().into_iter().map(|setting| setting.name);
-    let names: Vec<String> = std::iter::once(training::ONLINE.to_owned()).chain(names).collect();
-    let mut left: Vec<(String, u64)> = (0..SEEDS)
-        .flat_map(|seed| names.iter().map(move |name| (name.clone(), seed)))
-        .filter(|(name, seed)| !result_path(folder, name, *seed).exists())
-        .rev()
-        .collect();
+    let trainings = students::all().into_iter().flat_map(|student| {
+        let each = move |seed| student.trainings().into_iter().map(move |setting| (student.name, setting, seed));
+        (0..SEEDS).flat_map(each)
+    });
+    let mut left: Vec<(&str, String, u64)> =
+        trainings.filter(|(student, setting, seed)| !result_path(folder, student, setting, *seed).exists()).collect();
+    left.reverse();
     let at_once = std::thread::available_parallelism()?.get();
     let mut running: Vec<(Child, String)> = Vec::new();
     while !left.is_empty() || !running.is_empty() {
         while running.len() < at_once
-            && let Some((name, seed)) = left.pop()
+            && let Some((student, setting, seed)) = left.pop()
         {
-            eprintln!("training on {name}, seed {seed}; {} more wait", left.len());
+            eprintln!("training {student} on {setting}, seed {seed}; {} more wait", left.len());
             let seed_text = seed.to_string();
+            std::fs::create_dir_all(folder.join("results").join(student))?;
             let child = Command::new(std::env::current_exe()?)
                 .arg(folder)
-                .args(["train", &name, &seed_text])
+                .args(["train", student, &setting, &seed_text])
                 .env("OMP_NUM_THREADS", "1")
                 .spawn()?;
-            running.push((child, format!("{name}, seed {seed}")));
+            running.push((child, format!("{student} on {setting}, seed {seed}")));
         }
         std::thread::sleep(std::time::Duration::from_millis(200));
         let mut still = Vec::new();
         for (mut child, what) in running {
             match child.try_wait()? {
                 Some(status) if status.success() => {}
-                Some(status) => return Err(format!("training on {what}: {status}").into()),
+                Some(status) => return Err(format!("training {what}: {status}").into()),
                 None => still.push((child, what)),
             }
         }
@@ -113,8 +128,8 @@ fn train(folder: &Path) -> Result<(), Failure> {
     Ok(())
 }
 
-fn result_path(folder: &Path, setting: &str, seed: u64) -> PathBuf {
-    folder.join(format!("results/{setting}-{seed}.json"))
+fn result_path(folder: &Path, student: &str, setting: &str, seed: u64) -> PathBuf {
+    folder.join(format!("results/{student}/{setting}-{seed}.json"))
 }
 
 fn write(path: &Path, value: &Value) -> Result<(), Failure> {

@@ -14,6 +14,9 @@ pub enum How {
     DistillKit(DistillKit),
 }
 
+/// Of whole distributions: a student trained on them is one trained online, but for their rounding.
+pub const FULL: &str = "full";
+
 pub fn all() -> Vec<Setting> {
     let ours = |name: &str, codec| Setting { name: name.to_owned(), how: How::Ours(SoftTargets::of(codec)) };
     let theirs = |name: &str, how| Setting { name: name.to_owned(), how: How::DistillKit(how) };
@@ -26,6 +29,7 @@ pub fn all() -> Vec<Setting> {
         ours("top-k-50", Codec::TopK { head: 50 }),
         ours("top-k-tail-50", Codec::TopKTail { head: 50 }),
         ours("top-k-16", Codec::TopK { head: 16 }),
+        ours(FULL, Codec::Full),
         theirs("distillkit-recommended", DistillKit { k: 128, exact: 16, powers: 4 }),
         theirs("distillkit-budget", DistillKit { k: 50, exact: 1, powers: 1 }),
     ]

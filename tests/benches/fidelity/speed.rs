@@ -18,6 +18,7 @@ use crate::{
     Failure,
     compare::{captured, header},
     corpus::Corpus,
+    students::Student,
     training,
 };
 
@@ -62,7 +63,7 @@ pub fn run(corpus: &Corpus) -> Result<Value, Failure> {
     drop(model);
 
     let options = Options { train: Train::default(), steps: 100, limits: BatchLimits::for_device(Device::Cpu) };
-    let mut trainer = Trainer::new(training::start()?, options)?;
+    let mut trainer = Trainer::new(Student::named("4-layers")?.start()?, options)?;
     let examples =
         rows.iter().zip(decoded).map(|(&index, sequence)| training::example(&corpus.rows[index], sequence.targets));
     let examples: Vec<_> = examples.collect();

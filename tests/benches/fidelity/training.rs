@@ -12,10 +12,8 @@ use retort_llama::Model;
 use retort_student::{
     batch::Limits,
     example::Example,
-    kept_layers,
     trainer::{Options, Trainer},
 };
-use retort_tests::teacher::smollm2;
 use serde_json::{Value, json};
 use tch::{Device, Kind, Tensor};
 
@@ -24,23 +22,16 @@ use crate::{
     compare::decoded,
     corpus::{Answered, Corpus},
     settings,
+    students::Student,
 };
 
 /// Name of the training on whole distributions, computed as a student beside its teacher would see them.
 pub const ONLINE: &str = "online";
 
-const LAYERS: usize = 4;
 const PASSES: u32 = 1;
 const BATCH_ROWS: usize = 4;
-const LEARNING_RATE: f64 = 1e-3;
 
-pub fn start() -> Result<Model, Failure> {
-    let teacher = Model::load(&smollm2(), Device::Cpu, Kind::Float)?;
-    let kept = kept_layers(teacher.config().num_hidden_layers as usize, LAYERS);
-    Ok(teacher.prune_layers(&kept)?)
-}
-
-pub fn run(folder: &Path, setting: &str, seed: u64) -> Result<Value, Failure> {
+pub fn run(folder: &Path, student: &Student, setting: &str, seed: u64) -> Result<Value, Failure> {
     let corpus = Corpus::open(folder)?;
     // Indices among the corpus's rows.
     let rows: Vec<usize> = corpus.of(false).map(|(index, _)| index).collect();
@@ -52,9 +43,13 @@ pub fn run(folder: &Path, setting: &str, seed: u64) -> Result<Value, Failure> {
         }
     };
     let steps = rows.len().div_ceil(BATCH_ROWS) as u32 * PASSES;
-    let train = Train { learning_rate: LEARNING_RATE, ..Train::default() };
+    let train = Train {
+        learning_rate: student.learning_rate,
+        freeze_embeddings: student.freeze_embeddings,
+        ..Train::default()
+    };
     let limits = Limits::for_device(Device::Cpu);
-    let mut trainer = Trainer::new(start()?, Options { train, steps, limits })?;
+    let mut trainer = Trainer::new(student.start()?, Options { train, steps, limits })?;
     let before = held_out_kl(&corpus, trainer.model())?;
     let started = Instant::now();
     for pass in 0..PASSES {
@@ -76,7 +71,7 @@ pub fn run(folder: &Path, setting: &str, seed: u64) -> Result<Value, Failure> {
     let seconds = started.elapsed().as_secs_f64();
     let progress = trainer.progress();
     let kl = held_out_kl(&corpus, trainer.model())?;
-    eprintln!("{setting}, seed {seed}: KL {before:.4} -> {kl:.4} nats in {seconds:.0} s");
+    eprintln!("{}, {setting}, seed {seed}: KL {before:.4} -> {kl:.4} nats in {seconds:.0} s", student.name);
     Ok(json!({
         "seed": seed, "kl_before": before, "kl": kl, "steps": progress.step, "trained_tokens": progress.trained_tokens,
         "target_tokens": progress.target_tokens, "seconds": seconds,
