@@ -41,8 +41,11 @@ impl Origin {
             Some(((key, mine), (_, its))) => Err(Error::new(
                 Code::TokenizerMismatch,
                 format!(
-                    "shard {} of job {} has {key} {its}, those before it {mine}; export them apart",
-                    header.shard, header.job
+                    "shard {} of job {:?} has {key} {:?}, those before it {:?}; export them apart",
+                    header.shard,
+                    shown(&header.job),
+                    shown(&its),
+                    shown(&mine)
                 ),
             )),
         }
@@ -57,4 +60,8 @@ impl Origin {
             ("retort.chat_template_sha256", self.chat_template_sha256.clone()),
         ]
     }
+}
+
+fn shown(value: &str) -> String {
+    value.chars().take(80).collect()
 }

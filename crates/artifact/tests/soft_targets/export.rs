@@ -51,11 +51,13 @@ fn npz(shards: &[Shard], dtype: Dtype) -> Vec<u8> {
 }
 
 fn top_k(shards: &[Shard], k: Option<usize>) -> Vec<u8> {
-    let mut writer = TopKWriter::new(Path::new(PATH), Vec::new(), k).unwrap();
+    let mut bytes = Vec::new();
+    let mut writer = TopKWriter::new(Path::new(PATH), &mut bytes, k).unwrap();
     for shard in shards {
         shard.sequences.iter().for_each(|sequence| writer.push(&shard.header, sequence).unwrap());
     }
-    writer.finish().unwrap()
+    writer.finish().unwrap();
+    bytes
 }
 
 /// Each array's header, trimmed, and its bytes.
@@ -238,7 +240,12 @@ fn shards_of_two_teachers_do_not_share_an_export() {
     let wider = Header { vocab_size: 65, ..header.clone() };
     let rows = sample::sequences(&header, 1, 2);
     let first = stored(&header, &rows);
-    for (other, what) in [(stranger, "shard 9 of job"), (wider, "retort.vocab_size 65, those before it 64")] {
+    let forged = Header { tokenizer_sha256: "a\n  | error: b".to_owned(), ..header.clone() };
+    for (other, what) in [
+        (stranger, "shard 9 of job \""),
+        (wider, r#"retort.vocab_size "65", those before it "64""#),
+        (forged, r#"retort.tokenizer_sha256 "a\n  | error: b", those before it"#),
+    ] {
         let other = stored(&other, &rows);
         let mut plan = NpzPlan::new(Dtype::F32);
         plan.add(&first.header, &first.sequences).unwrap();
@@ -270,18 +277,22 @@ fn an_export_has_the_positions_it_was_planned_for() {
 
 /// A disk with room for so many bytes.
 struct Disk<'a> {
-    room: usize,
+    room: u64,
+    at: u64,
+    end: u64,
     /// Attempts after it was full.
     pressed: &'a mut u64,
 }
 
 impl Write for Disk<'_> {
     fn write(&mut self, bytes: &[u8]) -> std::io::Result<usize> {
-        let Some(left) = self.room.checked_sub(bytes.len()) else {
+        let at = self.at + bytes.len() as u64;
+        if at > self.room {
             *self.pressed += 1;
             return Err(ErrorKind::StorageFull.into());
-        };
-        self.room = left;
+        }
+        self.at = at;
+        self.end = self.end.max(at);
         Ok(bytes.len())
     }
 
@@ -292,34 +303,49 @@ impl Write for Disk<'_> {
 
 impl Seek for Disk<'_> {
     fn seek(&mut self, place: SeekFrom) -> std::io::Result<u64> {
-        match place {
-            SeekFrom::Start(at) => Ok(at),
-            _ => Ok(0),
-        }
+        self.at = match place {
+            SeekFrom::Start(at) => at,
+            SeekFrom::Current(by) => self.at.checked_add_signed(by).unwrap(),
+            SeekFrom::End(by) => self.end.checked_add_signed(by).unwrap(),
+        };
+        Ok(self.at)
+    }
+}
+
+impl<'a> Disk<'a> {
+    fn of(room: usize, pressed: &'a mut u64) -> Self {
+        Self { room: room as u64, at: 0, end: 0, pressed }
     }
 }
 
 #[test]
 fn a_full_disk_is_told_once_and_as_one() {
-    let header = sample::header(4000, 64, 32);
-    let shard = stored(&header, &sample::sequences(&header, 4, 30));
-    for room in [10, 700, 4000] {
+    let header = sample::header(600, 32, 8);
+    let shard = [stored(&header, &sample::sequences(&header, 3, 10))];
+    let sequences = &shard[0].sequences;
+    let whole = npz(&shard, Dtype::F32).len();
+    for room in (0..whole).step_by(7).chain([whole - 1]) {
         let mut pressed = 0;
         let mut plan = NpzPlan::new(Dtype::F32);
-        plan.add(&shard.header, &shard.sequences).unwrap();
-        let begun = plan.begin(Path::new(PATH), Disk { room, pressed: &mut pressed });
+        plan.add(&header, sequences).unwrap();
+        let begun = plan.begin(Path::new(PATH), Disk::of(room, &mut pressed));
         let error = begun.and_then(|mut writer| {
-            shard.sequences.iter().try_for_each(|sequence| writer.push(&sequence.targets))?;
+            sequences.iter().try_for_each(|sequence| writer.push(&sequence.targets))?;
             writer.finish().map(drop)
         });
         let error = error.unwrap_err();
-        assert_eq!((error.code, pressed), (Code::DiskFull, 1), "{room}: {error}");
+        assert_eq!((error.code, pressed), (Code::DiskFull, 1), "{room} of {whole}: {error}");
         assert!(error.message.starts_with(PATH), "{error}");
+    }
 
-        let written = TopKWriter::new(Path::new(PATH), Disk { room, pressed: &mut 0 }, None).and_then(|mut writer| {
-            shard.sequences.iter().try_for_each(|sequence| writer.push(&shard.header, sequence))?;
-            writer.finish().map(drop)
+    let whole = top_k(&shard, None).len();
+    for room in (0..whole).step_by(7).chain([whole - 1]) {
+        let written = TopKWriter::new(Path::new(PATH), Disk::of(room, &mut 0), None).and_then(|mut writer| {
+            sequences.iter().try_for_each(|sequence| writer.push(&header, sequence))?;
+            writer.finish()
         });
-        assert_eq!(written.unwrap_err().code, Code::DiskFull, "{room}");
+        let error = written.unwrap_err();
+        assert_eq!(error.code, Code::DiskFull, "{room} of {whole}: {error}");
+        assert!(error.message.starts_with(PATH), "{error}");
     }
 }

@@ -13,7 +13,7 @@ use half::f16;
 use retort_core::{Code, Error, Result};
 use zip::{CompressionMethod, ZipWriter, write::SimpleFileOptions};
 
-use super::Origin;
+use super::{Origin, shown};
 use crate::soft_targets::{DecodedSequence, Header, SparseTargets};
 
 /// Almost all of a dense array is zeros: the fastest level leaves 1 to 2 % of it.
@@ -143,8 +143,10 @@ impl NpzPlan {
             return Ok(());
         }
         let message = format!(
-            "shard {} of job {} was captured for the temperatures {its:?}, those before it for {:?}; export them apart",
-            header.shard, header.job, self.temperatures
+            "shard {} of job {:?} was captured for the temperatures {its:?}, those before it for {:?}; export them apart",
+            header.shard,
+            shown(&header.job),
+            self.temperatures
         );
         Err(Error::new(Code::RequestInvalid, message))
     }
@@ -159,7 +161,7 @@ impl NpzPlan {
         let (positions, vocab_size) = (self.positions(), self.vocab_size());
         let dtype = self.dtype;
         let mut writer = NpzWriter {
-            zip: ZipWriter::new(Once { to, failed: false }),
+            zip: ZipWriter::new(Once { to, failed: false, at: 0, end: 0 }),
             path: path.to_owned(),
             dtype,
             vocab_size: vocab_size as usize,
@@ -288,37 +290,50 @@ impl<W: Write + Seek> NpzWriter<W> {
 }
 
 /// Fails once, then takes everything and writes none of it: the archive's writer tries to end its
-/// file when it is dropped and would complain on standard error of what was told already.
+/// file when it is dropped and would complain on standard error of what was told already. Its
+/// position goes on as if all were well, since that writer reckons with it.
 #[derive(Debug)]
 struct Once<W> {
     to: W,
     failed: bool,
+    at: u64,
+    end: u64,
 }
 
 impl<W> Once<W> {
-    fn attempt<T>(&mut self, otherwise: T, act: impl FnOnce(&mut W) -> io::Result<T>) -> io::Result<T> {
+    /// `None` from the first failure on.
+    fn attempt<T>(&mut self, act: impl FnOnce(&mut W) -> io::Result<T>) -> io::Result<Option<T>> {
         if self.failed {
-            return Ok(otherwise);
+            return Ok(None);
         }
         let result = act(&mut self.to);
         self.failed = result.as_ref().is_err_and(|error| error.kind() != io::ErrorKind::Interrupted);
-        result
+        result.map(Some)
     }
 }
 
 impl<W: Write> Write for Once<W> {
     fn write(&mut self, bytes: &[u8]) -> io::Result<usize> {
-        self.attempt(bytes.len(), |to| to.write(bytes))
+        let written = self.attempt(|to| to.write(bytes))?.unwrap_or(bytes.len());
+        self.at += written as u64;
+        self.end = self.end.max(self.at);
+        Ok(written)
     }
 
     fn flush(&mut self) -> io::Result<()> {
-        self.attempt((), W::flush)
+        self.attempt(W::flush).map(|_| ())
     }
 }
 
 impl<W: Seek> Seek for Once<W> {
     fn seek(&mut self, place: SeekFrom) -> io::Result<u64> {
-        self.attempt(0, |to| to.seek(place))
+        let found = self.attempt(|to| to.seek(place))?;
+        self.at = found.unwrap_or(match place {
+            SeekFrom::Start(at) => at,
+            SeekFrom::Current(by) => self.at.saturating_add_signed(by),
+            SeekFrom::End(by) => self.end.saturating_add_signed(by),
+        });
+        Ok(self.at)
     }
 }
 

@@ -78,7 +78,7 @@ impl<W: Write + Send> TopKWriter<W> {
     }
 
     /// Ends the file; it is worth nothing before.
-    pub fn finish(mut self) -> Result<W> {
+    pub fn finish(mut self) -> Result<()> {
         self.write()?;
         let mut metadata = vec![("retort.export", "top-k".to_owned())];
         metadata.extend(self.k.map(|k| ("retort.k", k.to_string())));
@@ -86,7 +86,8 @@ impl<W: Write + Send> TopKWriter<W> {
         for (key, value) in metadata {
             self.writer.append_key_value_metadata(KeyValue::new(key.to_owned(), value));
         }
-        self.writer.into_inner().map_err(|error| Error::io(&self.path, cause(error)))
+        // Parquet's `into_inner` would keep only the words of an I/O error.
+        self.writer.finish().map(drop).map_err(|error| Error::io(&self.path, cause(error)))
     }
 
     fn write(&mut self) -> Result<()> {
