@@ -1,7 +1,7 @@
 //! Training rows on local disk: appended as shards arrive, read back in any order.
 //!
 //! Passes after the first read rows in a shuffled order, so rows, not shards, are what can be found
-//! again. Memory holds 12 bytes a row; the page cache does the rest.
+//! again. Memory holds 16 bytes a row; the page cache does the rest.
 
 use std::{fs::File, io::Write as _, os::unix::fs::FileExt as _, path::Path, sync::Arc};
 

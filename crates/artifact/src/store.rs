@@ -17,7 +17,7 @@ use std::{
 use bytes::Bytes;
 use futures::TryStreamExt;
 use object_store::{
-    GetResult, ObjectStore, ObjectStoreExt, PutMode, PutOptions, PutPayload, local::LocalFileSystem, path::Path as Key,
+    ObjectStore, ObjectStoreExt, PutMode, PutOptions, PutPayload, local::LocalFileSystem, path::Path as Key,
 };
 use retort_core::{Code, Error, Result};
 
@@ -70,12 +70,6 @@ impl Store {
     /// Reads a whole object. One larger than `max_bytes` is `ObjectTooLarge`, told from its size
     /// before any of it is read.
     pub async fn get(&self, key: &str, max_bytes: u64) -> Result<Bytes> {
-        let found = self.find(key, max_bytes).await?;
-        found.bytes().await.map_err(|error| self.fault(key, error))
-    }
-
-    /// An object to be read, no larger than that.
-    async fn find(&self, key: &str, max_bytes: u64) -> Result<GetResult> {
         let found = self.inner.get(&self.key(key)?).await.map_err(|error| self.fault(key, error))?;
         let size = found.meta.size;
         if size > max_bytes {
@@ -84,7 +78,7 @@ impl Store {
                 format!("{}: it takes {size} bytes, at most {max_bytes} are read here", self.shown(key)),
             ));
         }
-        Ok(found)
+        found.bytes().await.map_err(|error| self.fault(key, error))
     }
 
     /// [`Self::get`], refusing bytes of another SHA-256 with `ShardCorrupt`.

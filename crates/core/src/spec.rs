@@ -128,6 +128,8 @@ pub struct Train {
     pub checkpoint_steps: u32,
     /// The input embeddings and the head stay as they are. For a student that starts with its
     /// teacher's: the noise of sampled soft targets then has nowhere to settle (docs/fidelity.md).
+    /// Left out of JSON where it is false: a checkpoint knows its spec by the hash of that.
+    #[serde(skip_serializing_if = "std::ops::Not::not")]
     pub freeze_embeddings: bool,
 }
 

@@ -249,9 +249,14 @@ fn hostile_yaml_is_an_error_and_no_panic() {
 
 #[test]
 fn a_spec_survives_the_wire() {
-    let spec = parse_yaml("job.yaml", GOOD).unwrap();
-    let back = retort_core::wire::job_spec_from_proto(retort_core::wire::job_spec_to_proto(&spec)).unwrap();
-    assert_eq!(spec, back);
+    for (yaml, frozen) in [(GOOD.to_owned(), false), (format!("{GOOD}train:\n  freeze_embeddings: true\n"), true)] {
+        let spec = parse_yaml("job.yaml", &yaml).unwrap();
+        assert_eq!(spec.train.freeze_embeddings, frozen);
+        let back = retort_core::wire::job_spec_from_proto(retort_core::wire::job_spec_to_proto(&spec)).unwrap();
+        assert_eq!(spec, back);
+        // Checkpoints of before this key know their spec by the hash of its JSON.
+        assert_eq!(serde_json::to_string(&spec).unwrap().contains("freeze_embeddings"), frozen);
+    }
 }
 
 #[test]

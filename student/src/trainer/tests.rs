@@ -163,8 +163,7 @@ fn a_cancelled_step_ends_between_micro_batches() {
     assert_eq!(trainer.step(&rows(0), &cancelled).unwrap_err().code, Code::JobCancelled);
 }
 
-/// Frozen embeddings and head keep their bytes, and everything else learns as it does beside embeddings
-/// that nobody updates.
+/// Frozen embeddings and head keep their bytes, everything else learns, and a checkpoint goes on as it was.
 #[test]
 fn frozen_embeddings_stay_as_they_are() {
     for tied in [true, false] {

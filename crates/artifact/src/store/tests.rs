@@ -62,6 +62,30 @@ impl<'a, I: Iterator<Item = &'a Result<()>>> FlattenErr<'a> for I {
     }
 }
 
+/// Of a file that says it is larger than it is, as one does that is cut short while it is read.
+#[tokio::test]
+async fn an_object_that_ends_early_is_an_error() {
+    let longer_than_it_is = std::path::Path::new("/sys/kernel/mm/transparent_hugepage/enabled");
+    if !longer_than_it_is.exists() {
+        eprintln!("SKIPPED: this kernel has no {}", longer_than_it_is.display());
+        return;
+    }
+    let folder = tempfile::tempdir().unwrap();
+    let store = Store::open(folder.path().join("store").to_str().unwrap()).unwrap();
+    store.put_new("a/other", "x".into()).await.unwrap();
+    std::os::unix::fs::symlink(longer_than_it_is, store.root().join("a/b")).unwrap();
+    let size = store.size("a/b").await.unwrap();
+    let errors = [
+        store.sha256("a/b").await.map(drop).unwrap_err(),
+        store.get_to_file("a/b", &folder.path().join("out")).await.map(drop).unwrap_err(),
+        store.get_verified_file("a/b", "", size, folder.path()).await.map(drop).unwrap_err(),
+    ];
+    for error in errors {
+        assert_eq!(error.code, Code::StoreUnavailable);
+        assert!(error.message.contains("bytes early"), "{}", error.message);
+    }
+}
+
 #[tokio::test]
 async fn reading_is_bounded_and_verified() {
     let (_folder, store) = store();
@@ -84,7 +108,10 @@ async fn reading_is_bounded_and_verified() {
     assert_eq!((&read, file.metadata().unwrap().len()), (b"abc", 3));
     assert_eq!(std::fs::read_dir(folder.path()).unwrap().count(), 0, "it has no name");
     let error = store.get_verified_file("a/b", &sha256, 2, folder.path()).await.unwrap_err();
-    assert_eq!(error.code, Code::ObjectTooLarge);
+    assert_eq!(
+        (error.code, error.message),
+        (Code::ShardCorrupt, format!("{place}: it takes 3 bytes, 2 were published"))
+    );
     std::fs::write(store.root().join("a/b"), b"abd").unwrap();
     let error = store.get_verified("a/b", &sha256, 3).await.unwrap_err();
     assert_eq!(error.code, Code::ShardCorrupt);

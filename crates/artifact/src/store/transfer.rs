@@ -5,7 +5,8 @@ use std::{
     time::Duration,
 };
 
-use futures::TryStreamExt;
+use bytes::Bytes;
+use futures::{TryStreamExt, stream::BoxStream};
 use object_store::{CopyMode, CopyOptions, GetResult, ObjectStore, ObjectStoreExt, WriteMultipart};
 use retort_core::{Code, Error, Result};
 use sha2::{Digest, Sha256};
@@ -70,16 +71,15 @@ impl Store {
         written
     }
 
-    /// [`Self::get_verified`] into a file in `folder` instead of memory. The file has no name: its space is
-    /// free again once it is closed.
-    pub async fn get_verified_file(
-        &self,
-        key: &str,
-        sha256: &str,
-        max_bytes: u64,
-        folder: &Path,
-    ) -> Result<std::fs::File> {
-        let found = self.find(key, max_bytes).await?;
+    /// An object that was published with this size and SHA-256, in a file in `folder`; another one is
+    /// `ShardCorrupt`. The file has no name: its space is free again once it is closed.
+    pub async fn get_verified_file(&self, key: &str, sha256: &str, bytes: u64, folder: &Path) -> Result<std::fs::File> {
+        let found = self.inner.get(&self.key(key)?).await.map_err(|error| self.fault(key, error))?;
+        let size = found.meta.size;
+        if size != bytes {
+            let message = format!("{}: it takes {size} bytes, {bytes} were published", self.shown(key));
+            return Err(Error::new(Code::ShardCorrupt, message));
+        }
         let file = tempfile::tempfile_in(folder).map_err(|error| Error::io(folder, error))?;
         let mut out = tokio::fs::File::from_std(file);
         let (_, hashed) = self.pour(key, found, &mut out, folder).await?;
@@ -95,11 +95,10 @@ impl Store {
         out: &mut tokio::fs::File,
         place: &Path,
     ) -> Result<(u64, String)> {
-        let mut pieces = found.into_stream();
-        let (mut size, mut hasher) = (0u64, Sha256::new());
-        while let Some(piece) = pieces.try_next().await.map_err(|error| self.fault(key, error))? {
+        let size = found.meta.size;
+        let (mut pieces, mut left, mut hasher) = (found.into_stream(), size, Sha256::new());
+        while let Some(piece) = self.next_piece(key, &mut pieces, &mut left).await? {
             hasher.update(&piece);
-            size += piece.len() as u64;
             out.write_all(&piece).await.map_err(|error| Error::io(place, error))?;
         }
         out.flush().await.map_err(|error| Error::io(place, error))?;
@@ -154,12 +153,32 @@ impl Store {
     /// SHA-256 of an object, read in pieces.
     pub(crate) async fn sha256(&self, key: &str) -> Result<String> {
         let found = self.inner.get(&self.key(key)?).await.map_err(|error| self.fault(key, error))?;
-        let mut pieces = found.into_stream();
-        let mut hasher = Sha256::new();
-        while let Some(piece) = pieces.try_next().await.map_err(|error| self.fault(key, error))? {
+        let mut left = found.meta.size;
+        let (mut pieces, mut hasher) = (found.into_stream(), Sha256::new());
+        while let Some(piece) = self.next_piece(key, &mut pieces, &mut left).await? {
             hasher.update(&piece);
         }
         Ok(hex(&hasher.finalize()))
+    }
+
+    /// The next bytes of an object of which `left` are to come; `None` after the last. The stream of a
+    /// file that was cut short meanwhile never ends by itself.
+    async fn next_piece(
+        &self,
+        key: &str,
+        pieces: &mut BoxStream<'_, object_store::Result<Bytes>>,
+        left: &mut u64,
+    ) -> Result<Option<Bytes>> {
+        if *left == 0 {
+            return Ok(None);
+        }
+        let piece = pieces.try_next().await.map_err(|error| self.fault(key, error))?.unwrap_or_default();
+        if piece.is_empty() {
+            let message = format!("{}: it ended {left} bytes early while it was read", self.shown(key));
+            return Err(Error::new(Code::StoreUnavailable, message));
+        }
+        *left = left.saturating_sub(piece.len() as u64);
+        Ok(Some(piece))
     }
 
     async fn upload(&self, key: &str, staged: &object_store::path::Path, file: &Path) -> Result<()> {
