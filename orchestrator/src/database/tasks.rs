@@ -235,7 +235,8 @@ pub async fn running_progress(conn: &mut Connection, job: &JobId) -> Result<Vec<
     rows.into_iter().map(|(tokens, seconds)| Ok((unsigned("progress_tokens", tokens)?, seconds))).collect()
 }
 
-/// Notes an attempt as lost; false when it was noted before.
+/// Notes an attempt as lost; false when it was noted before, as one whose lease had expired and that
+/// then told its failure. The newest reason stays.
 pub async fn insert_redone(conn: &mut Connection, task: &Task, reason: &str, now_ms: i64) -> Result<bool> {
     let done = sqlx::query(
         "INSERT INTO redone (task_id, epoch, job_id, worker, reason, time_ms) VALUES (?, ?, ?, ?, ?, ?)
@@ -247,10 +248,20 @@ pub async fn insert_redone(conn: &mut Connection, task: &Task, reason: &str, now
     .bind(task.worker())
     .bind(reason)
     .bind(now_ms)
-    .execute(conn)
+    .execute(&mut *conn)
     .await
     .db()?;
-    Ok(done.rows_affected() == 1)
+    if done.rows_affected() == 1 {
+        return Ok(true);
+    }
+    sqlx::query("UPDATE redone SET reason = ? WHERE task_id = ? AND epoch = ?")
+        .bind(reason)
+        .bind(task.id.as_str())
+        .bind(signed(task.epoch))
+        .execute(conn)
+        .await
+        .db()?;
+    Ok(false)
 }
 
 /// The attempt came to its result after all.

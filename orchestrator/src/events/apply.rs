@@ -131,11 +131,15 @@ async fn done(conn: &mut Connection, task: &Task) -> Result<()> {
 }
 
 /// The job that had published the shard was deleted, or the shard withdrawn, after the teacher had asked
-/// for it. The attempt is over, and the next one finds another or computes it.
+/// for it. The attempt is over, and the next one finds another or computes it; it was no failure of the
+/// task's.
 async fn not_reusable(context: &Context, conn: &mut Connection, task: &Task, key: &str) -> Result<()> {
     let reason = format!("it reused {key}, and no job has published that as this work");
     tracing::warn!(job = %task.job_id, task = task.id.short(), epoch = task.epoch, "an attempt failed: {reason}");
     tasks::void_attempts(&mut *conn, &task.id).await?;
+    if tasks::count_redone_of(&mut *conn, &task.id).await? < MAX_OUTAGES {
+        tasks::forgive_attempt(&mut *conn, &task.id).await?;
+    }
     leases::lose(context, conn, task, &reason).await?;
     Ok(())
 }
@@ -159,7 +163,8 @@ async fn failed(
             "an attempt failed: {message}"
         );
     }
-    if !retryable && !may_be_chance(conn, task, code).await? {
+    let chance = may_be_chance(conn, task, code).await?;
+    if !retryable && !chance {
         let text = format!("{}: {message}", task.id.short());
         tasks::set_state(&mut *conn, &task.id, TaskState::Failed).await?;
         return leases::fail_job(conn, task, (code, &text), now_ms).await;
@@ -174,7 +179,8 @@ async fn failed(
     } else {
         let lost = tasks::count_redone_of(&mut *conn, &task.id).await?;
         not_before_ms = now_ms.saturating_add((FIRST_BACKOFF_MS << lost.min(10)).min(LONGEST_BACKOFF_MS));
-        if lost < MAX_OUTAGES && is_outage(code) {
+        // Chance has its second attempt even where that was the last one.
+        if chance || (lost < MAX_OUTAGES && is_outage(code)) {
             tasks::forgive_attempt(&mut *conn, &task.id).await?;
         }
     }

@@ -9,6 +9,7 @@ use retort_proto::{self as proto, job_event, worker_event};
 
 use super::*;
 use crate::{
+    Settings,
     database::{shards, tasks},
     intake, leases,
     testing::*,
@@ -222,7 +223,7 @@ async fn an_unfaithful_shard_is_computed_once_more() {
         let epoch = world.claim(task, "a").await;
         world.emit(task, epoch, task_failed(Code::ShardUnfaithful, false)).await;
         let read = world.read_task(task).await;
-        assert_eq!((read.state, read.attempts), (TaskState::Ready, 1));
+        assert_eq!((read.state, read.attempts), (TaskState::Ready, 0));
         world.clock.advance_ms(read.not_before_ms - world.context.now_ms());
     }
     let epoch = world.claim(&once, "a").await;
@@ -232,6 +233,43 @@ async fn an_unfaithful_shard_is_computed_once_more() {
     world.emit(&twice, epoch, task_failed(Code::ShardUnfaithful, false)).await;
     let read = world.read_job(&job).await;
     assert_eq!(read.error.unwrap(), ("shard-unfaithful".to_owned(), "shard-00001: it broke".to_owned()));
+}
+
+#[tokio::test]
+async fn an_unfaithful_shard_is_told_as_one_however_few_attempts_are_left() {
+    let world = World::with(Settings { window: 4, max_attempts: 1, ..Settings::default() }).await;
+    let job = world.job().await;
+    let task = TaskId::shard(&job, 0);
+    for attempt in 1..=2 {
+        let epoch = world.claim(&task, "a").await;
+        assert_eq!(epoch, attempt);
+        world.emit(&task, epoch, task_failed(Code::ShardUnfaithful, false)).await;
+        world.clock.advance_ms(1000);
+    }
+    let (code, _) = world.read_job(&job).await.error.unwrap();
+    assert_eq!(code, "shard-unfaithful");
+
+    // The first is told only after its lease has run out, on the way to the last attempt.
+    let world = World::new().await;
+    let job = world.job().await;
+    let task = TaskId::shard(&job, 0);
+    world.claim(&task, "a").await;
+    world.clock.advance_ms(15_000);
+    let epoch = world.claim(&task, "a").await;
+    world.clock.advance_ms(15_000);
+    leases::reap(&world.context).await.unwrap();
+    world.emit(&task, epoch, task_failed(Code::ShardUnfaithful, false)).await;
+    let read = world.read_task(&task).await;
+    assert_eq!((read.state, read.attempts), (TaskState::Ready, 1));
+    world.clock.advance_ms(read.not_before_ms - world.context.now_ms());
+    let snapshot = &mut world.context.database.read().await.unwrap();
+    let reasons: Vec<String> =
+        tasks::list_redone(snapshot, &job).await.unwrap().into_iter().map(|redone| redone.reason).collect();
+    assert!(reasons.len() == 2 && reasons[1] == "shard-unfaithful: it broke", "{reasons:?}");
+    let epoch = world.claim(&task, "a").await;
+    world.emit(&task, epoch, task_failed(Code::ShardUnfaithful, false)).await;
+    let (code, _) = world.read_job(&job).await.error.unwrap();
+    assert_eq!(code, "shard-unfaithful");
 }
 
 #[tokio::test]
@@ -360,7 +398,7 @@ async fn only_a_published_shard_of_the_same_work_can_be_reused() {
     assert_eq!(world.task_state(&task).await, TaskState::Leased);
     assert_eq!(world.emit(&task, own, changed(&second, |_| {})).await, Outcome::Applied);
 
-    // What no job has published costs the attempt.
+    // What no job has published is not taken.
     let unpublished: [fn(&mut proto::ShardReady); 5] = [
         |ready| ready.work_sha256 = "d".repeat(64),
         |ready| ready.sha256 = "b".repeat(64),
@@ -380,7 +418,7 @@ async fn only_a_published_shard_of_the_same_work_can_be_reused() {
 
 #[tokio::test]
 async fn a_reused_shard_whose_job_was_deleted_is_done_again_at_once() {
-    let world = World::new().await;
+    let world = World::with(Settings { window: 4, max_attempts: 1, ..Settings::default() }).await;
     let (first, second) = (world.job().await, world.job().await);
     let work = "c".repeat(64);
     let epoch = world.publish_work(&first, 2, &work).await;
