@@ -99,9 +99,10 @@ def parse(path, pairs):
     if "retort.schema_version" not in pairs:
         raise ShardError(f"{path}: a Parquet file, but none of retort's: it has no retort.schema_version")
     version = text("schema_version")
-    if not (version.isascii() and version.isdigit() and len(version) < 10) or int(version) > SCHEMA_VERSION:
+    require(version.isascii() and version.isdigit(), "schema_version", "it must be a whole number")
+    if len(version) > 9 or int(version) > SCHEMA_VERSION:
         raise ShardError(
-            f"{path}: schema version {version[:80]}, this reader knows up to {SCHEMA_VERSION}: upgrade retort-data"
+            f"{path}: schema version {version[:80]!r}, this reader knows up to {SCHEMA_VERSION}: upgrade retort-data"
         )
     version = whole("schema_version", 1, SCHEMA_VERSION)
     codec = text("codec") if version > 1 else "head_draws"

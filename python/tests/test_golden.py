@@ -116,7 +116,7 @@ def test_rows_that_make_no_sense_are_refused(tmp_path, change, why):
 
 def test_other_versions_and_other_files_are_refused_by_name(tmp_path):
     newer = rewritten(tmp_path, metadata=lambda pairs: pairs.update({b"retort.schema_version": b"3"}))
-    with pytest.raises(retort_data.ShardError, match="schema version 3, this reader knows up to 2"):
+    with pytest.raises(retort_data.ShardError, match="schema version '3', this reader knows up to 2"):
         retort_data.open(newer)
     other = rewritten(tmp_path, metadata=dict.clear)
     with pytest.raises(retort_data.ShardError, match="none of retort's"):

@@ -349,7 +349,11 @@ def test_heads_and_tails_that_a_codec_cannot_have_are_refused(tmp_path):
 @pytest.mark.parametrize(
     ("pairs", "why"),
     [
-        (dict(schema_version="3"), "schema version 3, this reader knows up to 2: upgrade retort-data"),
+        (dict(schema_version="3"), "schema version '3', this reader knows up to 2: upgrade retort-data"),
+        (dict(schema_version="9" * 5000), f"schema version '{'9' * 80}', this reader knows up to 2"),
+        (dict(schema_version="2\nerror: x"), r"retort.schema_version is '2\nerror: x': it must be a whole number"),
+        (dict(schema_version="+2"), "retort.schema_version is '+2': it must be a whole number"),
+        (dict(vocab_size="+64"), "retort.vocab_size is '+64': it must be a whole number"),
         (dict(schema_version="0"), "retort.schema_version is '0'"),
         (dict(codec="nucleus"), "retort.codec is 'nucleus': not one of full, top_k"),
         (dict(codec="threshold"), "its metadata lacks retort.threshold"),
