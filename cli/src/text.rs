@@ -1,5 +1,6 @@
 //! Text on a terminal: cleaned of control characters, wrapped, with figures people can read.
 
+use retort_process::reorders;
 use unicode_width::UnicodeWidthChar as _;
 
 /// Text safe to print: control characters and the marks that reorder a line are dropped, tabs
@@ -10,8 +11,7 @@ pub fn clean(text: &str) -> String {
         match c {
             '\n' => clean.push('\n'),
             '\t' => clean.push_str("    "),
-            '\u{202a}'..='\u{202e}' | '\u{2066}'..='\u{2069}' | '\u{200e}' | '\u{200f}' => {}
-            c if c.is_control() => {}
+            c if c.is_control() || reorders(c) => {}
             c => clean.push(c),
         }
     }
@@ -144,7 +144,7 @@ mod tests {
 
     #[test]
     fn cleans_what_could_move_the_cursor() {
-        assert_eq!(clean("a\u{1b}[2Jb\r\tc\u{202e}d\u{9b}e\nf"), "a[2Jb    cde\nf");
+        assert_eq!(clean("a\u{1b}[2Jb\r\tc\u{202e}d\u{9b}\u{61c}e\nf"), "a[2Jb    cde\nf");
     }
 
     #[test]

@@ -11,4 +11,4 @@ pub use exit::{EXIT_REJECTED, exit_with};
 pub use logging::{LogArgs, LogFormat};
 pub use ready::Ready;
 pub use shutdown::{die_with_parent, on_signals};
-pub use stderr::{LossyStderr, escaped, remark};
+pub use stderr::{LossyStderr, escaped, remark, reorders};
