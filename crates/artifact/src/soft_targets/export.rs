@@ -41,11 +41,11 @@ impl Origin {
             Some(((key, mine), (_, its))) => Err(Error::new(
                 Code::TokenizerMismatch,
                 format!(
-                    "shard {} of job {:?} has {key} {:?}, those before it {:?}; export them apart",
+                    "shard {} of job {:?} has {key} {}, those before it {}; export them apart",
                     header.shard,
                     shown(&header.job),
-                    shown(&its),
-                    shown(&mine)
+                    quoted(&its),
+                    quoted(&mine)
                 ),
             )),
         }
@@ -60,6 +60,12 @@ impl Origin {
             ("retort.chat_template_sha256", self.chat_template_sha256.clone()),
         ]
     }
+}
+
+/// A number stays as it is.
+fn quoted(value: &str) -> String {
+    let value = shown(value);
+    if !value.is_empty() && value.bytes().all(|byte| byte.is_ascii_digit()) { value } else { format!("{value:?}") }
 }
 
 fn shown(value: &str) -> String {

@@ -243,7 +243,7 @@ fn shards_of_two_teachers_do_not_share_an_export() {
     let forged = Header { tokenizer_sha256: "a\n  | error: b".to_owned(), ..header.clone() };
     for (other, what) in [
         (stranger, "shard 9 of job \""),
-        (wider, r#"retort.vocab_size "65", those before it "64""#),
+        (wider, "retort.vocab_size 65, those before it 64"),
         (forged, r#"retort.tokenizer_sha256 "a\n  | error: b", those before it"#),
     ] {
         let other = stored(&other, &rows);
