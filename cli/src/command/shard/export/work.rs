@@ -9,7 +9,7 @@ use std::{
 
 use indicatif::ProgressBar;
 use retort_artifact::soft_targets::{
-    DecodedSequence, Header, Limits, Reader,
+    DecodedSequence, Header, Limits, Reader, Source,
     export::{Dtype, NpzPlan, TopKWriter},
 };
 use retort_core::{Code, Error, Result};
@@ -118,8 +118,9 @@ impl Work {
             if self.stop.is_cancelled() {
                 return Ok(Break(Ended::Stopped));
             }
-            let (hash, reader) = open(path)?;
-            hashes.push(hash);
+            let source = files::open(path)?;
+            hashes.push(hash(path, &source)?);
+            let reader = reader(path, source)?;
             let header = reader.header().clone();
             for group in reader {
                 let mut sequences = group.map_err(|error| files::named(path, &error))?;
@@ -169,11 +170,14 @@ impl Work {
     ) -> Result<ControlFlow<Ended, Written>> {
         let mut written = Written::default();
         for (at, path) in self.files.iter().enumerate() {
-            let (hash, reader) = open(path)?;
-            if hashes.get(at).is_some_and(|known| *known != hash) {
+            let source = files::open(path)?;
+            if let Some(known) = hashes.get(at)
+                && *known != hash(path, &source)?
+            {
                 let message = format!("{}: it changed while it was exported; start again", path.display());
                 return Err(Error::new(Code::FileUnreadable, message));
             }
+            let reader = reader(path, source)?;
             let (header, rows, mut read) = (reader.header().clone(), reader.rows(), 0u64);
             for group in reader {
                 for sequence in group.map_err(|error| files::named(path, &error))? {
@@ -220,11 +224,12 @@ impl Work {
     }
 }
 
-/// A file's SHA-256, and what reads its rows.
-fn open(path: &Path) -> Result<(String, Reader)> {
-    let source = files::open(path)?;
-    let named = |error| files::named(path, &error);
-    Ok((source.sha256().map_err(named)?, Reader::open(source, Limits::default()).map_err(named)?))
+fn hash(path: &Path, source: &Source) -> Result<String> {
+    source.sha256().map_err(|error| files::named(path, &error))
+}
+
+fn reader(path: &Path, source: Source) -> Result<Reader> {
+    Reader::open(source, Limits::default()).map_err(|error| files::named(path, &error))
 }
 
 fn ended(written: ControlFlow<Ended, Written>) -> Ended {
