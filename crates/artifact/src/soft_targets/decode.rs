@@ -1,6 +1,10 @@
 //! From the bytes of a shard to what the losses consume, one row group at a time.
 
 mod position;
+#[cfg(test)]
+mod tests;
+
+use std::io::ErrorKind;
 
 use arrow_array::{
     Array, ArrowPrimitiveType, ListArray, PrimitiveArray, RecordBatch,
@@ -58,8 +62,8 @@ pub fn decode(source: impl Into<Source>, limits: Limits) -> Result<Shard> {
 
 /// Reads a shard a row group at a time, so that memory does not grow with the file.
 ///
-/// Everything that can be checked without values is checked on opening; errors as [`decode`]'s. After
-/// an error it ends.
+/// Everything that can be checked without values is checked on opening; errors as [`decode`]'s, and
+/// [`Error::io`] where the disk does not give the file's bytes. After an error it ends.
 pub struct Reader {
     source: Source,
     opened: Opened,
@@ -70,7 +74,7 @@ pub struct Reader {
 impl Reader {
     pub fn open(source: impl Into<Source>, limits: Limits) -> Result<Self> {
         let source = source.into();
-        let opened = guard::open(&source, &limits)?;
+        let opened = guard::open(&source, &limits).map_err(|error| or_disk(&source, error))?;
         Ok(Self { source, opened, limits, group: 0 })
     }
 
@@ -97,7 +101,7 @@ impl Reader {
         let groups = self.opened.metadata.row_groups();
         let rows = groups.get(self.group)?.num_rows();
         self.group += 1;
-        let batch = self.read(self.group - 1, rows as usize);
+        let batch = self.read(self.group - 1, rows as usize).map_err(|error| or_disk(&self.source, error));
         if batch.is_err() {
             self.group = groups.len();
         }
@@ -131,6 +135,20 @@ impl Reader {
         } else {
             Err(corrupt("its columns have other types or lengths than its version's".to_owned()))
         }
+    }
+}
+
+/// A disk that fails says nothing of the file. Parquet keeps only the words of an I/O error, so where a
+/// file seems corrupt, it is read once more.
+fn or_disk(source: &Source, error: Error) -> Error {
+    if error.code != Code::ShardCorrupt {
+        return error;
+    }
+    match source.check_readable() {
+        Err(fault) if !matches!(fault.kind(), ErrorKind::UnexpectedEof | ErrorKind::InvalidData) => {
+            Error::io("the shard", fault)
+        }
+        _ => error,
     }
 }
 

@@ -157,7 +157,7 @@ impl Header {
 
     /// Reads a header back. A newer `schema_version` is told before anything else is looked at.
     pub(super) fn from_pairs(pairs: &BTreeMap<&str, &str>) -> Result<Self> {
-        let schema_version: u32 = number(pairs, "retort.schema_version")?;
+        let schema_version: u32 = whole(pairs, "retort.schema_version")?;
         if schema_version > SCHEMA_VERSION {
             return Err(Error::new(
                 Code::ShardTooNew,
@@ -179,8 +179,8 @@ impl Header {
         let header = Self {
             schema_version,
             job: text(pairs, "retort.job")?,
-            shard: number(pairs, "retort.shard")?,
-            epoch: number(pairs, "retort.epoch")?,
+            shard: whole(pairs, "retort.shard")?,
+            epoch: whole(pairs, "retort.epoch")?,
             work_sha256,
             split: text(pairs, "retort.split")?,
             engine: text(pairs, "retort.engine")?,
@@ -189,10 +189,10 @@ impl Header {
             teacher_sha256: text(pairs, "retort.teacher_sha256")?,
             tokenizer_sha256: text(pairs, "retort.tokenizer_sha256")?,
             chat_template_sha256: text(pairs, "retort.chat_template_sha256")?,
-            vocab_size: number(pairs, "retort.vocab_size")?,
+            vocab_size: whole(pairs, "retort.vocab_size")?,
             soft_targets,
             tail_logprobs,
-            seed: number(pairs, "retort.seed")?,
+            seed: whole(pairs, "retort.seed")?,
             prompt_set_sha256: text(pairs, "retort.prompt_set_sha256")?,
             mode: text(pairs, "retort.mode")?,
             sampling_json: text(pairs, "retort.sampling_json")?,
@@ -214,18 +214,18 @@ fn first_soft_targets(pairs: &BTreeMap<&str, &str>) -> Result<SoftTargets> {
     if quantiser != v1::QUANTISER {
         return Err(corrupt(format!("quantiser is {:?}; version 1 has {:?}", shown(&quantiser), v1::QUANTISER)));
     }
-    let codec = Codec::HeadDraws { head: number(pairs, "retort.head")?, draws: number(pairs, "retort.draws")? };
+    let codec = Codec::HeadDraws { head: whole(pairs, "retort.head")?, draws: whole(pairs, "retort.draws")? };
     Ok(SoftTargets::of(codec))
 }
 
 fn soft_targets(pairs: &BTreeMap<&str, &str>) -> Result<SoftTargets> {
     let codec = match text(pairs, "retort.codec")?.as_str() {
         "full" => Codec::Full,
-        "top_k" => Codec::TopK { head: number(pairs, "retort.head")? },
-        "top_k_tail" => Codec::TopKTail { head: number(pairs, "retort.head")? },
-        "head_draws" => Codec::HeadDraws { head: number(pairs, "retort.head")?, draws: number(pairs, "retort.draws")? },
+        "top_k" => Codec::TopK { head: whole(pairs, "retort.head")? },
+        "top_k_tail" => Codec::TopKTail { head: whole(pairs, "retort.head")? },
+        "head_draws" => Codec::HeadDraws { head: whole(pairs, "retort.head")?, draws: whole(pairs, "retort.draws")? },
         "threshold" => Codec::Threshold { threshold: number(pairs, "retort.threshold")? },
-        "random" => Codec::Random { draws: number(pairs, "retort.draws")? },
+        "random" => Codec::Random { draws: whole(pairs, "retort.draws")? },
         other => return Err(corrupt(format!("codec is {:?}, which is not known", shown(other)))),
     };
     let quantiser = match text(pairs, "retort.quantiser")?.as_str() {
@@ -259,6 +259,19 @@ where
 {
     let value = pairs.get(key).ok_or_else(|| corrupt(format!("its metadata lacks {key}")))?;
     value.parse().map_err(|error| corrupt(format!("{key} is {:?}: {error}", shown(value))))
+}
+
+/// Rust's own reading takes a sign, too.
+fn whole<T: FromStr>(pairs: &BTreeMap<&str, &str>, key: &str) -> Result<T>
+where
+    T::Err: Display,
+{
+    match pairs.get(key) {
+        Some(value) if value.starts_with('+') => {
+            Err(corrupt(format!("{key} is {:?}: it must be digits only", shown(value))))
+        }
+        _ => number(pairs, key),
+    }
 }
 
 fn shown(value: &str) -> String {

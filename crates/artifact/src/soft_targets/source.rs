@@ -54,6 +54,17 @@ impl Source {
         Ok(hasher)
     }
 
+    /// Reads all of a file, for its errors' sake.
+    pub(super) fn check_readable(&self) -> io::Result<()> {
+        let Self::File(_, length) = self else { return Ok(()) };
+        let mut piece = vec![0; PIECE];
+        for at in (0..*length).step_by(PIECE) {
+            let left = (*length - at).min(PIECE as u64) as usize;
+            self.read_exact_at(&mut piece[..left], at)?;
+        }
+        Ok(())
+    }
+
     /// Fills `into` from `offset` on.
     pub(super) fn read_exact_at(&self, into: &mut [u8], offset: u64) -> io::Result<()> {
         match self {
