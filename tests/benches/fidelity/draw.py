@@ -1,4 +1,4 @@
-"""Draws the frontier that the fidelity bench measured and prints its table.
+"""Draws the frontier that the fidelity bench measured and prints its tables.
 
 usage: draw.py FIGURES.json PLOT.png
 """
@@ -12,9 +12,11 @@ import matplotlib
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt  # noqa: E402
 
-COLUMNS = [
+SIZES = [
     ("bytes a token", "bytes_per_token", "{:.1f}"),
     ("in large shards", "bytes_per_token_large", "{:.1f}"),
+]
+KEPT = [
     ("entries", "entries", "{:.1f}"),
     ("mass kept", "mass_kept", "{:.3f}"),
     ("KL of the reconstruction", "reconstruction_kl", "{:.2f}"),
@@ -39,15 +41,21 @@ def main(figures, plot):
             setting: [100 * (run["kl"] / online[run["seed"]] - 1) for run in runs]
             for setting, runs in student["trained"].items() if setting in sizes
         }
-    print("| setting | " + " | ".join([name for name, *_ in COLUMNS] + list(losses)) + " |")
-    print("|---|" + "---|" * (len(COLUMNS) + len(losses)))
-    for setting in measured["settings"]:
-        values = [(setting.get(key), form) for _, key, form in COLUMNS]
+    table(measured["settings"], SIZES, losses)
+    table(measured["settings"], KEPT, {})
+    print(json.dumps(measured["speed"], indent=1))
+    draw(losses, sizes, plot)
+
+
+def table(settings, columns, losses):
+    print("\n| setting | " + " | ".join([name for name, *_ in columns] + list(losses)) + " |")
+    print("|---|" + "---|" * (len(columns) + len(losses)))
+    for setting in settings:
+        values = [(setting.get(key), form) for _, key, form in columns]
         cells = ["" if value is None else form.format(value) for value, form in values]
         cells += [loss(of.get(setting["name"])) for of in losses.values()]
         print(f"| {setting['name']} | " + " | ".join(cells) + " |")
-    print(json.dumps(measured["speed"], indent=1))
-    draw(losses, sizes, plot)
+    print()
 
 
 def loss(ratios):

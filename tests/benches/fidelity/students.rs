@@ -27,16 +27,12 @@ const LIGHTLY_PRUNED: Student = Student {
     layers: 24,
     learning_rate: 4e-4,
     freeze_embeddings: true,
-    only: &["threshold-0.025", "threshold-0.005", "random-50", "top-k-50", "distillkit-budget"],
+    only: &["threshold-0.025", "threshold-0.005", "top-k-50", "distillkit-budget"],
 };
 
 /// The same, all of it trained.
-const LIGHTLY_PRUNED_FREE: Student = Student {
-    name: "24-layers",
-    freeze_embeddings: false,
-    only: &["threshold-0.025", "threshold-0.005"],
-    ..LIGHTLY_PRUNED
-};
+const LIGHTLY_PRUNED_FREE: Student =
+    Student { name: "24-layers", freeze_embeddings: false, only: &["threshold-0.025"], ..LIGHTLY_PRUNED };
 
 /// Knows nothing any more (27 nats) and has to learn the vocabulary from the targets alone.
 const HEAVILY_PRUNED: Student =
