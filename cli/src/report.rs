@@ -60,7 +60,7 @@ fn cost(job: &proto::Job, report: &proto::Report) -> String {
     row("stored in", format!("{}, {} bytes per token", bytes(report.store_bytes), rate(report.bytes_per_token)));
     if let Some(stored) = report.soft_targets.as_ref().and_then(|stored| stored.train.as_ref()) {
         let (kl, kept) = (fixed(stored.kl), percent(stored.argmax_agreement));
-        row("storing cost", format!("KL {kl} nats/token, {kept} of the first places kept"));
+        row("rounding", format!("KL {kl} nats/token over what is kept, top-1 kept at {kept}"));
     }
     if report.reused > 0 {
         let shards = job.plan.as_ref().map_or(0, |plan| u64::from(plan.train_shards) + u64::from(plan.held_out_shards));

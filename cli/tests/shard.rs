@@ -117,8 +117,8 @@ fn sequence(row: u64, tokens: usize, top: f32, tail: u32) -> Sequence {
     }
 }
 
-fn write_shard(path: &Path, epoch: u64, vocab_size: u32, sequences: &[Sequence]) -> String {
-    let header = Header {
+fn header(epoch: u64, vocab_size: u32) -> Header {
+    Header {
         schema_version: SCHEMA_VERSION,
         job: "j".to_owned(),
         shard: 0,
@@ -138,8 +138,15 @@ fn write_shard(path: &Path, epoch: u64, vocab_size: u32, sequences: &[Sequence])
         prompt_set_sha256: "dd".repeat(32),
         mode: "generate".to_owned(),
         sampling_json: "{}".to_owned(),
-    };
-    fs::write(path, encode(&header, sequences).unwrap().bytes).unwrap();
+    }
+}
+
+fn write_shard(path: &Path, epoch: u64, vocab_size: u32, sequences: &[Sequence]) -> String {
+    write(path, &header(epoch, vocab_size), sequences)
+}
+
+fn write(path: &Path, header: &Header, sequences: &[Sequence]) -> String {
+    fs::write(path, encode(header, sequences).unwrap().bytes).unwrap();
     path.display().to_string()
 }
 
@@ -279,6 +286,33 @@ fn export_keeps_what_other_temperatures_need() {
     let out = folder.path().join("out").display().to_string();
     let (code, _, stderr) = retort(&["shard", "export", &sound, &shard, "--format", "npz", "--out", &out]);
     assert!(code == 2 && stderr.contains("for the temperatures [0.5, 2.0], those before it for []"), "{stderr}");
+}
+
+/// What judges a student is no training data unless somebody says so.
+#[test]
+fn an_export_of_both_splits_is_asked_for() {
+    let folder = tempfile::tempdir().unwrap();
+    for (name, split) in [("1.parquet", "train"), ("2.parquet", "held_out")] {
+        let soft_targets = SoftTargets::of(Codec::Threshold { threshold: 0.0625 });
+        let tail_logprobs = TailLogprobs::Mean(0.0);
+        let header = Header { split: split.to_owned(), soft_targets, tail_logprobs, ..header(1, 65) };
+        let mut sequence = sequence(0, 1, 0.8, 3);
+        sequence.positions[0].tail = vec![(3, 1, -9.0)];
+        write(&folder.path().join(name), &header, &[sequence]);
+    }
+    let shards = folder.path().display().to_string();
+    let export = ["shard", "export", &shards, "--out", "-"];
+    let (code, stdout, stderr) = retort(&export);
+    assert!(code == 2 && stdout.is_empty() && stderr.contains("--split train, held_out or all"), "{stderr}");
+    for (split, expected) in [("train", &["train"][..]), ("held_out", &["held_out"]), ("all", &["train", "held_out"])] {
+        let (code, stdout, stderr) = retort(&[&export[..], &["--split", split]].concat());
+        assert_eq!(code, 0, "{stderr}");
+        let lines: Vec<Value> = stdout.lines().map(|line| serde_json::from_str(line).unwrap()).collect();
+        let splits: Vec<&str> = lines.iter().map(|line| line["split"].as_str().unwrap()).collect();
+        assert_eq!(splits, expected);
+        // The head's log-probability is known, a sample's is not.
+        assert_eq!(lines[0]["targets"][0]["logprobs"].as_array().unwrap().iter().filter(|l| l.is_null()).count(), 1);
+    }
 }
 
 #[test]

@@ -5,7 +5,7 @@ import numpy as np
 from .shard import open as open_shard
 
 
-def batches(paths, rows=8, pad_id=0, check_content=True, temperature=1):
+def batches(paths, rows=8, pad_id=0, check_content=True, temperature=1, split=None):
     """Dicts of numpy arrays, `rows` sequences each (the last may have fewer), in the order of the files.
 
     input_ids       int64 [b, t], padded behind with pad_id
@@ -17,13 +17,22 @@ def batches(paths, rows=8, pad_id=0, check_content=True, temperature=1):
     residual_mass   float32 [n], of all tokens outside the support together; 0 unless the codec is top_k_tail
     row_ids         list of b ids
 
+    `split` is "train", "held_out" or "all": only shards of it are read. It may be left out where all are of one.
     The masses are those of `temperature`, see SparseTargets.at_temperature. Sequences without a target
     are left out. Errors: as `retort_data.open`; ValueError for a shard whose vocabulary or teacher is
-    not that of those before it, or that was not captured for the temperature.
+    not that of those before it, of another split where none was asked for, or that was not captured for the temperature.
     """
-    waiting, seen = [], None
+    if split not in (None, "train", "held_out", "all"):
+        raise ValueError(f"split is {split!r}; it must be train, held_out or all")
+    waiting, seen, of = [], None, None
     for path in paths:
         with open_shard(path, check_content) as shard:
+            own = shard.header["retort.split"]
+            if split not in (None, "all", own):
+                continue
+            if split is None and of is not None and own != of[1]:
+                raise ValueError(f"{shard.path} is of the split {own}, {of[0]} of {of[1]}: say which with split=")
+            of = of or (shard.path, own)
             identity = {key: shard.header[f"retort.{key}"] for key in ("teacher_sha256", "tokenizer_sha256", "vocab_size")}
             if seen is not None and identity != seen[1]:
                 differing = next(key for key in identity if identity[key] != seen[1][key])

@@ -220,6 +220,20 @@ def test_batches_carry_the_residual_and_take_a_temperature(tmp_path):
         next(retort_data.batches([path], temperature=3))
 
 
+def test_splits_mix_only_where_it_is_said(tmp_path):
+    row = [{"head": {1: np.log(0.75), 2: np.log(0.25)}, "tail": {}}]
+    paths = [tmp_path / "1.parquet", tmp_path / "2.parquet"]
+    for path, split in zip(paths, ("train", "held_out")):
+        sample.write(path, [row], 64, codec="top_k", head="2", split=split)
+    with pytest.raises(ValueError, match="is of the split held_out, .*1.parquet of train: say which with split="):
+        list(retort_data.batches(paths))
+    for split, expected in (("train", 1), ("held_out", 1), ("all", 2)):
+        (batch,) = retort_data.batches(paths, split=split)
+        assert len(batch["row_ids"]) == expected
+    with pytest.raises(ValueError, match="it must be train, held_out or all"):
+        list(retort_data.batches(paths, split="test"))
+
+
 def test_both_versions_of_one_teacher_mix():
     paths = [GOLDEN / f"soft-targets-{name}.parquet" for name in ("v1", "v2-threshold", "v2-top-k-tail")]
     (batch,) = retort_data.batches(paths)

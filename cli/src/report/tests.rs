@@ -149,7 +149,7 @@ fn what_was_reused_and_what_storing_cost_is_said_when_known() {
     let plan = job.plan.as_mut().unwrap();
     (plan.train_shards, plan.held_out_shards) = (4, 1);
     let text = render(&job, &Surroundings { width: 60, ..Default::default() });
-    assert!(text.contains("storing cost  KL 0.0123 nats/token, 99.8 % of the first places kept\n"), "{text}");
+    assert!(text.contains("rounding      KL 0.0123 nats/token over what is kept, top-1 kept at 99.8 %\n"), "{text}");
     assert!(text.contains("reused        3 of 5 shards, computed for other jobs\n"), "{text}");
     assert!(!text.contains("0 tokens/s\n"), "{text}");
 }

@@ -88,7 +88,7 @@ def draw(losses, sizes, plot):
     panels[-1].set_xticks([25, 50, 100, 200, 300], ["25", "50", "100", "200", "300"])
     panels[-1].minorticks_off()
     panels[-1].set_xlabel("bytes a target token on disk")
-    figure.suptitle("What a student loses to storage: mean and range of three seeds")
+    figure.suptitle("What a student loses to storage: mean and range over the seeds")
     figure.savefig(plot, dpi=150)
 
 

@@ -22,9 +22,9 @@ use crate::{
 
 /// Writes soft targets as JSON lines, numpy arrays or top-k lists
 ///
-/// jsonl: one line a sequence: row_id, row, tags, token_ids, target_mask, finish_reason, and
+/// jsonl: one line a sequence: row_id, split, row, tags, token_ids, target_mask, finish_reason, and
 /// "targets", one object a target token with its support: "ids", "mass" (what a loss uses; sums to
-/// 1 with the "residual" of a bucket), "logprobs", "top" (the most likely id), "label_logprob", and
+/// 1 with the "residual" of a bucket), "logprobs" (null for samples), "top" (the most likely id), "label_logprob", and
 /// "log_sum_exps" for the line's "temperatures" where it has any. Ten times the shard and more.
 ///
 /// npz: arrays for numpy.load, among them the dense masses, positions x vocabulary: large once
@@ -37,7 +37,7 @@ use crate::{
   retort shard export 1.parquet --out 1.jsonl
   retort shard export 1.parquet --out - | head -1 | jq .targets[0]
   retort shard export 1.parquet --format npz --dtype f16 --rows 0..64 --out 1.npz
-  retort shard export ~/.retort/store/jobs/JOB/shards --format top-k --k 16 --out all.parquet")]
+  retort shard export ~/.retort/store/jobs/JOB/shards --split train --format top-k --k 16 --out all.parquet")]
 pub struct Export {
     /// Shards, or folders to search for *.parquet
     #[arg(required = true, value_name = "PATH")]
@@ -56,6 +56,9 @@ pub struct Export {
     /// top-k: how many tokens a position; all that are exact if not said
     #[arg(long, value_name = "N", value_parser = clap::value_parser!(u32).range(1..))]
     k: Option<u32>,
+    /// Only shards of this split; needed where there are both
+    #[arg(long, value_enum)]
+    split: Option<Split>,
     /// npz: of the masses [default: f32]
     #[arg(long, value_enum)]
     dtype: Option<Precision>,
@@ -79,6 +82,25 @@ impl Format {
             Self::Jsonl => "jsonl",
             Self::Npz => "npz",
             Self::TopK => "top-k",
+        }
+    }
+}
+
+#[derive(Clone, Copy, Debug, ValueEnum)]
+#[value(rename_all = "snake_case")]
+enum Split {
+    Train,
+    HeldOut,
+    All,
+}
+
+impl Split {
+    /// Whether a shard of the split of this name is wanted.
+    fn takes(self, name: &str) -> bool {
+        match self {
+            Self::Train => name == "train",
+            Self::HeldOut => name == "held_out",
+            Self::All => true,
         }
     }
 }

@@ -9,7 +9,7 @@ use std::{
 
 use indicatif::ProgressBar;
 use retort_artifact::soft_targets::{
-    DecodedSequence, Header, Limits, Reader, Source,
+    DecodedSequence, Header, Limits, Reader, Source, TailLogprobs,
     export::{Dtype, NpzPlan, TopKWriter},
 };
 use retort_core::{Code, Error, Result};
@@ -59,8 +59,10 @@ impl Work {
     pub fn run(self) -> Result<Ended> {
         let out = &self.options.out;
         if target::is_stream(out) {
+            self.check_splits()?;
             return self.lines(target::stream(out)?).map(ended);
         }
+        self.check_splits()?;
         let unfinished = Unfinished::beside(out, self.options.force, &self.files)?;
         let written = match self.options.format {
             Format::Jsonl => self.lines(unfinished.file()),
@@ -79,7 +81,7 @@ impl Work {
     fn lines(&self, out: impl Write) -> Result<ControlFlow<Ended, Written>> {
         let mut out = BufWriter::new(out);
         let written = self.each(&[], |header, sequence| {
-            let line = line(&header.soft_targets.temperatures, sequence);
+            let line = line(header, sequence);
             self.unless_unread(writeln!(out, "{line}"))
         })?;
         Ok(match self.unless_unread(out.flush())? {
@@ -124,7 +126,7 @@ impl Work {
             let header = reader.header().clone();
             for group in reader {
                 let mut sequences = group.map_err(|error| files::named(path, &error))?;
-                sequences.retain(|sequence| self.wants(sequence));
+                sequences.retain(|sequence| self.wants(&header, sequence));
                 plan.add(&header, &sequences)?;
             }
             self.show(at, 1.0);
@@ -186,7 +188,7 @@ impl Work {
                     }
                     read += 1;
                     self.show(at, read as f64 / rows as f64);
-                    if !self.wants(&sequence) {
+                    if !self.wants(&header, &sequence) {
                         continue;
                     }
                     if let Break(ended) = take(&header, &sequence)? {
@@ -204,18 +206,42 @@ impl Work {
     }
 
     fn nothing(&self) -> Error {
-        let why = match self.options.rows {
-            Some(_) => {
+        let why = match (self.options.rows, self.options.split) {
+            (Some(_), _) => {
                 "no row of the shards lies in --rows; it counts lines of the prompt set, which `retort shard show` lists"
             }
-            None => "the shards have no rows to export",
+            (None, Some(_)) => "no shard has rows of that --split",
+            (None, None) => "the shards have no rows to export",
         };
         Error::new(Code::RequestInvalid, why)
     }
 
-    /// Whether its row was asked for.
-    fn wants(&self, sequence: &DecodedSequence) -> bool {
-        self.options.rows.is_none_or(|rows| rows.contains(sequence.row))
+    /// Whether its split and its row were asked for.
+    fn wants(&self, header: &Header, sequence: &DecodedSequence) -> bool {
+        self.options.split.is_none_or(|split| split.takes(&header.split))
+            && self.options.rows.is_none_or(|rows| rows.contains(sequence.row))
+    }
+
+    /// Errors: `RequestInvalid` for shards of both splits where nobody said which: what judges a student
+    /// must not train it unnoticed.
+    fn check_splits(&self) -> Result<()> {
+        if self.options.split.is_some() {
+            return Ok(());
+        }
+        let mut first: Option<(&Path, String)> = None;
+        for path in &self.files {
+            let split = reader(path, files::open(path)?)?.header().split.clone();
+            let (before, known) = first.get_or_insert_with(|| (path, split.clone()));
+            if *known != split {
+                let message = format!(
+                    "{} is of the split {known}, {} of {split}; say which with --split train, held_out or all",
+                    before.display(),
+                    path.display()
+                );
+                return Err(Error::new(Code::RequestInvalid, message));
+            }
+        }
+        Ok(())
     }
 
     /// So many files are done, and that part of the next.
@@ -239,15 +265,17 @@ fn ended(written: ControlFlow<Ended, Written>) -> Ended {
     }
 }
 
-fn line(temperatures: &[f64], sequence: &DecodedSequence) -> Value {
-    let targets = &sequence.targets;
+fn line(header: &Header, sequence: &DecodedSequence) -> Value {
+    let (targets, temperatures) = (&sequence.targets, &header.soft_targets.temperatures);
+    // A sample's own probability is known where it was stored; the mean of all is nobody's.
+    let own = |e: &usize| targets.heads[*e] || header.tail_logprobs == TailLogprobs::Stored;
     let count = temperatures.len();
     let position = |p: usize| {
         let range = targets.range(p);
         let mut position = json!({
             "ids": targets.ids[range.clone()],
             "mass": targets.masses[range.clone()],
-            "logprobs": targets.logprobs[range],
+            "logprobs": range.map(|e| Some(e).filter(own).map(|e| targets.logprobs[e])).collect::<Vec<_>>(),
             "top": targets.top_ids[p],
             "label_logprob": targets.label_logprobs[p],
             "residual": targets.residuals[p],
@@ -259,6 +287,7 @@ fn line(temperatures: &[f64], sequence: &DecodedSequence) -> Value {
     };
     let mut line = json!({
         "row_id": sequence.row_id,
+        "split": header.split,
         "row": sequence.row,
         "tags": sequence.tags,
         "token_ids": sequence.token_ids,
