@@ -10,12 +10,12 @@ use retort_core::{
 };
 use retort_proto::{self as proto, claimed::Task, worker_event::What};
 use retort_worker::{Attempt, Handler, ModelThread, TaskContext};
-use tch::{Device, Kind};
 use tokio::sync::watch;
 
 use crate::{
     engine::{Capabilities, native::Loaded},
     shard::{Order, compute, faithful},
+    stage::Arithmetic,
     work,
 };
 
@@ -35,14 +35,14 @@ struct Progress {
 }
 
 impl Teacher {
-    /// `threads` is how many cores libtorch uses; all of them when `None`.
-    pub fn new(device: Device, kind: Kind, threads: Option<usize>) -> Result<Self> {
+    /// `threads` is how many cores arithmetic uses; all of them when `None`.
+    pub fn new(arithmetic: Arithmetic, threads: Option<usize>) -> Result<Self> {
         let make = move || {
             if let Some(threads) = threads {
                 // OpenMP counts threads for each thread that calls it, so this is said here.
                 tch::set_num_threads(threads.clamp(1, 4096) as i32);
             }
-            Loaded::new(device, kind)
+            Loaded::new(arithmetic.clone())
         };
         Ok(Self { models: ModelThread::spawn("teacher-model", make)? })
     }

@@ -3,7 +3,7 @@ use std::{path::PathBuf, process::ExitCode};
 use clap::{CommandFactory as _, FromArgMatches as _, Parser, Subcommand};
 use retort_core::{Code, Error, Result};
 use retort_process::{LogArgs, exit_with};
-use retort_teacher::{Teacher, chat};
+use retort_teacher::{Teacher, chat, stage::Arithmetic};
 use retort_worker::WorkerArgs;
 
 /// Computes shards: completions of a teacher model with its soft targets.
@@ -87,7 +87,7 @@ fn main() -> ExitCode {
 
 fn serve(args: WorkerArgs, threads: Option<usize>) -> Result<()> {
     let (device, kind) = computing(&args.device, &args.dtype)?;
-    let teacher = Teacher::new(device, kind, threads)?;
+    let teacher = Teacher::new(Arithmetic::on(device, kind, threads), threads)?;
     let runtime = tokio::runtime::Builder::new_multi_thread()
         .worker_threads(2)
         .enable_all()

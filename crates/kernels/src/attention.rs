@@ -135,7 +135,7 @@ impl Scratch {
 
 on_lanes! {
     /// `x = exp(x - max)`.
-    unsafe fn exponentials(x: *mut f32, count: usize, max: f32) = exponentials_on
+    pub(crate) unsafe fn exponentials(x: *mut f32, count: usize, max: f32) = exponentials_on
 }
 
 #[inline(always)]

@@ -1,6 +1,9 @@
 //! What is asked of a row of logits: its log-sum-exp, its largest numbers, its mass in blocks.
 
-use crate::lanes::{Lanes, on_lanes};
+use crate::{
+    attention::exponentials,
+    lanes::{Lanes, on_lanes},
+};
 
 /// Numbers of a block.
 pub const BLOCK: usize = 256;
@@ -29,6 +32,16 @@ impl<'a> Logits<'a> {
         Self { row, maxima, max, log_sum_exp, sums }
     }
 
+    /// Size of the vocabulary.
+    #[allow(clippy::len_without_is_empty)]
+    pub fn len(&self) -> usize {
+        self.row.len()
+    }
+
+    pub fn row(&self) -> &[f32] {
+        self.row
+    }
+
     /// Natural logarithm of the sum of exponentials; not finite where a logit is not.
     pub fn log_sum_exp(&self) -> f32 {
         // A not-a-number is lost in comparisons but not in sums.
@@ -51,6 +64,16 @@ impl<'a> Logits<'a> {
     pub fn block_masses(&self) -> impl Iterator<Item = f64> {
         let scale = (f64::from(self.max) - f64::from(self.log_sum_exp)).exp();
         self.sums.iter().map(move |&sum| f64::from(sum) * scale)
+    }
+
+    /// Probabilities of the tokens of one block; how many there are.
+    pub fn probabilities(&self, block: usize, out: &mut [f32; BLOCK]) -> usize {
+        let start = block * BLOCK;
+        let row = &self.row[start..(start + BLOCK).min(self.row.len())];
+        out[..row.len()].copy_from_slice(row);
+        // SAFETY: the slice's own bounds.
+        unsafe { exponentials(out.as_mut_ptr(), row.len(), self.log_sum_exp) };
+        row.len()
     }
 
     /// The `count` largest, `(id, logit)`, the largest first, the lower id first where two are equal.

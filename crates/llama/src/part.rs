@@ -129,3 +129,6 @@ pub(crate) fn check_share(room: &Room, lane: u32, share: &Share) -> Result<()> {
     }
     Err(Error::Invalid(format!("{share:?} of lane {lane}, in {room:?}")))
 }
+
+#[cfg(test)]
+mod tests;

@@ -8,7 +8,6 @@ use std::path::{Path, PathBuf};
 use retort_artifact::{sha256_hex, soft_targets::Sequence};
 use retort_core::{Code, Error, Result, spec::MAX_HEAD};
 use retort_llama::{Config, Part, Tokenizer};
-use tch::{Device, Kind};
 use time::{OffsetDateTime, macros::datetime};
 
 use super::{Capabilities, Engine, Generation, Text, Watch};
@@ -16,7 +15,7 @@ use crate::{
     capture::Capture,
     fingerprint::Fingerprint,
     stage::{
-        Computing, Stage, dtype,
+        Arithmetic, Stage,
         pipeline::{Local, Pipeline},
     },
     torch::model,
@@ -29,27 +28,29 @@ const PINNED_DATE: OffsetDateTime = datetime!(2024-07-26 00:00 UTC);
 pub struct Native {
     pipeline: Box<dyn Pipeline>,
     config: Config,
+    /// Of a key or value.
+    number_bytes: u64,
     tokenizer: Tokenizer,
     capabilities: Capabilities,
 }
 
 impl Native {
     /// Loads a Hugging Face folder.
-    pub fn load(dir: &Path, device: Device, kind: Kind) -> Result<Self> {
+    pub fn load(dir: &Path, arithmetic: &Arithmetic) -> Result<Self> {
         let fingerprint = Fingerprint::of(dir)?;
         let tokenizer = tokenizer(dir)?;
         let config = Config::from_dir(dir).map_err(model)?;
-        let computing = Computing { devices: vec![device], kind };
-        let stage = Stage::load(dir, Part::whole(&config), &computing)?;
-        let capabilities = Self::capabilities(dir, &fingerprint, &tokenizer, &config, kind)?;
-        Ok(Self { pipeline: Box::new(Local::new(stage)), config, tokenizer, capabilities })
+        let stage = Stage::load(dir, Part::whole(&config), arithmetic)?;
+        let capabilities = Self::capabilities(dir, &fingerprint, &tokenizer, &config, arithmetic)?;
+        let number_bytes = arithmetic.number_bytes() as u64;
+        Ok(Self { pipeline: Box::new(Local::new(stage)), config, number_bytes, tokenizer, capabilities })
     }
 
     /// What the folder's engine will be, without its weights in memory; they are read once, for their hash.
-    pub fn describe(dir: &Path, kind: Kind) -> Result<Capabilities> {
+    pub fn describe(dir: &Path, arithmetic: &Arithmetic) -> Result<Capabilities> {
         let fingerprint = Fingerprint::of(dir)?;
         let config = Config::from_dir(dir).map_err(model)?;
-        Self::capabilities(dir, &fingerprint, &tokenizer(dir)?, &config, kind)
+        Self::capabilities(dir, &fingerprint, &tokenizer(dir)?, &config, arithmetic)
     }
 
     fn capabilities(
@@ -57,7 +58,7 @@ impl Native {
         fingerprint: &Fingerprint,
         tokenizer: &Tokenizer,
         config: &Config,
-        kind: Kind,
+        arithmetic: &Arithmetic,
     ) -> Result<Capabilities> {
         let vocab_size = u32::try_from(config.vocab_size)
             .map_err(|_| Error::new(Code::ModelUnsupported, format!("a vocabulary of {}", config.vocab_size)))?;
@@ -72,9 +73,9 @@ impl Native {
             ));
         }
         Ok(Capabilities {
-            engine: "native",
+            engine: arithmetic.engine(),
             engine_version: env!("CARGO_PKG_VERSION"),
-            dtype: dtype(kind),
+            dtype: arithmetic.dtype(),
             vocab_size,
             context: u32::try_from(config.max_position_embeddings).unwrap_or(u32::MAX),
             max_head: vocab_size,
@@ -133,8 +134,7 @@ impl Engine for Native {
         capture: &Capture,
         watch: Watch,
     ) -> Result<Vec<Sequence>> {
-        let number_bytes = if self.capabilities.dtype == "bf16" { 2 } else { 4 };
-        generate::run(&mut *self.pipeline, &self.config, number_bytes, texts, order, capture, watch)
+        generate::run(&mut *self.pipeline, &self.config, self.number_bytes, texts, order, capture, watch)
     }
 
     fn score(&mut self, texts: &[Text], capture: &Capture, watch: Watch) -> Result<Vec<Sequence>> {
@@ -145,16 +145,15 @@ impl Engine for Native {
 /// The native engine of the model that was asked for last; loaded again only when another is asked
 /// for or its files changed.
 pub struct Loaded {
-    device: Device,
-    kind: Kind,
+    arithmetic: Arithmetic,
     engine: Option<(PathBuf, Fingerprint, Native)>,
     /// Of the folder that was asked about last.
     described: Option<(PathBuf, Fingerprint, Capabilities)>,
 }
 
 impl Loaded {
-    pub fn new(device: Device, kind: Kind) -> Self {
-        Self { device, kind, engine: None, described: None }
+    pub fn new(arithmetic: Arithmetic) -> Self {
+        Self { arithmetic, engine: None, described: None }
     }
 
     /// [`Native::describe`], read again only when another folder is asked about or its files changed.
@@ -166,7 +165,7 @@ impl Loaded {
         {
             return Ok(capabilities.clone());
         }
-        let capabilities = Native::describe(dir, self.kind)?;
+        let capabilities = Native::describe(dir, &self.arithmetic)?;
         self.described = Some((dir.to_owned(), fingerprint, capabilities.clone()));
         Ok(capabilities)
     }
@@ -178,7 +177,7 @@ impl Loaded {
             // The old weights go first: two teachers may not fit.
             self.engine = None;
             let started = std::time::Instant::now();
-            let engine = Native::load(dir, self.device, self.kind)?;
+            let engine = Native::load(dir, &self.arithmetic)?;
             tracing::info!(
                 model = %dir.display(),
                 parameters = engine.config.parameters(),

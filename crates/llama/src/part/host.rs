@@ -207,7 +207,7 @@ impl HostPart {
         if hidden_nh.len() != tokens * h {
             return Err(Error::Invalid(format!("{} hidden numbers for {tokens} tokens of {h}", hidden_nh.len())));
         }
-        let widths = Widths { h, q: config.num_attention_heads as usize * d, k: self.width() };
+        let widths = Widths { q: config.num_attention_heads as usize * d, k: self.width() };
         let slot_lengths_fit = |layer: &Layer| {
             pieces.iter().all(|piece| {
                 let slots = piece.slot.and_then(|slot| layer.lanes.get(lane as usize)?.get(slot as usize));
@@ -269,7 +269,7 @@ impl HostPart {
         &self,
         hidden_nh: &[f32],
         at: &[usize],
-        take: impl Fn(usize, &mut [f32]) -> T + Sync,
+        take: impl Fn(usize, &[f32]) -> T + Sync,
     ) -> Result<Vec<T>> {
         let Some(head_vh) = &self.head_vh else {
             return Err(Error::Invalid("this part of the model has no head".into()));
@@ -288,7 +288,7 @@ impl HostPart {
             rms_norm(hidden, &self.norm_h, epsilon, normed);
             logits.resize(at.len() * v, 0.0);
             linear(normed, h, at.len(), head_vh, None, Into::Store, logits, v);
-            let each = logits.chunks_exact_mut(v).take(at.len()).enumerate();
+            let each = logits.chunks_exact(v).take(at.len()).enumerate();
             each.map(|(row, logits)| take(block * rows + row, logits)).collect()
         };
         Ok(self.threads.install(|| {
@@ -306,7 +306,6 @@ impl HostPart {
 
 #[derive(Clone, Copy)]
 struct Widths {
-    h: usize,
     q: usize,
     k: usize,
 }
