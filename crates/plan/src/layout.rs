@@ -1,0 +1,105 @@
+//! How a model may lie on the GPUs of a cluster.
+
+use retort_model::Config;
+use serde::Serialize;
+
+use crate::Cluster;
+
+/// Groups of more nodes are not looked at: no model that this crate knows needs them.
+const MOST_GROUP_NODES: u32 = 64;
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize)]
+#[serde(rename_all = "lowercase")]
+pub enum Engine {
+    /// retort's own: a pipeline whose processes hold contiguous layers, and spread them over their
+    /// GPUs. One-byte weights are widened to bf16 before every product.
+    Native,
+    /// vLLM or SGLang behind its HTTP API: tensor parallel, pipelined, or both.
+    Remote,
+}
+
+impl Engine {
+    pub fn as_str(self) -> &'static str {
+        match self {
+            Self::Native => "native",
+            Self::Remote => "vLLM/SGLang",
+        }
+    }
+}
+
+/// `copies` groups, each a pipeline of `stages`, each of these on `tensor` GPUs. A stage here is a
+/// link of the pipeline: natively each GPU is one, and a process drives those of its node.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize)]
+pub struct Layout {
+    pub engine: Engine,
+    pub stages: u32,
+    pub tensor: u32,
+    pub copies: u32,
+    /// Nodes that one group spans.
+    pub nodes: u32,
+    /// GPUs that one group has on each of its nodes.
+    pub node_gpus: u32,
+}
+
+impl Layout {
+    /// Every layout of this engine on part or all of the cluster, with as many copies as there is
+    /// room for.
+    pub fn all(engine: Engine, config: &Config, cluster: &Cluster) -> Vec<Self> {
+        let inside = (1..=cluster.gpus).map(|gpus| (1, gpus, cluster.nodes * (cluster.gpus / gpus)));
+        let across =
+            (2..=cluster.nodes.min(MOST_GROUP_NODES)).map(|nodes| (nodes, cluster.gpus, cluster.nodes / nodes));
+        let groups = inside.chain(across);
+        groups.flat_map(|(nodes, gpus, copies)| Self::of_group(engine, config, nodes, gpus, copies)).collect()
+    }
+
+    /// The layouts of a group on `node_gpus` GPUs of each of `nodes` nodes.
+    pub fn of_group(engine: Engine, config: &Config, nodes: u32, node_gpus: u32, copies: u32) -> Vec<Self> {
+        let group = nodes * node_gpus;
+        // Inside a node, or over whole nodes: a tensor-parallel set that straddles is never taken.
+        let whole = |tensor: u32| node_gpus.is_multiple_of(tensor) || tensor.is_multiple_of(node_gpus);
+        let cut = |tensor: u32| {
+            let [heads, keys, inner] =
+                [config.num_attention_heads, config.num_key_value_heads, config.intermediate_size]
+                    .map(i64::unsigned_abs);
+            let tensor = u64::from(tensor);
+            heads.is_multiple_of(tensor)
+                && inner.is_multiple_of(tensor)
+                && (keys.is_multiple_of(tensor) || tensor.is_multiple_of(keys))
+        };
+        let most = if engine == Engine::Native { 1 } else { group };
+        let tensors = (1..=most).filter(|&tensor| group.is_multiple_of(tensor) && whole(tensor) && cut(tensor));
+        let layouts = tensors.map(|tensor| Self { engine, stages: group / tensor, tensor, copies, nodes, node_gpus });
+        layouts.filter(|layout| i64::from(layout.stages) <= config.num_hidden_layers).collect()
+    }
+
+    pub fn group_gpus(&self) -> u32 {
+        self.stages * self.tensor
+    }
+
+    /// The node, counted inside the group, on which this stage starts.
+    pub fn node_of(&self, stage: u32) -> u32 {
+        stage * self.tensor / self.node_gpus
+    }
+
+    /// Whether what this stage sends crosses the network.
+    pub fn leaves_node(&self, stage: u32) -> bool {
+        self.nodes > 1 && ((stage + 1) * self.tensor).is_multiple_of(self.node_gpus)
+    }
+
+    /// Nodes over which one stage is spread.
+    pub fn stage_nodes(&self) -> u32 {
+        (self.tensor / self.node_gpus).max(1)
+    }
+
+    /// `2 stages x 8 GPUs`, `TP 8 x PP 2`.
+    pub fn describe(&self) -> String {
+        match (self.engine, self.nodes, self.stages, self.tensor) {
+            (Engine::Native, _, 1, _) => "1 GPU".to_owned(),
+            (Engine::Native, 1, ..) => format!("1 process x {} GPUs", self.node_gpus),
+            (Engine::Native, nodes, ..) => format!("{nodes} processes x {} GPUs", self.node_gpus),
+            (Engine::Remote, _, 1, tensor) => format!("TP {tensor}"),
+            (Engine::Remote, _, stages, 1) => format!("PP {stages}"),
+            (Engine::Remote, _, stages, tensor) => format!("TP {tensor} x PP {stages}"),
+        }
+    }
+}
