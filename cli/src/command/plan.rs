@@ -130,6 +130,9 @@ struct Rates {
     /// Part of a GPU's memory that may be filled
     #[arg(long, default_value_t = Assumptions::default().memory_utilization, value_name = "PART")]
     memory_utilization: f64,
+    /// A second over a hop between two native processes, whatever the link
+    #[arg(long, default_value = "1GB", value_name = "SIZE", value_parser = size::parse)]
+    hop_bandwidth: u64,
     /// Times longer that vLLM or SGLang takes to score with log-probabilities of the prompt
     #[arg(long, default_value_t = Assumptions::default().remote_scoring_cost, value_name = "TIMES")]
     remote_scoring_cost: f64,
@@ -244,6 +247,7 @@ impl Rates {
             bandwidth_efficiency: self.bandwidth_efficiency,
             link_efficiency: self.link_efficiency,
             memory_utilization: self.memory_utilization,
+            hop_bandwidth: self.hop_bandwidth as f64,
             remote_scoring_cost: self.remote_scoring_cost,
             ..Assumptions::default()
         }

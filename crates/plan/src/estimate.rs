@@ -52,7 +52,8 @@ impl Subject<'_> {
         if let Some(reason) = self.too_small(&split) {
             return Ok(Estimate { layout, too_small: Some(reason), stages: split.stages, speed: None });
         }
-        let (stage_seconds, mut bound) = slowest(&split.costs);
+        let depth = f64::from(layout.depth());
+        let (stage_seconds, mut bound) = slowest(&split.costs, &layout);
         let hop_seconds = (0..layout.stages).map(|stage| machine.hop(stage, &pass)).fold(0.0, f64::max);
         if hop_seconds > stage_seconds {
             bound = Bound::Hops;
@@ -60,9 +61,9 @@ impl Subject<'_> {
         let period = stage_seconds.max(hop_seconds);
         let shard_rows = work.shard_rows.min(work.rows);
         let batches = shard_rows.div_ceil(rows) as f64;
-        let busy = batches / (batches + f64::from(layout.stages) - 1.0);
+        let busy = batches / (batches + depth - 1.0);
         let slower = if layout.engine == Engine::Remote { self.assumptions.remote_scoring_cost } else { 1.0 };
-        let shard_seconds = (batches + f64::from(layout.stages) - 1.0) * period * slower;
+        let shard_seconds = (batches + depth - 1.0) * period * slower;
         let group = (shard_rows * row) as f64 / shard_seconds;
         let speed = Speed {
             tokens_per_second: group * f64::from(layout.copies),
@@ -71,7 +72,7 @@ impl Subject<'_> {
             micro_batch: tokens,
             sequences: None,
             busy,
-            hops: hops(&machine, &layout, self.cluster, group),
+            hops: hops(&machine, &layout, group),
             job: self.job(&layout, shard_seconds),
         };
         Ok(Estimate { layout, too_small: None, stages: split.stages, speed: Some(speed) })
@@ -80,32 +81,32 @@ impl Subject<'_> {
     pub fn generate(&self, layout: Layout) -> Result<Estimate> {
         let machine = self.machine(&layout);
         let work = self.work;
-        let stages = u64::from(layout.stages);
+        let depth = u64::from(layout.depth());
         let shard_rows = work.shard_rows.min(work.rows);
         let wanted = work.sequences.unwrap_or(MOST_SEQUENCES).min(shard_rows);
-        // Weights are read once a micro-batch: as many of these as stages, and no more.
-        let mut split = self.split_for(&machine, &layout, wanted, wanted.div_ceil(stages))?;
+        // Weights are read once a micro-batch: as many of these as can be at work, and no more.
+        let mut split = self.split_for(&machine, &layout, wanted, wanted.div_ceil(depth))?;
         let mut sequences = wanted;
         if self.too_small(&split).is_some() && work.sequences.is_none() {
             // As many as fit, found by halving: the split itself depends on the number.
             let (mut fits, mut fails) = (0, wanted);
             while fails - fits > 1 {
                 let middle = fits + (fails - fits) / 2;
-                let trial = self.split_for(&machine, &layout, middle, middle.div_ceil(stages))?;
+                let trial = self.split_for(&machine, &layout, middle, middle.div_ceil(depth))?;
                 if self.too_small(&trial).is_none() { fits = middle } else { fails = middle }
             }
             // Even waves: the last one is not to be a few sequences.
             sequences = if fits == 0 { 1 } else { shard_rows.div_ceil(shard_rows.div_ceil(fits)) };
-            split = self.split_for(&machine, &layout, sequences, sequences.div_ceil(stages))?;
+            split = self.split_for(&machine, &layout, sequences, sequences.div_ceil(depth))?;
         }
         if let Some(reason) = self.too_small(&split) {
             return Ok(Estimate { layout, too_small: Some(reason), stages: split.stages, speed: None });
         }
-        let micro_batch = sequences.div_ceil(stages);
-        let (period, bound) = slowest(&split.costs);
+        let micro_batch = sequences.div_ceil(depth);
+        let (period, bound) = slowest(&split.costs, &layout);
         let decode = self.decode_pass(micro_batch);
         let travel: f64 = (0..layout.stages).map(|stage| machine.hop(stage, &decode)).sum();
-        let cycle = stages as f64 * period + travel;
+        let cycle = depth as f64 * period + travel;
         let waves = shard_rows.div_ceil(sequences) as f64;
         let decode_seconds = waves * work.new_tokens as f64 * cycle;
         let prompts = self.prompt_seconds(&machine, &layout, &split, shard_rows);
@@ -116,11 +117,11 @@ impl Subject<'_> {
         let speed = Speed {
             tokens_per_second: per_shard / shard_seconds * copies,
             decode_tokens_per_second: Some(per_shard / decode_seconds * copies),
-            bound: if travel > stages as f64 * period { Bound::Hops } else { bound },
+            bound: if travel > depth as f64 * period { Bound::Hops } else { bound },
             micro_batch,
             sequences: Some(sequences),
-            busy: stages as f64 * period / cycle,
-            hops: hops(&machine, &layout, self.cluster, through),
+            busy: depth as f64 * period / cycle,
+            hops: hops(&machine, &layout, through),
             job: self.job(&layout, shard_seconds),
         };
         Ok(Estimate { layout, too_small: None, stages: split.stages, speed: Some(speed) })
@@ -196,12 +197,14 @@ impl Subject<'_> {
         let tokens = self.work.micro_batch.min(all);
         let context = self.work.prompt_tokens as f64 / 2.0;
         let pass = Pass { tokens: tokens as f64, targets: 0.0, context, reads_cache: false };
-        let seconds = |stage: &Stage| {
-            self.weights.layers[stage.layers.clone()].iter().map(|layer| machine.layer(layer, &pass).seconds()).sum()
+        let cost = |stage: &Stage| {
+            let mut cost = Cost::default();
+            self.weights.layers[stage.layers.clone()].iter().for_each(|layer| cost.add(&machine.layer(layer, &pass)));
+            cost
         };
-        let slowest = split.stages.iter().map(seconds).fold(0.0, f64::max);
+        let (slowest, _) = slowest(&split.stages.iter().map(cost).collect::<Vec<_>>(), layout);
         let hop = (0..layout.stages).map(|stage| machine.hop(stage, &pass)).fold(0.0, f64::max);
-        (all.div_ceil(tokens) as f64 + f64::from(layout.stages) - 1.0) * slowest.max(hop)
+        (all.div_ceil(tokens) as f64 + f64::from(layout.depth()) - 1.0) * slowest.max(hop)
     }
 
     /// Copies take whole shards; the cluster is paid until the last one is done.
@@ -213,21 +216,25 @@ impl Subject<'_> {
     }
 }
 
-fn slowest(costs: &[Cost]) -> (f64, Bound) {
-    let slowest = costs.iter().max_by(|a, b| a.seconds().total_cmp(&b.seconds()));
+/// Of what can be at work at once, the one that takes longest, and what it spends that on.
+fn slowest(costs: &[Cost], layout: &Layout) -> (f64, Bound) {
+    let together = |costs: &[Cost]| {
+        let mut sum = Cost::default();
+        costs.iter().for_each(|cost| sum.add(cost));
+        sum
+    };
+    let processes = costs.chunks(layout.in_turn.max(1) as usize).map(together);
+    let slowest = processes.max_by(|a, b| a.seconds().total_cmp(&b.seconds()));
     slowest.map_or((0.0, Bound::Products), |cost| (cost.seconds(), cost.bound()))
 }
 
 /// What each hop carries while a group works at `tokens_per_second`, prompts included.
-fn hops(machine: &Machine, layout: &Layout, cluster: &Cluster, tokens_per_second: f64) -> Vec<Hop> {
-    let hop = |stage: u32| {
-        let network = layout.leaves_node(stage);
-        Hop {
-            after_stage: stage,
-            network,
-            bytes_per_second: machine.hop_bytes() * tokens_per_second,
-            link_bytes_per_second: if network { cluster.gpu.network } else { cluster.gpu.node_link },
-        }
+fn hops(machine: &Machine, layout: &Layout, tokens_per_second: f64) -> Vec<Hop> {
+    let hop = |stage: u32| Hop {
+        after_stage: stage,
+        network: layout.leaves_node(stage),
+        bytes_per_second: machine.hop_bytes() * tokens_per_second,
+        limit_bytes_per_second: machine.hop_rate(stage),
     };
-    (0..layout.stages.saturating_sub(1)).map(hop).collect()
+    (0..layout.stages.saturating_sub(1)).filter(|&stage| machine.leaves_process(stage)).map(hop).collect()
 }

@@ -57,6 +57,9 @@ pub struct Assumptions {
     pub node_latency: f64,
     /// The same, and what a hop of the pipeline takes, across nodes.
     pub network_latency: f64,
+    /// Bytes a second that a hop between two native processes carries at most, whatever the link:
+    /// frames go through both hosts' memory and a gRPC stream.
+    pub hop_bandwidth: f64,
     /// How many times longer a remote engine takes to score with log-probabilities of the prompt.
     pub remote_scoring_cost: f64,
 }
@@ -71,6 +74,7 @@ impl Default for Assumptions {
             memory_utilization: 0.9,
             node_latency: 15e-6,
             network_latency: 50e-6,
+            hop_bandwidth: 1e9,
             remote_scoring_cost: 3.0,
         }
     }
@@ -138,6 +142,7 @@ impl Assumptions {
         if let Some(flops) = self.measured_flops {
             rate("--measured-tflops (operations a second)", flops)?;
         }
+        rate("--hop-bandwidth (bytes a second)", self.hop_bandwidth)?;
         match (1.0..=1000.0).contains(&self.remote_scoring_cost) {
             true => Ok(()),
             false => {

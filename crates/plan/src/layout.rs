@@ -12,7 +12,8 @@ const MOST_GROUP_NODES: u32 = 64;
 #[serde(rename_all = "lowercase")]
 pub enum Engine {
     /// retort's own: a pipeline whose processes hold contiguous layers, and spread them over their
-    /// GPUs. One-byte weights are widened to bf16 before every product.
+    /// GPUs. A process has one micro-batch at work, so its GPUs take turns; one-byte weights are
+    /// widened to bf16 before every product.
     Native,
     /// vLLM or SGLang behind its HTTP API: tensor parallel, pipelined, or both.
     Remote,
@@ -27,14 +28,15 @@ impl Engine {
     }
 }
 
-/// `copies` groups, each a pipeline of `stages`, each of these on `tensor` GPUs. A stage here is a
-/// link of the pipeline: natively each GPU is one, and a process drives those of its node.
+/// `copies` groups, each with its layers in `stages` runs, each of these on `tensor` GPUs.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize)]
 pub struct Layout {
     pub engine: Engine,
     pub stages: u32,
     pub tensor: u32,
     pub copies: u32,
+    /// Runs of layers that one process holds, and works through in turn; 1 for a remote engine.
+    pub in_turn: u32,
     /// Nodes that one group spans.
     pub nodes: u32,
     /// GPUs that one group has on each of its nodes.
@@ -66,14 +68,27 @@ impl Layout {
                 && inner.is_multiple_of(tensor)
                 && (keys.is_multiple_of(tensor) || tensor.is_multiple_of(keys))
         };
-        let most = if engine == Engine::Native { 1 } else { group };
-        let tensors = (1..=most).filter(|&tensor| group.is_multiple_of(tensor) && whole(tensor) && cut(tensor));
-        let layouts = tensors.map(|tensor| Self { engine, stages: group / tensor, tensor, copies, nodes, node_gpus });
-        layouts.filter(|layout| i64::from(layout.stages) <= config.num_hidden_layers).collect()
+        let layout =
+            |tensor, in_turn| Self { engine, stages: group / tensor, tensor, copies, in_turn, nodes, node_gpus };
+        let layouts: Vec<_> = match engine {
+            Engine::Native if node_gpus == 1 => vec![layout(1, 1)],
+            Engine::Native => vec![layout(1, 1), layout(1, node_gpus)],
+            Engine::Remote => {
+                let tensors =
+                    (1..=group).filter(|&tensor| group.is_multiple_of(tensor) && whole(tensor) && cut(tensor));
+                tensors.map(|tensor| layout(tensor, 1)).collect()
+            }
+        };
+        layouts.into_iter().filter(|layout| i64::from(layout.stages) <= config.num_hidden_layers).collect()
     }
 
     pub fn group_gpus(&self) -> u32 {
         self.stages * self.tensor
+    }
+
+    /// Micro-batches that can be at work at once: natively, processes.
+    pub fn depth(&self) -> u32 {
+        self.stages / self.in_turn
     }
 
     /// The node, counted inside the group, on which this stage starts.
@@ -91,15 +106,21 @@ impl Layout {
         (self.tensor / self.node_gpus).max(1)
     }
 
-    /// `2 stages x 8 GPUs`, `TP 8 x PP 2`.
+    /// Whether both are of one kind, so that only the faster one is of interest.
+    pub fn is_like(&self, other: &Self) -> bool {
+        (self.engine, self.tensor, self.in_turn > 1) == (other.engine, other.tensor, other.in_turn > 1)
+    }
+
+    /// `16 processes x 1 GPU`, `TP 8 x PP 2`.
     pub fn describe(&self) -> String {
-        match (self.engine, self.nodes, self.stages, self.tensor) {
-            (Engine::Native, _, 1, _) => "1 GPU".to_owned(),
-            (Engine::Native, 1, ..) => format!("1 process x {} GPUs", self.node_gpus),
-            (Engine::Native, nodes, ..) => format!("{nodes} processes x {} GPUs", self.node_gpus),
-            (Engine::Remote, _, 1, tensor) => format!("TP {tensor}"),
-            (Engine::Remote, _, stages, 1) => format!("PP {stages}"),
-            (Engine::Remote, _, stages, tensor) => format!("TP {tensor} x PP {stages}"),
+        match (self.engine, self.stages, self.tensor) {
+            (Engine::Native, 1, _) => "1 process x 1 GPU".to_owned(),
+            (Engine::Native, stages, _) if self.in_turn == 1 => format!("{stages} processes x 1 GPU"),
+            (Engine::Native, ..) if self.depth() == 1 => format!("1 process x {} GPUs in turn", self.in_turn),
+            (Engine::Native, ..) => format!("{} processes x {} GPUs in turn", self.depth(), self.in_turn),
+            (Engine::Remote, 1, tensor) => format!("TP {tensor}"),
+            (Engine::Remote, stages, 1) => format!("PP {stages}"),
+            (Engine::Remote, stages, tensor) => format!("TP {tensor} x PP {stages}"),
         }
     }
 }

@@ -36,7 +36,7 @@ pub struct Teacher {
 pub struct Section {
     pub recommended: Option<Estimate>,
     pub reason: String,
-    /// The fastest layout of each engine and tensor-parallel size, the recommended one among them; where
+    /// The fastest layout of each kind, the recommended one among them; where
     /// none of a kind fits, the largest, with why.
     pub layouts: Vec<Estimate>,
     /// The fewest GPUs of this kind that one group needs, by format.
@@ -121,14 +121,14 @@ impl Bound {
     }
 }
 
-/// From one stage to the next.
+/// From one stage to the next, across processes.
 #[derive(Clone, Debug, Serialize)]
 pub struct Hop {
     pub after_stage: u32,
     pub network: bool,
     pub bytes_per_second: f64,
-    /// What the link does at most.
-    pub link_bytes_per_second: f64,
+    /// What it carries at most, in practice.
+    pub limit_bytes_per_second: f64,
 }
 
 #[derive(Clone, Copy, Debug, Serialize)]

@@ -11,9 +11,9 @@ use crate::{
     ways_out::fits_from,
 };
 
-/// The native engine is taken where it costs at most this much more: it is one system less to run, and its
-/// soft targets are whole.
-const NATIVE_MAY_COST: f64 = 1.1;
+/// What is slower by less than this is as good: a small group for a large one, the native engine for a
+/// second system.
+const MUCH: f64 = 1.1;
 
 type Evaluate = fn(&Subject, Layout) -> Result<Estimate>;
 
@@ -79,7 +79,7 @@ pub fn plan(
 fn section(subject: &Subject, evaluate: Evaluate) -> Result<Section> {
     let mut layouts = Vec::new();
     for engine in [Engine::Native, Engine::Remote] {
-        layouts.extend(best_by_tensor(subject, engine, evaluate)?);
+        layouts.extend(best_of_each_kind(subject, engine, evaluate)?);
     }
     let fits_from = fits_from(subject, evaluate)?;
     let native = fastest(&layouts, Engine::Native);
@@ -93,17 +93,17 @@ fn section(subject: &Subject, evaluate: Evaluate) -> Result<Section> {
     Ok(Section { recommended: recommended.cloned(), reason, layouts, fits_from })
 }
 
-/// For each tensor-parallel size the fastest layout; where none fits, the largest.
-fn best_by_tensor(subject: &Subject, engine: Engine, evaluate: Evaluate) -> Result<Vec<Estimate>> {
+/// For each kind of layout the smallest group that none beats by much; where none fits, the largest.
+fn best_of_each_kind(subject: &Subject, engine: Engine, evaluate: Evaluate) -> Result<Vec<Estimate>> {
     let mut best: Vec<Estimate> = Vec::new();
     for layout in Layout::all(engine, subject.config, subject.cluster) {
         let estimate = evaluate(subject, layout)?;
-        match best.iter_mut().find(|known| known.layout.tensor == layout.tensor) {
+        match best.iter_mut().find(|known| known.layout.is_like(&layout)) {
             None => best.push(estimate),
             Some(known) => {
                 let better = match (seconds(known), seconds(&estimate)) {
-                    (Some(known), Some(new)) => new < known,
-                    (known, new) => known.is_none() && (new.is_some() || layout.group_gpus() > 0),
+                    (Some(known), Some(new)) => new * MUCH < known,
+                    (known, _) => known.is_none(),
                 };
                 if better {
                     *known = estimate;
@@ -111,7 +111,7 @@ fn best_by_tensor(subject: &Subject, engine: Engine, evaluate: Evaluate) -> Resu
             }
         }
     }
-    best.sort_by_key(|estimate| estimate.layout.tensor);
+    best.sort_by_key(|estimate| (estimate.layout.tensor, estimate.layout.in_turn));
     Ok(best)
 }
 
@@ -124,12 +124,13 @@ fn fastest(layouts: &[Estimate], engine: Engine) -> Option<&Estimate> {
     fitting.min_by(|a, b| seconds(a).unwrap_or(f64::MAX).total_cmp(&seconds(b).unwrap_or(f64::MAX)))
 }
 
+/// Which of the two, and why.
 fn choose<'a>(native: &'a Estimate, remote: &'a Estimate) -> (Option<&'a Estimate>, String) {
     let (ours, theirs) = (seconds(native).unwrap_or(f64::MAX), seconds(remote).unwrap_or(f64::MAX));
     let against = format!("{} of {}", remote.layout.describe(), Engine::Remote.as_str());
     if ours <= theirs {
         (Some(native), format!("the native pipeline takes {:.2} of the time of {against}", ours / theirs))
-    } else if ours <= theirs * NATIVE_MAY_COST {
+    } else if ours <= theirs * MUCH {
         let reason =
             format!("{against} would take {:.2} of the time: too little gained for a second system", theirs / ours);
         (Some(native), reason)

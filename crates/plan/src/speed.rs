@@ -144,12 +144,25 @@ impl<'a> Machine<'a> {
         if stage + 1 == self.layout.stages {
             return self.latency(self.layout.nodes > 1);
         }
-        let network = self.layout.leaves_node(stage);
-        self.latency(network) + pass.tokens * self.hop_bytes() / self.link(network)
+        self.latency(self.layout.leaves_node(stage)) + pass.tokens * self.hop_bytes() / self.hop_rate(stage)
+    }
+
+    /// Bytes a second that the hop after this stage carries in practice.
+    pub fn hop_rate(&self, stage: u32) -> f64 {
+        let link = self.link(self.layout.leaves_node(stage));
+        match self.layout.engine {
+            Engine::Native if self.leaves_process(stage) => link.min(self.assumptions.hop_bandwidth),
+            _ => link,
+        }
+    }
+
+    /// Whether what this stage sends goes to another process, or to another stage's GPUs.
+    pub fn leaves_process(&self, stage: u32) -> bool {
+        (stage + 1).is_multiple_of(self.layout.in_turn)
     }
 
     /// Bytes a second that a link carries in practice.
-    pub fn link(&self, network: bool) -> f64 {
+    fn link(&self, network: bool) -> f64 {
         let rate = if network { self.cluster.gpu.network } else { self.cluster.gpu.node_link };
         rate * self.assumptions.link_efficiency
     }

@@ -1,6 +1,6 @@
 //! A plan as text. Per process or stage, not per GPU: `--json` has each.
 
-use retort_plan::{Engine, Estimate, Plan, Section, Speed, Stage};
+use retort_plan::{Estimate, Plan, Section, Speed, Stage};
 
 use crate::text::{bytes, count, duration, rate, table};
 
@@ -34,28 +34,31 @@ fn head(plan: &Plan) -> String {
     };
     format!(
         "teacher  {}: {} parameters in {} layers; {}, {}\n\
-         \x20        {} of cache a token, {} a token over a hop\n\
-         cluster  {} x {} {}: {:.1} GiB each, {usable:.1} usable; {:.0} TFLOP/s bf16, {} a second\n\
-         \x20        from memory, {} in a node, {} to another\n\
-         taken    {products}, {:.0} % of the memory's rate, {:.0} % of the links'\n\
+         \x20        {} bytes of cache a token, {} bytes a token over a hop\n\
+         cluster  {} x {} {}: {:.1} GiB each, {usable:.1} usable; {:.0} TFLOP/s bf16,\n\
+         \x20        {} GB/s from memory, {} GB/s in a node, {} GB/s to another\n\
+         taken    {products}, {:.0} % of the memory's rate, {:.0} % of the links',\n\
+         \x20        {} GB/s over a native hop, {:.1} times as long for remote log-probabilities of prompts\n\
          work     {} rows of {} prompt and {} new tokens, {} rows a shard\n",
         teacher.name,
         count(teacher.parameters),
         teacher.layers,
         teacher.format.as_str(),
         bytes(teacher.weight_bytes),
-        bytes(teacher.cache_bytes_per_token),
-        bytes(teacher.hop_bytes_per_token),
+        count(teacher.cache_bytes_per_token),
+        count(teacher.hop_bytes_per_token),
         several(u64::from(cluster.nodes), "node"),
         cluster.gpus,
         gpu.name,
         gpu.memory_bytes as f64 / GIB,
         gpu.bf16_flops / 1e12,
-        bytes(gpu.memory_bandwidth as u64),
-        bytes(gpu.node_link as u64),
-        bytes(gpu.network as u64),
+        giga(gpu.memory_bandwidth),
+        giga(gpu.node_link),
+        giga(gpu.network),
         100.0 * rates.bandwidth_efficiency,
         100.0 * rates.link_efficiency,
+        giga(rates.hop_bandwidth),
+        rates.remote_scoring_cost,
         count(work.rows),
         count(work.prompt_tokens),
         count(work.new_tokens),
@@ -120,10 +123,11 @@ fn bill(plan: &Plan, speed: &Speed) -> String {
     text
 }
 
-/// A native process drives the GPUs of its node: one row for all of them.
+/// One row a stage; for stages of one GPU, one row a node.
 fn stages(plan: &Plan, estimate: &Estimate) -> String {
+    let place = if estimate.layout.tensor == 1 { "node" } else { "stage" };
     let mut rows = vec![
-        ["stage", "layers", "GPUs", "parameters", "weights a GPU", "cache", "activations", "of usable"]
+        [place, "layers", "GPUs", "parameters", "weights a GPU", "cache", "activations", "of usable"]
             .map(str::to_owned)
             .to_vec(),
     ];
@@ -152,11 +156,11 @@ fn links(plan: &Plan, speed: &Speed) -> String {
         let hops: Vec<_> = speed.hops.iter().filter(|hop| hop.network == network).collect();
         hops.first().map(|hop| {
             format!(
-                "  links: {} {place}, {} a token, {:.2} GB/s each at this speed of {:.1}\n",
+                "  links: {} {place}, {} bytes a token: {:.2} GB/s each of {:.1} that one carries\n",
                 several(hops.len() as u64, "hop"),
-                bytes(plan.teacher.hop_bytes_per_token),
+                count(plan.teacher.hop_bytes_per_token),
                 hop.bytes_per_second / 1e9,
-                hop.link_bytes_per_second / 1e9,
+                hop.limit_bytes_per_second / 1e9,
             )
         })
     };
@@ -164,26 +168,29 @@ fn links(plan: &Plan, speed: &Speed) -> String {
 }
 
 fn layouts(section: &Section) -> String {
-    let mut rows =
-        vec![["engine", "layout", "groups", "tokens/s", "GPU-hours", "bound by"].map(str::to_owned).to_vec()];
+    let decodes = section.layouts.iter().filter_map(|estimate| estimate.speed.as_ref());
+    let decodes = decodes.clone().any(|speed| speed.decode_tokens_per_second.is_some());
+    let mut heads = vec!["engine", "layout", "groups", "tokens/s"];
+    heads.extend(decodes.then_some("prompts read"));
+    heads.extend(["GPU-hours", "bound by"]);
+    let mut rows = vec![heads.into_iter().map(str::to_owned).collect()];
     for estimate in &section.layouts {
-        let engine = match estimate.layout.engine {
-            Engine::Native => "native",
-            Engine::Remote => "vLLM/SGLang",
-        };
-        let mut row = vec![engine.to_owned(), estimate.layout.describe(), estimate.layout.copies.to_string()];
+        let layout = &estimate.layout;
+        let mut row = vec![layout.engine.as_str().to_owned(), layout.describe(), layout.copies.to_string()];
         match &estimate.speed {
             Some(speed) => {
-                row.extend([rate(speed.tokens_per_second), gpu_hours(speed.job), speed.bound.as_str().to_owned()])
+                row.push(rate(speed.tokens_per_second));
+                row.extend(speed.decode_tokens_per_second.map(rate));
+                row.extend([gpu_hours(speed.job), speed.bound.as_str().to_owned()]);
             }
             None => {
-                let why = estimate.too_small.clone().unwrap_or_default();
-                row.extend(["-".to_owned(), "-".to_owned(), format!("does not fit: {why}")]);
+                row.extend(vec!["-".to_owned(); if decodes { 3 } else { 2 }]);
+                row.push("does not fit: ".to_owned() + estimate.too_small.as_deref().unwrap_or_default());
             }
         }
         rows.push(row);
     }
-    table(&rows, &[2, 3, 4])
+    table(&rows, if decodes { &[2, 3, 4, 5] } else { &[2, 3, 4] })
 }
 
 fn gpu_hours(job: retort_plan::Job) -> String {
@@ -192,6 +199,12 @@ fn gpu_hours(job: retort_plan::Job) -> String {
 
 fn price(job: retort_plan::Job) -> String {
     job.cost.map(|cost| format!("{cost:.2}")).unwrap_or_default()
+}
+
+/// In thousands of millions, with a decimal only where it says something.
+fn giga(rate: f64) -> String {
+    let rate = rate / 1e9;
+    if rate < 10.0 { format!("{rate:.1}") } else { count(rate.round() as u64) }
 }
 
 fn several(n: u64, what: &str) -> String {
