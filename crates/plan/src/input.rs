@@ -87,7 +87,7 @@ impl Cluster {
 
     pub fn validate(&self) -> Result<()> {
         whole("--nodes", u64::from(self.nodes), 1, 1024)?;
-        whole("--gpus", u64::from(self.gpus), 1, 64)?;
+        whole("--gpus", u64::from(self.gpus), 1, 72)?;
         whole("--gpu-memory (bytes)", self.gpu.memory_bytes, 1 << 30, 1 << 42)?;
         rate("--tflops (operations a second)", self.gpu.bf16_flops)?;
         if let Some(flops) = self.gpu.fp8_flops {

@@ -8,6 +8,9 @@ use crate::Cluster;
 /// Groups of more nodes are not looked at: no model that this crate knows needs them.
 const MOST_GROUP_NODES: u32 = 64;
 
+/// Groups that leave GPUs of a node to others are looked at up to this many GPUs a node.
+const MOST_PARTIAL_GPUS: u32 = 16;
+
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize)]
 #[serde(rename_all = "lowercase")]
 pub enum Engine {
@@ -45,13 +48,16 @@ pub struct Layout {
 
 impl Layout {
     /// Every layout of this engine on part or all of the cluster, with as many copies as there is
-    /// room for.
+    /// room for: those that leave no GPU idle first, and of these small groups first.
     pub fn all(engine: Engine, config: &Config, cluster: &Cluster) -> Vec<Self> {
-        let inside = (1..=cluster.gpus).map(|gpus| (1, gpus, cluster.nodes * (cluster.gpus / gpus)));
-        let across =
-            (2..=cluster.nodes.min(MOST_GROUP_NODES)).map(|nodes| (nodes, cluster.gpus, cluster.nodes / nodes));
-        let groups = inside.chain(across);
-        groups.flat_map(|(nodes, gpus, copies)| Self::of_group(engine, config, nodes, gpus, copies)).collect()
+        let sizes = (1..=cluster.gpus).filter(|&gpus| gpus <= MOST_PARTIAL_GPUS || gpus == cluster.gpus);
+        let nodes = 1..=cluster.nodes.min(MOST_GROUP_NODES);
+        let mut groups: Vec<_> = nodes.flat_map(|nodes| sizes.clone().map(move |gpus| (nodes, gpus))).collect();
+        let copies = |(nodes, gpus): (u32, u32)| (cluster.nodes / nodes) * (cluster.gpus / gpus);
+        let idle = |(nodes, gpus): (u32, u32)| cluster.total_gpus() - u64::from(nodes * gpus * copies((nodes, gpus)));
+        groups.sort_by_key(|&(nodes, gpus)| (idle((nodes, gpus)), nodes * gpus, nodes));
+        let layouts = |group: (u32, u32)| Self::of_group(engine, config, group.0, group.1, copies(group));
+        groups.into_iter().flat_map(layouts).collect()
     }
 
     /// The layouts of a group on `node_gpus` GPUs of each of `nodes` nodes.

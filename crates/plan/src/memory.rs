@@ -4,7 +4,7 @@ use std::ops::Range;
 
 use retort_model::Config;
 
-use crate::{Assumptions, Cluster, Layout, Weights, outcome::Stage};
+use crate::{Assumptions, Cluster, Engine, Layout, Weights, outcome::Stage};
 
 /// Positions whose logits lie in memory at once.
 const HEAD_CHUNK: u64 = 512;
@@ -45,6 +45,10 @@ pub(crate) fn stage(
     let mut activations = 2 * load.tokens.saturating_mul(5 * hidden + work);
     if range.end == weights.layers.len() {
         activations += head_bytes(config, layout, load);
+    }
+    // A one-byte matrix is widened before its product, one at a time.
+    if layout.engine == Engine::Native && weights.layers[range.clone()].iter().any(|layer| layer.narrow > 0) {
+        activations += 2 * hidden * inner.max(queries);
     }
     Stage {
         node,

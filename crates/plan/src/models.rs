@@ -46,7 +46,7 @@ impl Model {
         known("llama-3.2-3b", Family::Llama32, [3_072, 8_192, 28, 24, 8]),
     ];
 
-    /// The model of this name; `ModelNotFound` names those most like it.
+    /// The model of this name; `SpecInvalid` names those most like it.
     pub fn find(name: &str) -> Result<Self> {
         let wanted = name.to_lowercase();
         if let Some(model) = Self::ALL.into_iter().find(|model| model.name == wanted) {
@@ -58,9 +58,9 @@ impl Model {
         let near: Vec<_> = near.into_iter().take(3).map(|(_, name)| name).collect();
         let shown: String = name.chars().take(80).collect();
         Err(Error::new(
-            Code::ModelNotFound,
+            Code::SpecInvalid,
             format!(
-                "no known teacher is called {shown:?}, and no folder or config.json is there; nearest are {}",
+                "--teacher {shown:?} is neither a known teacher nor a folder or config.json; nearest are {}",
                 near.join(", ")
             ),
         ))
@@ -139,7 +139,7 @@ mod tests {
     #[test]
     fn a_wrong_name_is_told_the_nearest() {
         let error = Model::find("llama-3.1-450b").unwrap_err();
-        assert_eq!(error.code, Code::ModelNotFound);
+        assert_eq!(error.code, Code::SpecInvalid);
         assert!(error.message.ends_with("nearest are llama-3.1-405b, llama-3.1-70b, llama-3.1-8b"), "{error}");
         assert_eq!(Model::find("Llama-3.1-405B").unwrap().name, "llama-3.1-405b");
     }

@@ -11,7 +11,7 @@ use crate::{
     ways_out::fits_from,
 };
 
-/// What is slower by less than this is as good: a small group for a large one, the native engine for a
+/// What takes less than this much longer is as good: small groups as large ones, the native engine as a
 /// second system.
 const MUCH: f64 = 1.1;
 
@@ -93,7 +93,7 @@ fn section(subject: &Subject, evaluate: Evaluate) -> Result<Section> {
     Ok(Section { recommended: recommended.cloned(), reason, layouts, fits_from })
 }
 
-/// For each kind of layout the smallest group that none beats by much; where none fits, the largest.
+/// For each kind of layout the first that none beats by much; where none fits, the largest.
 fn best_of_each_kind(subject: &Subject, engine: Engine, evaluate: Evaluate) -> Result<Vec<Estimate>> {
     let mut best: Vec<Estimate> = Vec::new();
     for layout in Layout::all(engine, subject.config, subject.cluster) {
@@ -103,7 +103,9 @@ fn best_of_each_kind(subject: &Subject, engine: Engine, evaluate: Evaluate) -> R
             Some(known) => {
                 let better = match (seconds(known), seconds(&estimate)) {
                     (Some(known), Some(new)) => new * MUCH < known,
-                    (known, _) => known.is_none(),
+                    (None, Some(_)) => true,
+                    (None, None) => estimate.layout.group_gpus() > known.layout.group_gpus(),
+                    (Some(_), None) => false,
                 };
                 if better {
                     *known = estimate;

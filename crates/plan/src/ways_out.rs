@@ -3,7 +3,7 @@
 use retort_core::Result;
 
 use crate::{
-    Cluster, Engine, Format, Layout, Weights,
+    Cluster, Engine, Format, Layout, Weights, Work,
     estimate::Subject,
     outcome::{Estimate, Smallest},
 };
@@ -44,7 +44,9 @@ fn fits(
     evaluate: fn(&Subject, Layout) -> Result<Estimate>,
 ) -> Result<bool> {
     let cluster = Cluster { nodes, gpus, gpu: subject.cluster.gpu.clone() };
-    let trial = Subject { weights, format, cluster: &cluster, ..*subject };
+    // Where nobody said how many, one sequence at once is enough to fit.
+    let work = Work { sequences: subject.work.sequences.or(Some(1)), ..subject.work.clone() };
+    let trial = Subject { weights, format, cluster: &cluster, work: &work, ..*subject };
     for engine in [Engine::Native, Engine::Remote] {
         for layout in Layout::of_group(engine, subject.config, nodes, gpus, 1) {
             if evaluate(&trial, layout)?.too_small.is_none() {
