@@ -3,7 +3,14 @@
 use serde::Serialize;
 use serde_json::{Value, json};
 
-use crate::{Options, bars::ratios, machine::Machine, measure::Measured, memory::Memory, side::Answer};
+use crate::{
+    Options,
+    bars::ratios,
+    machine::{Machine, Others},
+    measure::Measured,
+    memory::Memory,
+    side::Answer,
+};
 
 /// The median of some figures, and how far they lie apart.
 #[derive(Clone, Copy, Debug, Serialize)]
@@ -30,7 +37,7 @@ pub fn rates(answers: &[Answer]) -> Vec<f64> {
     answers.iter().map(|answer| answer.tokens as f64 / answer.seconds).collect()
 }
 
-pub fn whole(options: &Options, machine: &Machine, measured: &Measured, memory: &[Memory]) -> Value {
+pub fn whole(options: &Options, machine: &Machine, others: Others, measured: &Measured, memory: &[Memory]) -> Value {
     let side = |(name, about): (&&str, &Result<_, String>)| match about {
         Ok(about) => json!({ "side": name, "about": about }),
         Err(why) => json!({ "side": name, "left_out": why }),
@@ -47,6 +54,7 @@ pub fn whole(options: &Options, machine: &Machine, measured: &Measured, memory: 
         "seconds": measured.seconds,
         "model": options.model,
         "machine": machine,
+        "others": others,
         "sides": measured.sides.iter().map(side).collect::<Vec<_>>(),
         "works": works.collect::<Vec<_>>(),
         "ratios": ratios(measured),

@@ -24,6 +24,8 @@ use std::path::PathBuf;
 
 use clap::{Args, Parser, Subcommand};
 
+use crate::machine::{Machine, Ticks};
+
 pub type Failure = Box<dyn std::error::Error>;
 
 /// Runs retort's teacher beside transformers, vLLM and the bare matrix products, and prints the ratios.
@@ -88,10 +90,12 @@ fn main() -> Result<(), Failure> {
 fn bench(options: &Options) -> Result<(), Failure> {
     let folder = options.cache.join("bench-teacher");
     std::fs::create_dir_all(&folder)?;
-    let machine = machine::Machine::of(options)?;
+    let machine = Machine::of(options)?;
+    let before = Ticks::now()?;
     let measured = measure::run(options, &machine, &folder)?;
+    let others = Ticks::now()?.since(&before, machine.cores);
     let memory = memory::run(options, &machine, &folder)?;
-    let figures = figures::whole(options, &machine, &measured, &memory);
+    let figures = figures::whole(options, &machine, others, &measured, &memory);
     let path = folder.join("figures.json");
     let part = path.with_extension("part");
     std::fs::write(&part, serde_json::to_vec_pretty(&figures)?)?;
@@ -99,7 +103,7 @@ fn bench(options: &Options) -> Result<(), Failure> {
     if options.json {
         println!("{figures:#}");
     } else {
-        println!("{}", table::markdown(&machine, &measured, &memory, options.quick));
+        println!("{}", table::markdown(&machine, others, &measured, &memory, options.quick));
         println!("All figures: {}", path.display());
     }
     Ok(())

@@ -88,12 +88,27 @@ pub fn start(name: &str, options: &Options, machine: &Machine, folder: &Path) ->
             command.arg(script).arg(&options.model);
             command.arg(if machine.dtype == "bf16" { "bfloat16" } else { "float32" });
             command.arg(machine.threads.to_string());
+            // They ask nobody and tell nobody: the model is a folder.
+            command.envs([("HF_HUB_OFFLINE", "1"), ("VLLM_NO_USAGE_STATS", "1"), ("DO_NOT_TRACK", "1")]);
+            command.env("VLLM_CACHE_ROOT", folder.join("vllm"));
+            if name == VLLM {
+                command.env("LD_PRELOAD", advised(&options.cache.join("venv-vllm")));
+            }
             command
         }
         _ => return Err("nobody knows how to start it".to_owned()),
     };
     command.env("OMP_NUM_THREADS", machine.threads.to_string()).env("PYTHONDONTWRITEBYTECODE", "1");
     Side::start(command, &folder.join(format!("{name}.log")))
+}
+
+/// The libraries that vLLM advises to load before all others, as far as they are there: the OpenMP that came
+/// with it, and an allocator of the system.
+fn advised(environment: &Path) -> String {
+    let openmp = environment.join("lib/libiomp5.so");
+    let allocator = PathBuf::from("/usr/lib/x86_64-linux-gnu/libtcmalloc_minimal.so.4");
+    let there = [allocator, openmp].into_iter().filter(|library| library.exists());
+    there.map(|library| library.display().to_string()).collect::<Vec<_>>().join(":")
 }
 
 /// Has a side do a little of each of its works, whose first time is always slower.

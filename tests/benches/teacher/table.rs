@@ -5,22 +5,26 @@ use std::fmt::Write as _;
 use crate::{
     bars::ratios,
     figures::{Spread, rates},
-    machine::Machine,
+    machine::{Machine, Others},
     measure::Measured,
     memory::Memory,
 };
 
-pub fn markdown(machine: &Machine, measured: &Measured, memory: &[Memory], quick: bool) -> String {
+pub fn markdown(machine: &Machine, others: Others, measured: &Measured, memory: &[Memory], quick: bool) -> String {
     let mut text = String::new();
-    let Machine { cpu, cores, threads, dtype, because, load_before } = machine;
+    let Machine { cpu, cores, threads, dtype, because } = machine;
     // Writing to a string cannot fail.
     let _ = writeln!(text, "{cpu}, {cores} cores, {threads} for each side; {dtype}: {because}.");
-    let _ = writeln!(text, "Rounds: {}; load before: {load_before:.2}.", measured.rounds);
+    let _ = writeln!(
+        text,
+        "Rounds: {}. Others used {:.2} cores meanwhile, and the host kept {:.2}.",
+        measured.rounds, others.used, others.stolen
+    );
     if quick {
         let _ =
             writeln!(text, "\n**A trial of an eighth of the work: these figures show that it runs, nothing else.**");
     }
-    if *load_before > BUSY {
+    if !others.quiet() {
         let _ = writeln!(text, "\n**Something else was running: do not quote these figures.**");
     }
     text += "\n| side | work | tokens/s | least | greatest |\n|---|---|---|---|---|\n";
@@ -58,6 +62,3 @@ pub fn markdown(machine: &Machine, measured: &Measured, memory: &[Memory], quick
     }
     text
 }
-
-/// Processes that want a core in the minute before, above which others slow the sides down.
-const BUSY: f64 = 0.3;

@@ -26,14 +26,14 @@ def load(folder, dtype, threads):
 
     def run(request, **how):
         # Nobody reads the text here, and turning ids to text costs time for every one of the likeliest.
-        how = vllm.SamplingParams(temperature=0, detokenize=False, **how)
+        how = vllm.SamplingParams(temperature=0, detokenize=False, flat_logprobs=True, **how)
         prompts = [{"prompt_token_ids": ids} for ids in request["token_ids"]]
         return engine.generate(prompts, how, use_tqdm=False)
 
     def score(request):
-        outputs = run(request, max_tokens=1, prompt_logprobs=request["head"])
+        kept = [output.prompt_logprobs for output in run(request, max_tokens=1, prompt_logprobs=request["head"])]
         # The first token of a prompt has no distribution.
-        return sum(sum(place is not None for place in output.prompt_logprobs) for output in outputs)
+        return sum(end > start for of in kept for start, end in zip(of.start_indices, of.end_indices))
 
     def generate(request):
         new = request["new_tokens"]
