@@ -4,7 +4,7 @@ use std::{
     collections::BTreeMap,
     path::{Path, PathBuf},
     process::Command,
-    time::Instant,
+    time::{Duration, Instant},
 };
 
 use crate::{
@@ -13,6 +13,9 @@ use crate::{
     side::{About, Answer, Side},
     work::{RETORT, ROOF, ROUND, SIDES, TRANSFORMERS, VLLM, Work},
 };
+
+/// OpenMP's threads go on spinning for 0.2 s after their work; the next side shall have the cores to itself.
+const SETTLE: Duration = Duration::from_millis(500);
 
 pub struct Measured {
     /// Of every side, or why it was left out.
@@ -47,6 +50,7 @@ pub fn run(options: &Options, machine: &Machine, folder: &Path) -> Result<Measur
     for round in 0..rounds {
         for (name, work, answered) in &mut answers {
             let Some(side) = running.get_mut(name) else { continue };
+            std::thread::sleep(SETTLE);
             match side.ask(&work.request(vocab, u64::from(round))) {
                 Ok(answer) => {
                     let rate = answer.tokens as f64 / answer.seconds;

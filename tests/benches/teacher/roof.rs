@@ -14,11 +14,12 @@ use tch::{Device, Kind, Tensor};
 
 use crate::{Failure, answering::Done, work::Request};
 
-/// Tokens of a block, of which the fastest counts.
+/// Tokens of a block, of which the fastest counts; the first is tried whatever its size.
 const BLOCKS: [i64; 3] = [512, 1024, 4096];
 /// Numbers that a block's outcome may have: the head's over all tokens would be 0.8 GB.
 const MOST: i64 = 64 << 20;
-const REPEATS: usize = 3;
+/// How often a large product is done in a round; a small one more often.
+const REPEATS: usize = 2;
 
 pub struct Roof {
     products: Vec<Product>,
@@ -78,13 +79,12 @@ impl Roof {
         let weight_oi = weight_oi.f_to_kind(self.kind)?;
         let mut best = (f64::INFINITY, 0);
         for block in BLOCKS.map(|block| block.min(tokens)) {
-            if block * product.outputs > MOST {
-                continue;
+            if best.1 > 0 && block * product.outputs > MOST {
+                break;
             }
             let given_ni =
                 Tensor::f_randn([block, product.inputs], (Kind::Float, Device::Cpu))?.f_to_kind(self.kind)?;
             let blocks = tokens.div_euclid(block).max(1);
-            // As many as make the work comparable; a product alone is over before the clock says much.
             let repeats = REPEATS * (MOST / (block * product.outputs * blocks).max(1)).clamp(1, 8) as usize;
             let _warm_no = given_ni.f_linear(&weight_oi, None::<&Tensor>)?;
             for _ in 0..repeats {
@@ -98,9 +98,6 @@ impl Roof {
                     best = (seconds, block);
                 }
             }
-        }
-        if best.1 == 0 {
-            return Err(format!("the {} product is too wide to be measured", product.name).into());
         }
         Ok(best)
     }
