@@ -6,7 +6,7 @@ import subprocess
 import sys
 
 LIBRARIES = {
-    "retort-artifact", "retort-bus", "retort-import", "retort-llama", "retort-model", "retort-process", "retort-worker",
+    "retort-artifact", "retort-bus", "retort-import", "retort-kernels", "retort-llama", "retort-model", "retort-process", "retort-worker",
 }
 SERVICES = {"retort-broker", "retort-orchestrator", "retort-teacher", "retort-student", "retort-cli"}
 # Everything of ours that a package may use directly, outside its tests.
@@ -18,7 +18,8 @@ ALLOWED = {
     "retort-bus": {"retort-core", "retort-proto"},
     "retort-model": {"retort-core"},
     "retort-import": {"retort-core", "retort-model"},
-    "retort-llama": {"retort-core", "retort-model"},
+    "retort-kernels": set(),
+    "retort-llama": {"retort-core", "retort-kernels", "retort-model"},
     "retort-worker": {"retort-proto", "retort-core", "retort-process", "retort-artifact", "retort-bus"},
     "retort-broker": {"retort-core", "retort-process"},
     "retort-orchestrator": {"retort-proto", "retort-core", "retort-process", "retort-artifact", "retort-bus", "retort-model"},
@@ -27,7 +28,7 @@ ALLOWED = {
     "retort-cli": {"retort-proto", "retort-core", "retort-process", "retort-artifact", "retort-import"},
     "retort-tests": LIBRARIES | {"retort-proto", "retort-core"},
 }
-WITHOUT_LIBTORCH = ["retort-orchestrator", "retort-cli", "retort-broker", "retort-import", "retort-model"]
+WITHOUT_LIBTORCH = ["retort-orchestrator", "retort-cli", "retort-broker", "retort-import", "retort-model", "retort-kernels"]
 
 metadata = json.loads(subprocess.check_output(["cargo", "metadata", "--format-version=1", "--no-deps", "--locked"]))
 breaches = []

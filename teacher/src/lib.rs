@@ -12,6 +12,7 @@ mod fingerprint;
 mod handler;
 pub mod sampling;
 pub mod shard;
+pub mod stage;
 pub mod text;
 mod torch;
 pub mod work;
