@@ -8,7 +8,6 @@
 use crate::{
     lanes::{Lanes, on_lanes},
     product::strip,
-    softmax::largest,
 };
 
 /// Keys of a block.
