@@ -1,0 +1,3 @@
+//! A contiguous range of a model's layers.
+pub mod pipeline;
+pub mod step;
