@@ -29,13 +29,13 @@ fn main() -> Result<()> {
     let texts = texts(&engine, rows)?;
 
     let clock = Clock::start();
-    let order = Generation { sampler, max_new_tokens: 1 };
+    let order = Generation { sampler: sampler.clone(), max_new_tokens: 1, completions: 1 };
     engine.generate(&texts, &order, &capture, &mut |_| Ok(()))?;
     let prompt_tokens: usize = texts.iter().map(|text| text.token_ids.len()).sum();
     clock.tell("prefill", 1, prompt_tokens);
 
     let clock = Clock::start();
-    let order = Generation { sampler, max_new_tokens };
+    let order = Generation { sampler: sampler.clone(), max_new_tokens, completions: 1 };
     let sequences = engine.generate(&texts, &order, &capture, &mut |_| Ok(()))?;
     let targets: usize = sequences.iter().map(|sequence| sequence.positions.len()).sum();
     let steps = sequences.iter().map(|sequence| sequence.positions.len()).max().unwrap_or(0);

@@ -72,10 +72,12 @@ pub struct Text {
 }
 
 /// How to write completions.
-#[derive(Clone, Copy, Debug, PartialEq)]
+#[derive(Clone, Debug, PartialEq)]
 pub struct Generation {
     pub sampler: Sampler,
     pub max_new_tokens: u32,
+    /// Of each prompt.
+    pub completions: u32,
 }
 
 impl Capabilities {

@@ -86,7 +86,7 @@ fn texts(engine: &Native, rows: &[Row]) -> Vec<Text> {
 const CAPTURE: Capture = Capture { codec: Codec::HeadDraws { head: 12, draws: 20 }, temperatures: Vec::new(), seed: 9 };
 
 fn generation(temperature: f64) -> Generation {
-    Generation { sampler: Sampler { temperature, top_p: 0.9, seed: 9 }, max_new_tokens: 24 }
+    Generation { sampler: Sampler { temperature, top_p: 0.9, seed: 9 }, max_new_tokens: 24, completions: 1 }
 }
 
 /// Same tokens in the same places, log-probabilities within `tolerance`.

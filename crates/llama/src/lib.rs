@@ -17,6 +17,7 @@ mod error;
 mod generate;
 mod hash;
 mod model;
+mod part;
 mod rope;
 mod weights;
 
@@ -26,6 +27,7 @@ pub use error::{Error, Result};
 pub use generate::{GenerateOptions, Sampler, generate, greedy};
 pub use hash::folder_sha256;
 pub use model::Model;
+pub use part::{Part, Piece, Room, Share, torch::TorchPart};
 pub use retort_model::{
     Architecture, ChatMessage, ChatTemplate, Config, Llama3Scaling, TextStream, Tokenizer, copy_text_files,
 };

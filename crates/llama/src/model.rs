@@ -12,7 +12,7 @@ use crate::{
     weights::{Folder, safetensors},
 };
 
-mod block;
+pub(crate) mod block;
 
 use block::{Block, norm};
 
@@ -39,23 +39,10 @@ impl Model {
         let config = Config::from_dir(dir)?;
         let folder = Folder::open(dir)?;
         let table = config.tensors();
-        for (name, shape) in &table {
-            let Some((entry, _, place)) = folder.get(name) else {
-                return Err(Error::malformed(folder.place(), format!("lacks tensor {name:?} of shape {shape:?}")));
-            };
-            if entry.shape != *shape {
-                return Err(Error::malformed(
-                    place,
-                    format!("tensor {name:?} has shape {:?}; config.json calls for {shape:?}", entry.shape),
-                ));
-            }
-        }
+        folder.check(&table)?;
         report_unused(&folder, &table);
         let read = |(name, shape): (String, Vec<i64>)| {
-            let missing = || Error::malformed(folder.place(), format!("lacks tensor {name:?}"));
-            let (entry, bytes, _) = folder.get(&name).ok_or_else(missing)?;
-            let stored = Tensor::f_from_data_size(bytes, &shape, entry.dtype.kind())?;
-            let tensor = stored.f_to_device(device)?.f_to_kind(kind)?;
+            let tensor = folder.tensor(&name, &shape, device, kind)?;
             Ok((name, tensor))
         };
         let named = tch::no_grad(|| table.into_iter().map(read).collect::<Result<_>>())?;

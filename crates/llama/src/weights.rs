@@ -6,6 +6,7 @@ use std::{
 };
 
 use serde_json::Value;
+use tch::{Device, Kind, Tensor};
 
 use crate::{Error, Result};
 
@@ -56,6 +57,30 @@ impl Folder {
         let file = &self.files[*self.places.get(name)?];
         let (entry, bytes) = file.get(name)?;
         Some((entry, bytes, file.place()))
+    }
+
+    /// Compares the folder with the tensors, by name and shape, that a model reads from it.
+    pub(crate) fn check(&self, table: &[(String, Vec<i64>)]) -> Result<()> {
+        for (name, shape) in table {
+            let Some((entry, _, place)) = self.get(name) else {
+                return Err(Error::malformed(self.place(), format!("lacks tensor {name:?} of shape {shape:?}")));
+            };
+            if entry.shape != *shape {
+                return Err(Error::malformed(
+                    place,
+                    format!("tensor {name:?} has shape {:?}; config.json calls for {shape:?}", entry.shape),
+                ));
+            }
+        }
+        Ok(())
+    }
+
+    /// A copy of a tensor, which has been checked, on a device.
+    pub(crate) fn tensor(&self, name: &str, shape: &[i64], device: Device, kind: Kind) -> Result<Tensor> {
+        let missing = || Error::malformed(self.place(), format!("lacks tensor {name:?}"));
+        let (entry, bytes, _) = self.get(name).ok_or_else(missing)?;
+        let stored = Tensor::f_from_data_size(bytes, shape, entry.dtype.kind())?;
+        Ok(stored.f_to_device(device)?.f_to_kind(kind)?)
     }
 
     /// Where the weights lie, for errors.

@@ -7,19 +7,28 @@ use std::path::{Path, PathBuf};
 
 use retort_artifact::{sha256_hex, soft_targets::Sequence};
 use retort_core::{Code, Error, Result, spec::MAX_HEAD};
-use retort_llama::{Config, Model, Tokenizer};
+use retort_llama::{Config, Part, Tokenizer};
 use tch::{Device, Kind};
 use time::{OffsetDateTime, macros::datetime};
 
 use super::{Capabilities, Engine, Generation, Text, Watch};
-use crate::{capture::Capture, fingerprint::Fingerprint, torch::model};
+use crate::{
+    capture::Capture,
+    fingerprint::Fingerprint,
+    stage::{
+        Computing, Stage, dtype,
+        pipeline::{Local, Pipeline},
+    },
+    torch::model,
+};
 
 /// The day it is in every chat template: the one Llama 3.1's own template falls back on.
 const PINNED_DATE: OffsetDateTime = datetime!(2024-07-26 00:00 UTC);
 
-/// A model of [`retort_llama`], its tokenizer, and what is known of them.
+/// A model of [`retort_llama`] behind a [`Pipeline`], its tokenizer, and what is known of them.
 pub struct Native {
-    model: Model,
+    pipeline: Box<dyn Pipeline>,
+    config: Config,
     tokenizer: Tokenizer,
     capabilities: Capabilities,
 }
@@ -29,10 +38,11 @@ impl Native {
     pub fn load(dir: &Path, device: Device, kind: Kind) -> Result<Self> {
         let fingerprint = Fingerprint::of(dir)?;
         let tokenizer = tokenizer(dir)?;
-        let model_ = Model::load(dir, device, kind).map_err(model)?;
-        model_.set_trainable(false);
-        let capabilities = Self::capabilities(dir, &fingerprint, &tokenizer, model_.config(), kind)?;
-        Ok(Self { model: model_, tokenizer, capabilities })
+        let config = Config::from_dir(dir).map_err(model)?;
+        let computing = Computing { devices: vec![device], kind };
+        let stage = Stage::load(dir, Part::whole(&config), &computing)?;
+        let capabilities = Self::capabilities(dir, &fingerprint, &tokenizer, &config, kind)?;
+        Ok(Self { pipeline: Box::new(Local::new(stage)), config, tokenizer, capabilities })
     }
 
     /// What the folder's engine will be, without its weights in memory; they are read once, for their hash.
@@ -64,10 +74,7 @@ impl Native {
         Ok(Capabilities {
             engine: "native",
             engine_version: env!("CARGO_PKG_VERSION"),
-            dtype: match kind {
-                Kind::BFloat16 => "bf16",
-                _ => "f32",
-            },
+            dtype: dtype(kind),
             vocab_size,
             context: u32::try_from(config.max_position_embeddings).unwrap_or(u32::MAX),
             max_head: vocab_size,
@@ -116,7 +123,7 @@ impl Engine for Native {
     }
 
     fn end_tokens(&self) -> &[u32] {
-        &self.model.config().eos_token_ids
+        &self.config.eos_token_ids
     }
 
     fn generate(
@@ -126,11 +133,12 @@ impl Engine for Native {
         capture: &Capture,
         watch: Watch,
     ) -> Result<Vec<Sequence>> {
-        tch::no_grad(|| generate::run(&self.model, texts, order, capture, watch))
+        let number_bytes = if self.capabilities.dtype == "bf16" { 2 } else { 4 };
+        generate::run(&mut *self.pipeline, &self.config, number_bytes, texts, order, capture, watch)
     }
 
     fn score(&mut self, texts: &[Text], capture: &Capture, watch: Watch) -> Result<Vec<Sequence>> {
-        tch::no_grad(|| score::run(&self.model, texts, capture, watch))
+        score::run(&mut *self.pipeline, texts, capture, watch)
     }
 }
 
@@ -173,7 +181,7 @@ impl Loaded {
             let engine = Native::load(dir, self.device, self.kind)?;
             tracing::info!(
                 model = %dir.display(),
-                parameters = engine.model.config().parameters(),
+                parameters = engine.config.parameters(),
                 dtype = engine.capabilities.dtype,
                 seconds = started.elapsed().as_secs_f64(),
                 "teacher loaded"

@@ -5,7 +5,7 @@ use tch::{Kind, Tensor};
 use crate::{Config, Error, Result, rope::Angles};
 
 #[derive(Debug)]
-pub(super) struct Block {
+pub(crate) struct Block {
     input_norm_h: Tensor,
     query: Linear,
     key: Linear,
@@ -25,7 +25,7 @@ struct Linear {
 }
 
 impl Block {
-    pub(super) fn assemble(layer: i64, find: &dyn Fn(&str) -> Option<Tensor>) -> Result<Self> {
+    pub(crate) fn assemble(layer: i64, find: &dyn Fn(&str) -> Option<Tensor>) -> Result<Self> {
         let take = |name: &str| {
             let name = format!("model.layers.{layer}.{name}");
             find(&name).ok_or_else(|| Error::Invalid(format!("no tensor {name:?}")))
@@ -49,7 +49,7 @@ impl Block {
 
     /// `[b, t, h]` to `[b, t, h]`. `attend` takes rotated queries `[b, q, t, d]`, rotated keys and
     /// values `[b, k, t, d]`, and gives `[b, q, t, d]`.
-    pub(super) fn forward(
+    pub(crate) fn forward(
         &self,
         config: &Config,
         hidden_bth: &Tensor,
@@ -82,7 +82,7 @@ impl Linear {
 }
 
 /// RMSNorm over the last axis (Zhang and Sennrich, 2019), in f32 whatever the model's kind.
-pub(super) fn norm(hidden: &Tensor, weight_h: &Tensor, epsilon: f64) -> Result<Tensor> {
+pub(crate) fn norm(hidden: &Tensor, weight_h: &Tensor, epsilon: f64) -> Result<Tensor> {
     let wide = hidden.f_to_kind(Kind::Float)?;
     let mean_square = wide.f_square()?.f_mean_dim(-1, true, Kind::Float)?;
     let scaled = wide.f_mul(&mean_square.f_add_scalar(epsilon)?.f_rsqrt()?)?;

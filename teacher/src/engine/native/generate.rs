@@ -1,166 +1,128 @@
-//! Batched generation with a KV cache, soft targets captured as the tokens are drawn.
+//! Completions by continuous batching: a sequence that ends leaves its slot to the next one at once,
+//! and soft targets are captured as the tokens are drawn.
 //!
-//! Shapes: b rows still writing, t positions, h hidden, v vocabulary.
-//!
-//! Batches are cut from the shard alone, by prompt length, so what a row computes never depends on
-//! what else a worker was doing. Inside a batch a row's numbers do depend on its company in the last
-//! bits: matrix kernels add in another order for another number of rows. The batches are the same
-//! each time the shard is computed, so the shard is still a pure function of its inputs.
+//! What all prompts of a shard begin with goes through the layers once, and so does a prompt of which
+//! several completions are wanted. With many stages, the sequences are dealt over *lanes*, each with a
+//! step of its own on its way, and lanes take turns; which sequences meet in a step follows from the
+//! shard alone, never from what was ready first, so a shard computed again is the same.
+
+mod lane;
+mod prompts;
 
 use retort_artifact::soft_targets::{Position, Sequence};
 use retort_core::Result;
-use retort_llama::{KvCache, Model};
-use tch::{Device, Kind, Tensor};
+use retort_llama::{Config, Room};
 
 use super::limits;
 use crate::{
-    capture::{Capture, Target},
+    capture::Capture,
     engine::{Generation, Text, Watch},
-    sampling::Place,
-    torch::{model as llama, torch},
+    stage::{
+        pipeline::Pipeline,
+        step::{Begin, Taken},
+    },
 };
+use lane::Lane;
+use prompts::Prompts;
 
 pub(super) fn run(
-    model: &Model,
+    pipeline: &mut dyn Pipeline,
+    config: &Config,
+    number_bytes: u64,
     texts: &[Text],
     order: &Generation,
     capture: &Capture,
     watch: Watch,
 ) -> Result<Vec<Sequence>> {
-    let mut by_length: Vec<usize> = (0..texts.len()).collect();
-    by_length.sort_by_key(|&at| (std::cmp::Reverse(texts[at].token_ids.len()), at));
-    let longest = by_length.first().map_or(0, |&at| texts[at].token_ids.len());
-    let bytes = if model.kind() == Kind::BFloat16 { 2 } else { 4 };
-    let rows = limits::cache_rows(model.config(), bytes, longest + order.max_new_tokens as usize);
+    let mut prompts = Prompts::new(texts, order.completions);
+    let capacity = prompts.longest() + order.max_new_tokens;
+    let most = limits::cache_rows(config, number_bytes, capacity as usize);
+    let wanted = prompts.sequences().len();
+    let lanes = pipeline.depth().min(wanted).min(most).max(1);
+    let slots = wanted.min(most).div_ceil(lanes) as u32;
+    prompts.fit(slots);
+    let shared = prompts.shared();
+    let room = Room { lanes: lanes as u32, slots: slots + u32::from(shared > 0), capacity };
+    pipeline.begin(&Begin { capture: capture.clone(), sampler: Some(order.sampler.clone()), room })?;
 
-    let mut done: Vec<Option<Sequence>> = texts.iter().map(|_| None).collect();
-    let mut captured = 0;
-    for batch in by_length.chunks(rows) {
-        watch(captured)?;
-        let texts: Vec<&Text> = batch.iter().map(|&at| &texts[at]).collect();
-        let written =
-            Batch::prefill(model, &texts, order.max_new_tokens)?.write(order, capture, &mut captured, watch)?;
-        for (&at, sequence) in batch.iter().zip(written) {
-            done[at] = Some(sequence);
+    let mut writing = Writing { order, ends: &config.eos_token_ids, sequences: Vec::new(), captured: 0 };
+    writing.sequences = prompts.sequences().iter().copied().map(Written::new).collect();
+    let mut lanes: Vec<Lane> = (0..lanes).map(|lane| Lane::new(lane as u32, slots, shared)).collect();
+    loop {
+        let mut idle = true;
+        for lane in &mut lanes {
+            if lane.on_its_way() {
+                // Lanes take turns, so the oldest step is this one's.
+                lane.apply(pipeline.next()?, &mut writing);
+                watch(writing.captured)?;
+            }
+            if let Some(step) = lane.next(texts, &mut prompts, &writing) {
+                pipeline.submit(step)?;
+                idle = false;
+            }
+        }
+        if idle {
+            break;
         }
     }
-    Ok(done.into_iter().flatten().collect())
+    Ok(writing.sequences.into_iter().map(|written| written.finish(&texts[written.text])).collect())
 }
 
-struct Batch<'a> {
-    model: &'a Model,
-    device: Device,
-    rows: Vec<Row<'a>>,
-    /// Indices into `rows` of those still writing, in the order of the cache's rows.
-    open: Vec<usize>,
-    cache: KvCache,
-    hidden_bh: Tensor,
+/// All completions of a shard.
+struct Writing<'a> {
+    order: &'a Generation,
+    ends: &'a [u32],
+    sequences: Vec<Written>,
+    captured: u64,
 }
 
-struct Row<'a> {
-    text: &'a Text,
-    written: Vec<u32>,
+/// One completion, as far as it is written.
+#[derive(Clone)]
+struct Written {
+    /// Index of its text.
+    text: usize,
+    completion: u32,
+    tokens: Vec<u32>,
     positions: Vec<Position>,
     finish_reason: &'static str,
 }
 
-impl<'a> Batch<'a> {
-    fn prefill(model: &'a Model, texts: &[&'a Text], max_new_tokens: u32) -> Result<Self> {
-        let device = model.device();
-        let longest = texts.iter().map(|text| text.token_ids.len()).max().unwrap_or(0);
-        let mut ids = Vec::with_capacity(texts.len() * longest);
-        for text in texts {
-            ids.extend(text.token_ids.iter().map(|&id| i64::from(id)));
-            // Padding lies behind the prompt, where no real position looks.
-            ids.resize(ids.len() + longest - text.token_ids.len(), 0);
+impl Writing<'_> {
+    /// Adds a token; says whether the completion goes on.
+    fn push(&mut self, sequence: usize, taken: Taken) -> bool {
+        self.captured += 1;
+        let written = &mut self.sequences[sequence];
+        written.tokens.push(taken.token);
+        written.positions.push(taken.position);
+        if self.ends.contains(&taken.token) {
+            written.finish_reason = "stop";
+            return false;
         }
-        let ids_bt = Tensor::from_slice(&ids)
-            .f_view([texts.len() as i64, longest as i64])
-            .and_then(|ids| ids.f_to_device(device))
-            .map_err(torch)?;
-        let lengths: Vec<i64> = texts.iter().map(|text| text.token_ids.len() as i64).collect();
-        let capacity = longest as i64 + i64::from(max_new_tokens);
-        let mut cache =
-            KvCache::new(model.config(), texts.len() as i64, capacity, device, model.kind()).map_err(llama)?;
-        let hidden_bh = model.prefill(&ids_bt, &lengths, &mut cache).map_err(llama)?;
-        let row = |text: &&'a Text| Row { text, written: Vec::new(), positions: Vec::new(), finish_reason: "length" };
-        Ok(Self {
-            model,
-            device,
-            rows: texts.iter().map(row).collect(),
-            open: (0..texts.len()).collect(),
-            cache,
-            hidden_bh,
-        })
-    }
-
-    fn write(
-        mut self,
-        order: &Generation,
-        capture: &Capture,
-        captured: &mut u64,
-        watch: Watch,
-    ) -> Result<Vec<Sequence>> {
-        let ends = &self.model.config().eos_token_ids;
-        while !self.open.is_empty() {
-            let logits_bv = self.model.head(&self.hidden_bh).map_err(llama)?;
-            let places: Vec<Place> = self.open.iter().map(|&at| self.rows[at].next_place()).collect();
-            let tokens = order.sampler.next(&logits_bv, &places)?;
-            let targets: Vec<Target> = places
-                .iter()
-                .zip(&tokens)
-                .map(|(place, &token)| Target { row: place.row, position: place.position, token })
-                .collect();
-            let positions = capture.positions(&logits_bv, &targets)?;
-            *captured += targets.len() as u64;
-            watch(*captured)?;
-
-            let mut keep = Vec::with_capacity(self.open.len());
-            let mut open = Vec::with_capacity(self.open.len());
-            let mut next = Vec::with_capacity(self.open.len());
-            for (cache_row, ((&at, &token), position)) in self.open.iter().zip(&tokens).zip(positions).enumerate() {
-                let row = &mut self.rows[at];
-                row.written.push(token);
-                row.positions.push(position);
-                if ends.contains(&token) {
-                    row.finish_reason = "stop";
-                } else if row.written.len() < order.max_new_tokens as usize {
-                    keep.push(cache_row as i64);
-                    open.push(at);
-                    next.push(i64::from(token));
-                }
-            }
-            if open.len() < self.open.len() && !open.is_empty() {
-                self.cache.keep_rows(&keep).map_err(llama)?;
-            }
-            self.open = open;
-            if !self.open.is_empty() {
-                let ids_b = Tensor::from_slice(&next).f_to_device(self.device).map_err(torch)?;
-                self.hidden_bh = self.model.decode(&ids_b, &mut self.cache).map_err(llama)?;
-            }
-        }
-        Ok(self.rows.into_iter().map(Row::finish).collect())
+        written.tokens.len() < self.order.max_new_tokens as usize
     }
 }
 
-impl Row<'_> {
-    fn next_place(&self) -> Place {
-        Place { row: self.text.row, position: (self.text.token_ids.len() + self.written.len()) as u64 }
+impl Written {
+    fn new((text, completion): (usize, u32)) -> Self {
+        Self { text, completion, tokens: Vec::new(), positions: Vec::new(), finish_reason: "length" }
     }
 
-    fn finish(self) -> Sequence {
-        let mut token_ids = self.text.token_ids.clone();
+    fn finish(&self, text: &Text) -> Sequence {
+        let mut token_ids = text.token_ids.clone();
         let mut target_mask = vec![false; token_ids.len()];
-        target_mask.resize(token_ids.len() + self.written.len(), true);
-        token_ids.extend(self.written);
+        target_mask.resize(token_ids.len() + self.tokens.len(), true);
+        token_ids.extend(&self.tokens);
         Sequence {
-            row_id: self.text.row_id.clone(),
-            row: self.text.row,
-            tags: self.text.tags.clone(),
+            row_id: match self.completion {
+                0 => text.row_id.clone(),
+                more => format!("{}#{}", text.row_id, more + 1),
+            },
+            row: text.row,
+            tags: text.tags.clone(),
             token_ids,
             target_mask,
             finish_reason: self.finish_reason.to_owned(),
-            positions: self.positions,
+            positions: self.positions.clone(),
         }
     }
 }

@@ -1,87 +1,96 @@
-//! Soft targets of given completions: one forward pass, no cache, the head at targets alone.
-//!
-//! Shapes: b rows, t positions, h hidden, v vocabulary, n targets, c targets of a chunk.
+//! Soft targets of given completions: each text goes through the layers once, whole, and keeps no keys
+//! and values behind.
 
-use retort_artifact::soft_targets::{Position, Sequence};
+use std::{collections::VecDeque, ops::Range};
+
+use retort_artifact::soft_targets::Sequence;
 use retort_core::Result;
-use retort_llama::Model;
-use tch::Tensor;
+use retort_llama::{Piece as Run, Room};
 
 use super::limits;
 use crate::{
-    capture::{Capture, Target},
+    capture::Capture,
     engine::{Text, Watch},
-    torch::{model as llama, torch},
+    stage::{
+        pipeline::Pipeline,
+        step::{Ask, Begin, Piece, Step, Taken, stream},
+    },
 };
 
-pub(super) fn run(model: &Model, texts: &[Text], capture: &Capture, watch: Watch) -> Result<Vec<Sequence>> {
+pub(super) fn run(
+    pipeline: &mut dyn Pipeline,
+    texts: &[Text],
+    capture: &Capture,
+    watch: Watch,
+) -> Result<Vec<Sequence>> {
+    // Texts of like length lie side by side, where attention takes them together.
     let mut by_length: Vec<usize> = (0..texts.len()).collect();
     by_length.sort_by_key(|&at| (std::cmp::Reverse(texts[at].token_ids.len()), at));
+    let batches = batches(texts, &by_length, limits::FORWARD_TOKENS);
 
+    let room = Room { lanes: 0, slots: 0, capacity: 0 };
+    pipeline.begin(&Begin { capture: capture.clone(), sampler: None, room })?;
     let mut done: Vec<Option<Sequence>> = texts.iter().map(|_| None).collect();
     let mut captured = 0;
-    let mut rest = by_length.as_slice();
-    while let Some(&first) = rest.first() {
-        // The first is the longest, so it sets the batch's width.
-        let width = texts[first].token_ids.len().max(1);
-        let (batch, later) = rest.split_at((limits::FORWARD_TOKENS / width).clamp(1, rest.len()));
-        rest = later;
-        watch(captured)?;
-        let batch_texts: Vec<&Text> = batch.iter().map(|&at| &texts[at]).collect();
-        let mut positions = forward(model, &batch_texts, capture, &mut captured, watch)?.into_iter();
-        for &at in batch {
-            let targets = texts[at].token_ids.len() - texts[at].prompt_tokens;
-            done[at] = Some(finish(&texts[at], positions.by_ref().take(targets).collect()));
+    let mut waiting = VecDeque::new();
+    let mut batches = batches.into_iter().peekable();
+    while batches.peek().is_some() || !waiting.is_empty() {
+        while waiting.len() < pipeline.depth()
+            && let Some(batch) = batches.next()
+        {
+            watch(captured)?;
+            let batch = &by_length[batch];
+            pipeline.submit(step(texts, batch))?;
+            waiting.push_back(batch);
         }
+        let Some(batch) = waiting.pop_front() else { break };
+        let mut taken = pipeline.next()?.into_iter();
+        for &at in batch {
+            let targets = texts[at].token_ids.len().saturating_sub(texts[at].prompt_tokens.max(1));
+            captured += targets as u64;
+            done[at] = Some(finish(&texts[at], taken.by_ref().take(targets)));
+        }
+        watch(captured)?;
     }
     Ok(done.into_iter().flatten().collect())
 }
 
-/// Soft targets of all texts' targets, text after text.
-fn forward(
-    model: &Model,
-    texts: &[&Text],
-    capture: &Capture,
-    captured: &mut u64,
-    watch: Watch,
-) -> Result<Vec<Position>> {
-    let width = texts.iter().map(|text| text.token_ids.len()).max().unwrap_or(0);
-    let mut ids = Vec::with_capacity(texts.len() * width);
-    // Where in the flattened batch each target is predicted: at the token before it.
-    let mut at_n = Vec::new();
-    let mut targets = Vec::new();
-    for text in texts {
-        let start = ids.len();
-        for position in text.prompt_tokens.max(1)..text.token_ids.len() {
-            at_n.push((start + position - 1) as i64);
-            targets.push(Target { row: text.row, position: position as u64, token: text.token_ids[position] });
+/// Runs of `order` of up to `most` tokens; a longer text is a run of its own.
+fn batches(texts: &[Text], order: &[usize], most: usize) -> Vec<Range<usize>> {
+    let mut batches: Vec<Range<usize>> = Vec::new();
+    let mut tokens = 0;
+    for (index, &at) in order.iter().enumerate() {
+        let length = texts[at].token_ids.len();
+        match batches.last_mut() {
+            Some(last) if tokens + length <= most => {
+                last.end = index + 1;
+                tokens += length;
+            }
+            _ => {
+                batches.push(index..index + 1);
+                tokens = length;
+            }
         }
-        ids.extend(text.token_ids.iter().map(|&id| i64::from(id)));
-        ids.resize(start + width, 0);
     }
-    let ids_bt = Tensor::from_slice(&ids)
-        .f_view([texts.len() as i64, width as i64])
-        .and_then(|ids| ids.f_to_device(model.device()))
-        .map_err(torch)?;
-    let hidden_bth = model.hidden(&ids_bt).map_err(llama)?;
-    let at_n = Tensor::from_slice(&at_n).f_to_device(model.device()).map_err(torch)?;
-    let hidden_nh = hidden_bth.f_flatten(0, 1).and_then(|flat| flat.f_index_select(0, &at_n)).map_err(torch)?;
-    drop(hidden_bth);
-
-    let mut positions = Vec::with_capacity(targets.len());
-    let chunk = limits::chunk_positions(model.config().vocab_size);
-    for (index, targets_c) in targets.chunks(chunk).enumerate() {
-        let hidden_ch = hidden_nh.f_narrow(0, (index * chunk) as i64, targets_c.len() as i64).map_err(torch)?;
-        let logits_cv = model.head(&hidden_ch).map_err(llama)?;
-        positions.extend(capture.positions(&logits_cv, targets_c)?);
-        *captured += targets_c.len() as u64;
-        watch(*captured)?;
-    }
-    Ok(positions)
+    batches
 }
 
-fn finish(text: &Text, positions: Vec<Position>) -> Sequence {
-    let mut target_mask = vec![false; text.prompt_tokens];
+fn step(texts: &[Text], batch: &[usize]) -> Step {
+    let piece = |&at: &usize| Piece {
+        run: Run { slot: None, start: 0, tokens: texts[at].token_ids.len() as u32 },
+        stream: stream(texts[at].row, 0),
+        ask: Ask::Score { first: texts[at].prompt_tokens as u32 },
+    };
+    Step {
+        lane: 0,
+        shares: Vec::new(),
+        pieces: batch.iter().map(piece).collect(),
+        token_ids: batch.iter().flat_map(|&at| texts[at].token_ids.iter().copied()).collect(),
+    }
+}
+
+fn finish(text: &Text, taken: impl Iterator<Item = Taken>) -> Sequence {
+    let mut target_mask = vec![false; text.prompt_tokens.max(1).min(text.token_ids.len())];
     target_mask.resize(text.token_ids.len(), true);
     Sequence {
         row_id: text.row_id.clone(),
@@ -90,6 +99,6 @@ fn finish(text: &Text, positions: Vec<Position>) -> Sequence {
         token_ids: text.token_ids.clone(),
         target_mask,
         finish_reason: "given".to_owned(),
-        positions,
+        positions: taken.map(|taken| taken.position).collect(),
     }
 }
