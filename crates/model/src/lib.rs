@@ -9,10 +9,12 @@
 mod chat_template;
 mod config;
 mod file;
+mod split;
 mod text_stream;
 mod tokenizer;
 
 pub use chat_template::{ChatMessage, ChatTemplate};
 pub use config::{Architecture, Config, Llama3Scaling};
+pub use split::{TokenFlops, balance_layers, token_flops};
 pub use text_stream::TextStream;
 pub use tokenizer::{Tokenizer, copy_text_files};
