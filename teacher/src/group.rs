@@ -27,6 +27,7 @@ mod door;
 mod frames;
 mod health;
 mod identity;
+mod layers;
 mod lead;
 mod link;
 mod member;
@@ -38,16 +39,19 @@ mod wire;
 
 use std::{
     collections::{BTreeMap, VecDeque},
+    ops::Range,
     path::{Path, PathBuf},
     sync::{Arc, PoisonError},
 };
 
 use retort_core::{Code, Error, Result, task_group::TaskGroup};
+use retort_llama::Part;
 use retort_proto as proto;
 use tokio::sync::{mpsc, oneshot};
 use tokio_util::sync::CancellationToken;
 
-pub use computer::{Computer, Loaded, Opened, StageRange, TensorHash};
+pub use computer::{Computer, Loaded, Opened};
+pub use layers::Layers;
 pub use member::serve;
 pub use place::{GroupArgs, LeaderWorkerSet, Place};
 pub use tls::TlsArgs;
@@ -86,8 +90,8 @@ pub struct Group {
 #[derive(Clone, Debug, PartialEq)]
 pub struct Model {
     pub opened: Opened,
-    /// Each stage's layers.
-    pub ranges: Vec<StageRange>,
+    /// What each stage holds.
+    pub parts: Vec<Part>,
     /// Bytes each stage read.
     pub bytes_read: Vec<u64>,
     /// Every tensor's shape and SHA-256, by name.
@@ -281,24 +285,28 @@ impl Group {
             None => split::balanced(&all, opened.layers)?,
         };
         let last = place.stages() - 1;
-        let range = |(stage, layers)| StageRange { layers, embeds: stage == 0, heads: stage == last };
-        let ranges: Vec<StageRange> = ranges.into_iter().enumerate().map(range).collect();
+        let part = |(stage, layers): (usize, Range<u32>)| Part {
+            layers: layers.start as usize..layers.end as usize,
+            embeds: stage == 0,
+            heads: stage == last,
+        };
+        let parts: Vec<Part> = ranges.into_iter().enumerate().map(part).collect();
 
-        for (peer, range) in self.peers.iter().zip(&ranges[1..]) {
-            peer.ask_load(model, range)?;
+        for (peer, part) in self.peers.iter().zip(&parts[1..]) {
+            peer.ask_load(model, &part.layers)?;
         }
-        let own = self.computer.load(model, &ranges[0]);
+        let own = self.computer.load(model, &parts[0]);
         let others = all_answers(&mut self.peers, Peer::loaded);
         let own = own?;
-        self.meter.loaded(ranges[0].layers.start, ranges[0].layers.end, own.bytes_read);
+        self.meter.loaded(&parts[0].layers, own.bytes_read);
         let loaded: Vec<_> = std::iter::once(own.to_proto(0.0)).chain(others?).collect();
         let tensors = all_tensors(&loaded, |stage| self.place.name(stage))?;
         let bytes_read: Vec<u64> = loaded.iter().map(|loaded| loaded.bytes_read).collect();
-        for (stage, (range, bytes_read)) in ranges.iter().zip(&bytes_read).enumerate() {
-            let layers = format!("{}-{}", range.layers.start, range.layers.end.saturating_sub(1));
+        for (stage, (part, bytes_read)) in parts.iter().zip(&bytes_read).enumerate() {
+            let layers = format!("{}-{}", part.layers.start, part.layers.end.saturating_sub(1));
             tracing::info!(stage, layers, bytes_read, "stage loaded");
         }
-        Ok(Model { opened, ranges, bytes_read, tensors })
+        Ok(Model { opened, parts, bytes_read, tensors })
     }
 
     /// What every stage did since the last report, one line of the log each.
@@ -375,6 +383,13 @@ impl Group {
     }
 }
 
+impl Drop for Group {
+    /// Without the thread that schedules, nothing is left to do for the others.
+    fn drop(&mut self) {
+        self.health.break_quietly(&Error::new(Code::GroupBroken, "stage 0's model thread has ended"));
+    }
+}
+
 impl Pipeline for Group {
     fn begin(&mut self, begin: &Begin) -> Result<()> {
         self.drain()?;
@@ -402,7 +417,7 @@ impl Pipeline for Group {
             return Err(Error::internal("stage 0 computed targets, which the last stage should"));
         };
         self.meter.step(tokens, activations.bytes.len());
-        let (index, asked) = (self.submitted, wire::asked(&step));
+        let (index, asked) = (self.submitted, step.wanted());
         self.send(Work::Step { run: self.run, index, step, activations })?;
         self.submitted += 1;
         self.under_way.push_back((index, asked));

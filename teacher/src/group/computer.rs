@@ -3,6 +3,7 @@
 use std::{ops::Range, path::Path};
 
 use retort_core::Result;
+use retort_llama::{Part, TensorHash};
 use retort_proto as proto;
 
 use crate::stage::step::{Activations, Begin, Output, Step};
@@ -22,28 +23,12 @@ pub struct Opened {
     pub head_cost: f64,
 }
 
-/// The layers of one stage.
-#[derive(Clone, Debug, PartialEq, Eq)]
-pub struct StageRange {
-    pub layers: Range<u32>,
-    pub embeds: bool,
-    pub heads: bool,
-}
-
 /// What was read to load them.
 #[derive(Clone, Debug, Default, PartialEq)]
 pub struct Loaded {
-    /// Bytes of the range's own tensors; no others are read.
+    /// Bytes of the part's own tensors; no others are read.
     pub bytes_read: u64,
     pub tensors: Vec<TensorHash>,
-}
-
-#[derive(Clone, Debug, PartialEq, Eq)]
-pub struct TensorHash {
-    pub name: String,
-    /// As stored: `F32 [3, 4]`.
-    pub shape: String,
-    pub sha256: [u8; 32],
 }
 
 /// Lives on the stage's model thread.
@@ -51,7 +36,7 @@ pub trait Computer {
     fn open(&mut self, model: &Path) -> Result<Opened>;
 
     /// Drops what was loaded before.
-    fn load(&mut self, model: &Path, range: &StageRange) -> Result<Loaded>;
+    fn load(&mut self, model: &Path, part: &Part) -> Result<Loaded>;
 
     fn begin(&mut self, begin: &Begin) -> Result<()>;
 

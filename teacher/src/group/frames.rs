@@ -4,6 +4,7 @@
 //! chunk counts as a sign of life.
 
 use retort_core::{Error, Result, wire::error_to_proto};
+use retort_llama::Room;
 use retort_proto::{self as proto, pass_request::What};
 
 use super::wire::{
@@ -78,7 +79,7 @@ fn taken_messages(run: u64, index: u64, taken: Vec<Taken>) -> impl Iterator<Item
 #[derive(Debug, Default)]
 pub(super) struct Assembly {
     /// The run that steps belong to.
-    run: Option<(u64, Begin)>,
+    run: Option<(u64, Room)>,
     step: Option<(u64, u64, Step, u64, Vec<u8>)>,
     taken: Option<(u64, u64, Vec<Taken>)>,
 }
@@ -99,17 +100,15 @@ impl Assembly {
                     return Ok(None);
                 }
                 let whole = step.take();
-                Ok(whole.map(|(run, index, step, _, bytes)| Work::Step {
-                    run,
-                    index,
-                    step,
-                    activations: Activations { bytes },
+                Ok(whole.map(|(run, index, step, _, bytes)| {
+                    let activations = Activations { tokens: step.token_ids.len() as u32, bytes };
+                    Work::Step { run, index, step, activations }
                 }))
             }
             (Some(_), _, _) => Err(wrong("a step's activations are interrupted by another message")),
             (None, None, What::Begin(begin)) => {
                 let (run, begin) = begin_from_proto(begin)?;
-                self.run = Some((run, begin.clone()));
+                self.run = Some((run, begin.room));
                 Ok(Some(Work::Begin { run, begin }))
             }
             (None, None, What::Step(step)) => self.announce(step, row_bytes),
@@ -141,11 +140,11 @@ impl Assembly {
     }
 
     fn announce(&mut self, step: proto::StageStep, row_bytes: u64) -> Result<Option<Work>> {
-        let Some((run, begin)) = self.run.as_ref().filter(|(run, _)| *run == step.run) else {
+        let Some((run, room)) = self.run.filter(|(run, _)| *run == step.run) else {
             return Err(wrong(&format!("a step of run {}, which has not begun", step.run)));
         };
-        let (run, index, bytes) = (*run, step.step, step.activation_bytes);
-        let step = step_from_proto(step, begin)?;
+        let (index, bytes) = (step.step, step.activation_bytes);
+        let step = step_from_proto(step, &room)?;
         let expected = row_bytes.saturating_mul(step.token_ids.len() as u64);
         if bytes != expected || expected == 0 {
             return Err(wrong(&format!(

@@ -2,6 +2,7 @@
 //! answers.
 
 use std::{
+    ops::Range,
     path::Path,
     sync::{Arc, Mutex, PoisonError},
 };
@@ -13,7 +14,6 @@ use tokio_stream::wrappers::ReceiverStream;
 use tonic::Streaming;
 
 use super::{
-    computer::StageRange,
     dial::{RETRY, SILENCE, closed, dial, passes, refusal, silent},
     health::Health,
     identity::{compare, hello},
@@ -82,8 +82,8 @@ impl Peer {
         }
     }
 
-    pub(super) fn ask_load(&self, model: &Path, range: &StageRange) -> Result<()> {
-        let (first_layer, end_layer) = (range.layers.start, range.layers.end);
+    pub(super) fn ask_load(&self, model: &Path, layers: &Range<usize>) -> Result<()> {
+        let (first_layer, end_layer) = (layers.start as u32, layers.end as u32);
         self.ask(join_request::What::Load(proto::LoadLayers { model: text(model)?, first_layer, end_layer }))
     }
 

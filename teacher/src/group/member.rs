@@ -19,6 +19,7 @@ use retort_core::{
     task_group::TaskGroup,
     wire::error_to_proto,
 };
+use retort_llama::Part;
 use retort_process::Ready;
 use retort_proto::{self as proto, join_request, join_response};
 use tokio::{
@@ -29,7 +30,7 @@ use tokio_stream::wrappers::TcpListenerStream;
 use tokio_util::sync::CancellationToken;
 
 use super::{
-    computer::{Computer, Opened, StageRange},
+    computer::{Computer, Opened},
     dial::{self, SILENCE, closed, silent},
     door::{Door, Inlet, Joined},
     frames::{MAX_MESSAGE, Work},
@@ -47,7 +48,7 @@ const LEAVE_GRACE: Duration = Duration::from_secs(4);
 /// What the model thread is given to do.
 enum Task {
     Open(PathBuf),
-    Load(PathBuf, StageRange),
+    Load(PathBuf, Part),
     Work(Work),
 }
 
@@ -250,12 +251,12 @@ impl ModelThread {
                     });
                     self.answer(answer);
                 }
-                Task::Load(model, range) => {
+                Task::Load(model, part) => {
                     self.row_bytes.store(0, Ordering::Release);
                     let started = Instant::now();
-                    let loaded = computer.load(&model, &range);
+                    let loaded = computer.load(&model, &part);
                     if let Ok(loaded) = &loaded {
-                        self.meter.loaded(range.layers.start, range.layers.end, loaded.bytes_read);
+                        self.meter.loaded(&part.layers, loaded.bytes_read);
                         self.row_bytes.store(opened.row_bytes, Ordering::Release);
                     }
                     let seconds = started.elapsed().as_secs_f64();
@@ -339,12 +340,9 @@ async fn take_requests(
             Some(join_request::What::Beat(_)) => continue,
             Some(join_request::What::Open(open)) => Task::Open(open.model.into()),
             Some(join_request::What::Load(load)) => {
-                let range = StageRange {
-                    layers: load.first_layer..load.end_layer,
-                    embeds: place.stage == 0,
-                    heads: place.stage + 1 == place.stages(),
-                };
-                Task::Load(load.model.into(), range)
+                let layers = load.first_layer as usize..load.end_layer as usize;
+                let part = Part { layers, embeds: false, heads: place.stage + 1 == place.stages() };
+                Task::Load(load.model.into(), part)
             }
             Some(join_request::What::Leave(error)) => {
                 let why = error_from_proto(error);

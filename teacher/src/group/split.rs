@@ -2,17 +2,21 @@
 
 use std::ops::Range;
 
-use retort_core::Result;
+use retort_core::{Code, Error, Result};
+use retort_model::balance_layers;
 use retort_proto as proto;
 
 /// Contiguous layers for each stage, so that the slowest is as fast as it can be. Costs are the means of
-/// what the stages measured: their machines are alike, and one that is busy for a moment should not
-/// change the split.
+/// what the stages say: their machines are alike, and one that is busy for a moment should not change the
+/// split.
 pub(super) fn balanced(opened: &[&proto::ModelOpened], layers: u32) -> Result<Vec<Range<u32>>> {
-    todo_balance(opened, layers)
-}
-
-fn todo_balance(opened: &[&proto::ModelOpened], layers: u32) -> Result<Vec<Range<u32>>> {
-    let n = opened.len() as u32;
-    Ok((0..n).map(|s| layers * s / n..layers * (s + 1) / n).collect())
+    let mean = |of: fn(&proto::ModelOpened) -> f64| {
+        opened.iter().map(|opened| of(opened)).sum::<f64>() / opened.len().max(1) as f64
+    };
+    let layer = mean(|opened| opened.layer_cost);
+    let costs = vec![layer; layers as usize];
+    let (first, last) = (mean(|opened| opened.embedding_cost), mean(|opened| opened.head_cost));
+    let ranges = balance_layers(&costs, first, last, opened.len())
+        .map_err(|error| Error::new(Code::StageMismatch, format!("the group's layers cannot be split: {}", error.message)))?;
+    Ok(ranges.into_iter().map(|range| range.start as u32..range.end as u32).collect())
 }

@@ -1,6 +1,7 @@
 //! What a stage's model thread does with its time.
 
 use std::{
+    ops::Range,
     sync::{Arc, Mutex, PoisonError},
     time::{Duration, Instant},
 };
@@ -28,8 +29,9 @@ impl Meter {
     }
 
     /// Starts from nothing with these layers.
-    pub(super) fn loaded(&self, first_layer: u32, end_layer: u32, bytes_read: u64) {
+    pub(super) fn loaded(&self, layers: &Range<usize>, bytes_read: u64) {
         self.with(|stats| {
+            let (first_layer, end_layer) = (layers.start as u32, layers.end as u32);
             let proto::StageStats { stage, address, .. } = std::mem::take(stats);
             *stats = proto::StageStats { stage, address, first_layer, end_layer, bytes_read, ..Default::default() };
         });

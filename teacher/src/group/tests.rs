@@ -5,6 +5,7 @@ use std::{sync::mpsc as std_mpsc, time::Duration};
 
 use retort_artifact::soft_targets::Position;
 use retort_core::spec::Codec;
+use retort_llama::{Piece as Run, Room, TensorHash};
 
 use super::*;
 use crate::{
@@ -14,6 +15,7 @@ use crate::{
 };
 
 mod faults;
+mod native;
 
 const LAYERS: u32 = 7;
 const WAIT: Duration = Duration::from_secs(20);
@@ -23,9 +25,9 @@ const WAIT: Duration = Duration::from_secs(20);
 #[derive(Default)]
 struct Sums {
     weights: u8,
-    range: Option<StageRange>,
+    part: Option<Part>,
     /// By layer and slot: the sum of what came through.
-    seen: BTreeMap<(u32, u32), u64>,
+    seen: BTreeMap<(usize, u32), u64>,
     /// How long a step takes.
     slow: Duration,
     /// Fails at this token.
@@ -45,10 +47,10 @@ impl Computer for Sums {
         })
     }
 
-    fn load(&mut self, _: &Path, range: &StageRange) -> Result<Loaded> {
-        self.range = Some(range.clone());
-        let tensor = |layer: u32| TensorHash { name: format!("layer {layer}"), shape: "F32 [1]".into(), sha256: [layer as u8; 32] };
-        Ok(Loaded { bytes_read: 4 * range.layers.len() as u64, tensors: range.layers.clone().map(tensor).collect() })
+    fn load(&mut self, _: &Path, part: &Part) -> Result<Loaded> {
+        self.part = Some(part.clone());
+        let tensor = |layer: usize| TensorHash { name: format!("layer {layer}"), shape: "F32 [1]".into(), sha256: [layer as u8; 32] };
+        Ok(Loaded { bytes_read: 4 * part.layers.len() as u64, tensors: part.layers.clone().map(tensor).collect() })
     }
 
     fn begin(&mut self, _: &Begin) -> Result<()> {
@@ -58,35 +60,36 @@ impl Computer for Sums {
 
     fn run(&mut self, step: &Step, input: Option<Activations>) -> Result<Output> {
         std::thread::sleep(self.slow);
-        let range = self.range.clone().unwrap();
-        if range.heads && self.poison.is_some_and(|poison| step.token_ids.contains(&poison)) {
+        let part = self.part.clone().unwrap();
+        if part.heads && self.poison.is_some_and(|poison| step.token_ids.contains(&poison)) {
             return Err(Error::new(Code::ShardUnfaithful, "a poisoned token"));
         }
-        assert_eq!(range.embeds, input.is_none());
+        assert_eq!(part.embeds, input.is_none());
         let mut states: Vec<u64> = match input {
             None => step.token_ids.iter().map(|&id| u64::from(id)).collect(),
             Some(input) => input.bytes.chunks_exact(8).map(|x| u64::from_le_bytes(x.try_into().unwrap())).collect(),
         };
-        for layer in range.layers {
+        for layer in part.layers {
             let mut states = states.iter_mut();
             for piece in &step.pieces {
                 let mut own = 0;
-                let sum = piece.slot.map_or(&mut own, |slot| self.seen.entry((layer, slot)).or_default());
-                for state in states.by_ref().take(piece.tokens as usize) {
-                    *state = state.wrapping_mul(31).wrapping_add(u64::from(layer)).wrapping_add(*sum);
+                let sum = piece.run.slot.map_or(&mut own, |slot| self.seen.entry((layer, slot)).or_default());
+                for state in states.by_ref().take(piece.run.tokens as usize) {
+                    *state = state.wrapping_mul(31).wrapping_add(layer as u64).wrapping_add(*sum);
                     *sum = sum.wrapping_add(*state);
                 }
             }
         }
-        if !range.heads {
+        if !part.heads {
             return Ok(Output::Activations(Activations {
+                tokens: states.len() as u32,
                 bytes: states.into_iter().flat_map(u64::to_le_bytes).collect(),
             }));
         }
         let mut taken = Vec::new();
         let mut at = 0;
         for piece in &step.pieces {
-            let end = at + piece.tokens as usize;
+            let end = at + piece.run.tokens as usize;
             let first = match piece.ask {
                 Ask::Nothing => end,
                 Ask::Score { first } => at + first as usize,
@@ -110,15 +113,17 @@ fn target(state: u64) -> Taken {
 fn begin() -> Begin {
     let capture = Capture { codec: Codec::TopK { head: 8 }, temperatures: vec![2.0], seed: 7 };
     let sampler = Some(Sampler { temperature: 0.7, top_p: 0.9, seed: 7 });
-    Begin { capture, sampler, lanes: 2, slots: 4, capacity: 100_000 }
+    Begin { capture, sampler, room: Room { lanes: 2, slots: 4, capacity: 100_000 } }
 }
 
 fn steps() -> Vec<Step> {
     let step = |n: u32| {
-        let kept = Piece { slot: Some(n % 4), start: 3 * (n / 4), tokens: 3, stream: u64::from(n), ask: Ask::Next };
+        let kept = Run { slot: Some(n % 4), start: 3 * (n / 4), tokens: 3 };
+        let kept = Piece { run: kept, stream: u64::from(n), ask: Ask::Next };
         // Some larger than a chunk, some than two.
         let tokens = 2 + (n % 3) * 140_000 / 10;
-        let scored = Piece { slot: None, start: 0, tokens, stream: 1, ask: Ask::Score { first: tokens - 2 } };
+        let scored = Run { slot: None, start: 0, tokens };
+        let scored = Piece { run: scored, stream: 1, ask: Ask::Score { first: tokens - 2 } };
         let token_ids = (0..3 + tokens).map(|id| id.wrapping_mul(7919 + n) % 5000).collect();
         Step { lane: n % 2, shares: Vec::new(), pieces: vec![kept, scored], token_ids }
     };
@@ -127,7 +132,7 @@ fn steps() -> Vec<Step> {
 
 /// What one process computes.
 fn alone(steps: &[Step]) -> Vec<Vec<Taken>> {
-    let mut sums = Sums { range: Some(StageRange { layers: 0..LAYERS, embeds: true, heads: true }), ..Sums::default() };
+    let mut sums = Sums { part: Some(Part { layers: 0..LAYERS as usize, embeds: true, heads: true }), ..Sums::default() };
     let run = |step: &Step| match sums.run(step, None).unwrap() {
         Output::Taken(taken) => taken,
         Output::Activations(_) => panic!("no targets"),
@@ -171,10 +176,18 @@ fn place(peers: &[String], stage: usize) -> Place {
 
 /// A member on a thread of its own; the channel brings how it ended.
 fn member(place: Place, computer: Sums, shutdown: CancellationToken) -> std_mpsc::Receiver<Result<()>> {
+    member_of(place, move || Box::new(computer), shutdown)
+}
+
+fn member_of(
+    place: Place,
+    make: impl FnOnce() -> Box<dyn Computer> + Send + 'static,
+    shutdown: CancellationToken,
+) -> std_mpsc::Receiver<Result<()>> {
     let (ended, end) = std_mpsc::channel();
     std::thread::spawn(move || {
         let runtime = tokio::runtime::Builder::new_multi_thread().worker_threads(1).enable_all().build().unwrap();
-        let result = runtime.block_on(serve(place, "f32", move || Box::new(computer), &shutdown));
+        let result = runtime.block_on(serve(place, "f32", make, &shutdown));
         runtime.shutdown_background();
         let _ = ended.send(result);
     });
@@ -248,7 +261,7 @@ fn layers_that_were_given_are_loaded() {
     places[1].layers = Some(5..7);
     let mut world = World::of(places, |_| Sums::default()).unwrap();
     let model = world.group.load(Path::new("/m")).unwrap().clone();
-    assert_eq!(model.ranges.iter().map(|range| range.layers.clone()).collect::<Vec<_>>(), [0..5, 5..7]);
+    assert_eq!(model.parts.iter().map(|part| part.layers.clone()).collect::<Vec<_>>(), [0..5, 5..7]);
     assert_eq!(model.bytes_read, [20, 8]);
     assert!(drive(&mut world.group, &steps()).unwrap() == alone(&steps()));
     world.end();

@@ -7,12 +7,13 @@ use retort_core::{
     spec::SoftTargets,
     wire::{soft_targets_from_proto, soft_targets_to_proto},
 };
+use retort_llama::{Piece as Run, Room, Share};
 use retort_proto::{self as proto, step_piece};
 
 use crate::{
     capture::Capture,
     sampling::Sampler,
-    stage::step::{Ask, Begin, Piece, Share, Step, Taken},
+    stage::step::{Ask, Begin, Piece, Step, Taken},
 };
 
 /// Most tokens of one step.
@@ -33,9 +34,9 @@ pub(super) fn begin_to_proto(run: u64, begin: &Begin) -> proto::BeginRun {
             top_p: sampler.top_p,
             seed: sampler.seed,
         }),
-        lanes: begin.lanes,
-        slots: begin.slots,
-        capacity: begin.capacity,
+        lanes: begin.room.lanes,
+        slots: begin.room.slots,
+        capacity: begin.room.capacity,
     }
 }
 
@@ -54,8 +55,9 @@ pub(super) fn begin_from_proto(begin: proto::BeginRun) -> Result<(u64, Begin)> {
         top_p: sampler.top_p,
         seed: sampler.seed,
     });
+    let room = Room { lanes: begin.lanes, slots: begin.slots, capacity: begin.capacity };
     let capture = Capture { codec, temperatures, seed: begin.seed };
-    Ok((begin.run, Begin { capture, sampler, lanes: begin.lanes, slots: begin.slots, capacity: begin.capacity }))
+    Ok((begin.run, Begin { capture, sampler, room }))
 }
 
 pub(super) fn step_to_proto(run: u64, index: u64, step: &Step, activation_bytes: usize) -> proto::StageStep {
@@ -72,9 +74,9 @@ pub(super) fn step_to_proto(run: u64, index: u64, step: &Step, activation_bytes:
             .pieces
             .iter()
             .map(|piece| proto::StepPiece {
-                slot: piece.slot,
-                start: piece.start,
-                tokens: piece.tokens,
+                slot: piece.run.slot,
+                start: piece.run.start,
+                tokens: piece.run.tokens,
                 stream: piece.stream,
                 ask: match piece.ask {
                     Ask::Nothing => None,
@@ -89,25 +91,25 @@ pub(super) fn step_to_proto(run: u64, index: u64, step: &Step, activation_bytes:
 }
 
 /// Refuses a step that does not fit the run it belongs to.
-pub(super) fn step_from_proto(step: proto::StageStep, begin: &Begin) -> Result<Step> {
+pub(super) fn step_from_proto(step: proto::StageStep, room: &Room) -> Result<Step> {
     let outside = |what: &str, value: u32, end: u32| wrong(&format!("a step names {what} {value} of {end}"));
-    if step.lane >= begin.lanes.max(1) {
-        return Err(outside("lane", step.lane, begin.lanes));
+    if step.lane >= room.lanes.max(1) {
+        return Err(outside("lane", step.lane, room.lanes));
     }
     let share = |share: proto::StepShare| {
         let (from, to, positions) = (share.from_slot, share.to_slot, share.positions);
-        match (from.max(to) < begin.slots, positions <= begin.capacity) {
+        match (from.max(to) < room.slots, positions <= room.capacity) {
             (true, true) => Ok(Share { from, to, positions }),
-            (false, _) => Err(outside("slot", from.max(to), begin.slots)),
-            (true, false) => Err(outside("position", positions, begin.capacity)),
+            (false, _) => Err(outside("slot", from.max(to), room.slots)),
+            (true, false) => Err(outside("position", positions, room.capacity)),
         }
     };
     let piece = |piece: proto::StepPiece| {
         let end = u64::from(piece.start) + u64::from(piece.tokens);
         match piece.slot {
-            Some(slot) if slot >= begin.slots => return Err(outside("slot", slot, begin.slots)),
-            Some(_) if end > u64::from(begin.capacity) => {
-                return Err(wrong(&format!("a step ends at position {end} of {}", begin.capacity)));
+            Some(slot) if slot >= room.slots => return Err(outside("slot", slot, room.slots)),
+            Some(_) if end > u64::from(room.capacity) => {
+                return Err(wrong(&format!("a step ends at position {end} of {}", room.capacity)));
             }
             _ => {}
         }
@@ -119,11 +121,12 @@ pub(super) fn step_from_proto(step: proto::StageStep, begin: &Begin) -> Result<S
             Some(step_piece::Ask::Next(true)) => Ask::Next,
             Some(step_piece::Ask::Next(false)) | None => Ask::Nothing,
         };
-        Ok(Piece { slot: piece.slot, start: piece.start, tokens: piece.tokens, stream: piece.stream, ask })
+        let run = Run { slot: piece.slot, start: piece.start, tokens: piece.tokens };
+        Ok(Piece { run, stream: piece.stream, ask })
     };
     let shares = step.shares.into_iter().map(share).collect::<Result<_>>()?;
     let pieces = step.pieces.into_iter().map(piece).collect::<Result<Vec<_>>>()?;
-    let tokens: u64 = pieces.iter().map(|piece| u64::from(piece.tokens)).sum();
+    let tokens: u64 = pieces.iter().map(|piece| u64::from(piece.run.tokens)).sum();
     if tokens != step.token_ids.len() as u64 || tokens == 0 || tokens > MAX_STEP_TOKENS as u64 {
         return Err(wrong(&format!(
             "a step has {} token ids for pieces of {tokens} tokens; it must have as many, 1 to {MAX_STEP_TOKENS}",
@@ -131,16 +134,6 @@ pub(super) fn step_from_proto(step: proto::StageStep, begin: &Begin) -> Result<S
         )));
     }
     Ok(Step { lane: step.lane, shares, pieces, token_ids: step.token_ids })
-}
-
-/// How many targets a step asks for.
-pub(super) fn asked(step: &Step) -> usize {
-    let of = |piece: &Piece| match piece.ask {
-        Ask::Nothing => 0,
-        Ask::Score { first } => piece.tokens.saturating_sub(first) as usize,
-        Ask::Next => 1,
-    };
-    step.pieces.iter().map(of).sum()
 }
 
 pub(super) fn taken_to_proto(taken: Taken) -> proto::TakenPosition {
