@@ -34,6 +34,7 @@ mod member;
 mod place;
 mod split;
 mod stats;
+mod stats_command;
 mod tls;
 mod wire;
 
@@ -54,6 +55,7 @@ pub use computer::{Computer, Loaded, Opened};
 pub use layers::Layers;
 pub use member::serve;
 pub use place::{GroupArgs, LeaderWorkerSet, Place};
+pub use stats_command::{StatsArgs, show_stats};
 pub use tls::TlsArgs;
 
 use door::Door;

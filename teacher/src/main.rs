@@ -5,7 +5,7 @@ use retort_core::{Code, Error, Result};
 use retort_process::{LogArgs, exit_with};
 use retort_teacher::{
     Teacher, chat,
-    group::{self, Formed, GroupArgs, Layers, LeaderWorkerSet, Place},
+    group::{self, Formed, GroupArgs, Layers, LeaderWorkerSet, Place, StatsArgs},
     stage::Computing,
 };
 use retort_worker::WorkerArgs;
@@ -31,12 +31,16 @@ struct Cli {
 const EXAMPLES: &str = "Examples:
   retort-teacher --store /srv/retort/store --brokers 127.0.0.1:9092
   retort-teacher --store /srv/retort/store --pool large --device cuda:0 --dtype bf16
+  retort-teacher --store /srv/retort/store --group big --stage 0/2 --peers 127.0.0.1:7475,127.0.0.1:7476
+  retort-teacher stats --peer 127.0.0.1:7475
   retort-teacher chat --model ~/models/smollm2 --prompt \"Where is my parcel?\"";
 
 #[derive(Subcommand)]
 enum Command {
     /// Talks with a model: one answer to --prompt, or a conversation
     Chat(ChatArgs),
+    /// Shows what the stages of a running teacher group have been doing
+    Stats(StatsArgs),
 }
 
 #[derive(clap::Args)]
@@ -80,6 +84,9 @@ fn main() -> ExitCode {
     log.init();
     let done = match cli.command {
         Some(Command::Chat(args)) => talk(args, cli.threads),
+        Some(Command::Stats(args)) => {
+            runtime().and_then(|runtime| runtime.block_on(group::show_stats(&args)))
+        }
         // The optional group is `None` even when its flags are given: it holds another group.
         None => WorkerArgs::from_arg_matches(&matches)
             .map_err(|_| Error::new(Code::RequestInvalid, "--store is missing; see retort-teacher --help"))

@@ -97,6 +97,19 @@ impl Up {
         });
     }
 
+    /// Sends a signal to one of the processes.
+    pub fn signal_process(&self, name: &str, signal: Signal) {
+        kill_process(Pid::from_raw(self.processes()[name]).expect("a pid"), signal).expect("signalled");
+    }
+
+    /// Waits until the log of one of these processes says `text`.
+    pub fn wait_for_log(&mut self, names: &[&str], text: &str, within: Duration) {
+        self.wait(text, within, |up| {
+            let read = |name: &&str| fs::read_to_string(up.home.join("logs").join(format!("{name}.log"))).ok();
+            names.iter().filter_map(read).any(|log| log.contains(text)).then_some(())
+        });
+    }
+
     pub fn signal(&self, signal: Signal) {
         kill_process(Pid::from_raw(self.child.id() as i32).expect("a pid"), signal).expect("signalled");
     }

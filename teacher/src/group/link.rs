@@ -70,7 +70,7 @@ pub(super) async fn send(
     };
     tokio::select! {
         biased;
-        _ = health.broken() => Ok(()),
+        _ = farewell(&health) => Ok(()),
         error = listen => Err(error),
         () = pump => Err(closed(&place, next, None)),
     }
@@ -159,7 +159,7 @@ pub(super) async fn receive(
     };
     tokio::select! {
         biased;
-        _ = health.broken() => Ok(()),
+        _ = farewell(&health) => Ok(()),
         error = read => Err(error),
         error = beat => Err(error),
     }
@@ -170,6 +170,13 @@ pub(super) fn ticker() -> tokio::time::Interval {
     let mut tick = tokio::time::interval(BEAT);
     tick.set_missed_tick_behavior(tokio::time::MissedTickBehavior::Delay);
     tick
+}
+
+/// Waits until the group is broken, and then until the others have heard why: a stream that ends before
+/// would tell them less.
+async fn farewell(health: &Health) {
+    health.broken().await;
+    tokio::time::sleep(FAREWELL).await;
 }
 
 /// How long a stage that ends leaves the others to hear why.

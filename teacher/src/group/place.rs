@@ -140,6 +140,20 @@ impl Place {
         Ok(Some(Self { group, stage, peers, listen, layers, patience, tls }))
     }
 
+    /// Of one who asks a stage and is none: `peer` stands at 0.
+    pub(super) fn asking(peer: &str, tls: Option<Tls>) -> Result<Self> {
+        host_and_port(peer)?;
+        Ok(Self {
+            group: String::new(),
+            stage: 0,
+            peers: vec![peer.to_owned()],
+            listen: String::new(),
+            layers: None,
+            patience: std::time::Duration::ZERO,
+            tls,
+        })
+    }
+
     /// Stage 0 is the worker; the others serve it.
     pub fn is_first(&self) -> bool {
         self.stage == 0

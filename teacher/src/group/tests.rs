@@ -90,12 +90,13 @@ impl Computer for Sums {
         let mut at = 0;
         for piece in &step.pieces {
             let end = at + piece.run.tokens as usize;
-            let first = match piece.ask {
-                Ask::Nothing => end,
-                Ask::Score { first } => at + first as usize,
-                Ask::Next => end - 1,
+            let places = match piece.ask {
+                Ask::Nothing => 0..0,
+                // A token is predicted where the one before it is.
+                Ask::Score { first } => at + first.max(1) as usize - 1..end - 1,
+                Ask::Next => end - 1..end,
             };
-            taken.extend(states[first..end].iter().map(|&state| target(state)));
+            taken.extend(states[places].iter().map(|&state| target(state)));
             at = end;
         }
         Ok(Output::Taken(taken))

@@ -34,6 +34,9 @@ impl TlsArgs {
         let (Some(authority), Some(certificate), Some(key)) = (&self.tls_ca, &self.tls_cert, &self.tls_key) else {
             return Ok(None);
         };
+        // Two cryptographic libraries are linked (the broker brings another), so one is named; the first
+        // that was named stays.
+        let _ = rustls::crypto::ring::default_provider().install_default();
         Ok(Some(Tls {
             authority: Certificate::from_pem(pem(authority)?),
             identity: Identity::from_pem(pem(certificate)?, pem(key)?),
