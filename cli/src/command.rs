@@ -3,6 +3,7 @@
 mod completions;
 mod job;
 mod model;
+mod plan;
 mod run;
 mod shard;
 mod up;
@@ -32,6 +33,7 @@ use crate::{
   retort up                                  serve jobs on this machine until Ctrl-C
   retort job create job.yaml                 hand a job to the retort that is up
   retort model chat support                  talk to the newest promoted `support`
+  retort plan --teacher llama-3.1-405b       which GPUs it needs, how fast it will be, what a job costs
 
 Exit codes: 0 done, 2 bad input, 3 the job's gates failed, 4 the job failed, 130 stopped or
 cancelled, 1 anything else."
@@ -63,6 +65,7 @@ enum Command {
     Model(model::Model),
     #[command(subcommand)]
     Shard(shard::Shard),
+    Plan(plan::Plan),
     Completions(completions::Completions),
 }
 
@@ -105,6 +108,7 @@ impl Command {
             Self::Job(job) => job.run(context).await,
             Self::Model(model) => model.run(context).await,
             Self::Shard(shard) => shard.run(context).await,
+            Self::Plan(plan) => plan.run(context),
             Self::Completions(completions) => completions.run(context),
         }
     }

@@ -11,6 +11,7 @@ use retort_teacher::{
     capture::{Capture, Target},
     engine::{Engine, Generation, Text, native::Native},
     sampling::{Place, Sampler},
+    stage::Arithmetic,
 };
 use tch::{Kind, Tensor};
 
@@ -23,19 +24,19 @@ fn main() -> Result<()> {
     let (rows, max_new_tokens, head, draws) = (number(16)?, number(96)?, number(32)?, number(16)?);
     let device = retort_llama::device_from_flag("auto").map_err(wrong)?;
     let kind = retort_llama::dtype_from_flag("auto", device).map_err(wrong)?;
-    let mut engine = Native::load(&dir, device, kind)?;
+    let mut engine = Native::load(&dir, &Arithmetic::on(device, kind, None))?;
     let capture = Capture { codec: Codec::HeadDraws { head, draws }, temperatures: vec![], seed: 1 };
-    let sampler = Sampler { temperature: 0.7, top_p: 0.95, seed: 1 };
+    let sampler = Sampler::new(0.7, 0.95, 1);
     let texts = texts(&engine, rows)?;
 
     let clock = Clock::start();
-    let order = Generation { sampler: sampler.clone(), max_new_tokens: 1, completions: 1 };
+    let order = Generation { sampler, max_new_tokens: 1, completions: 1 };
     engine.generate(&texts, &order, &capture, &mut |_| Ok(()))?;
     let prompt_tokens: usize = texts.iter().map(|text| text.token_ids.len()).sum();
     clock.tell("prefill", 1, prompt_tokens);
 
     let clock = Clock::start();
-    let order = Generation { sampler: sampler.clone(), max_new_tokens, completions: 1 };
+    let order = Generation { sampler, max_new_tokens, completions: 1 };
     let sequences = engine.generate(&texts, &order, &capture, &mut |_| Ok(()))?;
     let targets: usize = sequences.iter().map(|sequence| sequence.positions.len()).sum();
     let steps = sequences.iter().map(|sequence| sequence.positions.len()).max().unwrap_or(0);
@@ -52,7 +53,7 @@ fn main() -> Result<()> {
     clock.tell("  of which capture", REPEATS, REPEATS * rows as usize);
     let clock = Clock::start();
     for _ in 0..REPEATS {
-        sampler.next(&logits_nv, &places_n)?;
+        sampler.next(&logits_nv, &places_n, &[])?;
     }
     clock.tell("  of which sampling", REPEATS, REPEATS * rows as usize);
     let hidden_size = retort_llama::Config::from_dir(&dir).map_err(wrong)?.hidden_size;

@@ -20,6 +20,8 @@ use retort_core::{
 };
 use tch::{Kind, Tensor};
 
+mod host;
+
 use crate::{
     cdf::Cdf,
     torch::{host_f32, host_i64, torch},
@@ -48,6 +50,23 @@ pub struct Target {
     pub token: u32,
 }
 
+impl Target {
+    fn beyond(&self, vocab: i64) -> Error {
+        Error::new(
+            Code::VocabularyMismatch,
+            format!("row {} holds token {}, beyond the model's vocabulary of {vocab}", self.row, self.token),
+        )
+    }
+
+    fn not_finite(&self) -> Error {
+        let Self { row, position, .. } = self;
+        Error::new(
+            Code::ShardUnfaithful,
+            format!("the teacher's logits at row {row}, position {position} are not finite; try --dtype f32"),
+        )
+    }
+}
+
 /// `(id, log-probability)` of each position's head.
 type Heads = Vec<Vec<(u32, f32)>>;
 
@@ -67,21 +86,14 @@ impl Capture {
             return Ok(Vec::new());
         }
         if let Some(target) = targets.iter().find(|target| i64::from(target.token) >= vocab) {
-            return Err(Error::new(
-                Code::VocabularyMismatch,
-                format!("row {} holds token {}, beyond the model's vocabulary of {vocab}", target.row, target.token),
-            ));
+            return Err(target.beyond(vocab));
         }
         let device = logits_nv.device();
         let logits_nv = logits_nv.f_to_kind(Kind::Float).map_err(torch)?;
         let log_sum_n1 = logits_nv.f_logsumexp([1i64].as_slice(), true).map_err(torch)?;
         let log_sum_n = host_f32(&log_sum_n1)?;
         if let Some(index) = log_sum_n.iter().position(|sum| !sum.is_finite()) {
-            let Target { row, position, .. } = targets[index];
-            return Err(Error::new(
-                Code::ShardUnfaithful,
-                format!("the teacher's logits at row {row}, position {position} are not finite; try --dtype f32"),
-            ));
+            return Err(targets[index].not_finite());
         }
 
         let tokens: Vec<i64> = targets.iter().map(|target| i64::from(target.token)).collect();

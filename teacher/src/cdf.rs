@@ -90,7 +90,7 @@ impl Cdf {
 
 /// The first place where the running sum passes `rest`; the last place with mass when rounding kept
 /// the sum below.
-fn walk(masses: &[f32], rest: f64) -> (usize, f32) {
+pub(crate) fn walk(masses: &[f32], rest: f64) -> (usize, f32) {
     let mut running = 0.0;
     let mut last = (0, 0.0);
     for (place, &mass) in masses.iter().enumerate() {

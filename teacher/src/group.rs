@@ -30,6 +30,7 @@ mod identity;
 mod layers;
 mod lead;
 mod link;
+mod measure;
 mod member;
 mod place;
 mod split;
@@ -142,7 +143,11 @@ impl Formed {
         let (health, ended) = (Health::default(), CancellationToken::new());
         let mut tasks = TaskGroup::new(ended.clone());
         let meter = Meter::new(0, &place.peers[0]);
-        let unknown = |stage: usize| proto::StageStats { stage: stage as u32, address: place.peers[stage].clone(), ..Default::default() };
+        let unknown = |stage: usize| proto::StageStats {
+            stage: stage as u32,
+            address: place.peers[stage].clone(),
+            ..Default::default()
+        };
         let peer_stats: PeerStats = Arc::new(std::sync::Mutex::new((1..place.stages()).map(unknown).collect()));
 
         let (inlets, mut inlet) = mpsc::channel(1);

@@ -13,14 +13,13 @@ use retort_core::{
 };
 use retort_proto::{self as proto, claimed::Task, worker_event::What};
 use retort_worker::{Attempt, Handler, ModelThread, TaskContext};
-use tch::{Device, Kind};
 use tokio::sync::watch;
 
 use crate::{
     engine::{Capabilities, native::Loaded},
     group::{Group, Layers, Parts, Pulse},
     shard::{Order, compute, faithful},
-    stage::Computing,
+    stage::Arithmetic,
     work,
 };
 
@@ -42,34 +41,33 @@ struct Progress {
 }
 
 impl Teacher {
-    /// `threads` is how many cores libtorch uses; all of them when `None`.
-    pub fn new(device: Device, kind: Kind, threads: Option<usize>) -> Result<Self> {
+    /// `threads` is how many cores arithmetic uses; all of them when `None`.
+    pub fn new(arithmetic: Arithmetic, threads: Option<usize>) -> Result<Self> {
         let make = move || {
             if let Some(threads) = threads {
                 // OpenMP counts threads for each thread that calls it, so this is said here.
                 tch::set_num_threads(threads.clamp(1, 4096) as i32);
             }
-            Loaded::new(device, kind)
+            Loaded::new(arithmetic.clone())
         };
         Ok(Self { models: ModelThread::spawn("teacher-model", make)?, pulse: None })
     }
 
     /// The first stage of a group, which works for all of it.
-    pub fn in_group(formed: Parts, pulse: Pulse, computing: Computing, threads: Option<usize>) -> Result<Self> {
+    pub fn in_group(formed: Parts, pulse: Pulse, arithmetic: Arithmetic, threads: Option<usize>) -> Result<Self> {
         let parts = Mutex::new(Some(formed));
         let make = move || {
             if let Some(threads) = threads {
                 tch::set_num_threads(threads.clamp(1, 4096) as i32);
             }
-            let device = computing.devices.first().copied().unwrap_or(Device::Cpu);
             let parts = parts.lock().unwrap_or_else(PoisonError::into_inner).take();
             match parts {
                 Some(parts) => {
-                    let group = Group::new(parts, Box::new(Layers::new(computing.clone())));
-                    Loaded::in_group(group, device, computing.kind)
+                    let group = Group::new(parts, Box::new(Layers::new(arithmetic.clone())));
+                    Loaded::in_group(group, arithmetic.clone())
                 }
                 // After a panic the group has come to its end, and so does this process.
-                None => Loaded::new(device, computing.kind),
+                None => Loaded::new(arithmetic.clone()),
             }
         };
         Ok(Self { models: ModelThread::spawn("teacher-model", make)?, pulse: Some(pulse) })

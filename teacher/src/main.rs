@@ -6,7 +6,7 @@ use retort_process::{LogArgs, exit_with};
 use retort_teacher::{
     Teacher, chat,
     group::{self, Formed, GroupArgs, Layers, LeaderWorkerSet, Place, StatsArgs},
-    stage::Computing,
+    stage::Arithmetic,
 };
 use retort_worker::WorkerArgs;
 
@@ -84,9 +84,7 @@ fn main() -> ExitCode {
     log.init();
     let done = match cli.command {
         Some(Command::Chat(args)) => talk(args, cli.threads),
-        Some(Command::Stats(args)) => {
-            runtime().and_then(|runtime| runtime.block_on(group::show_stats(&args)))
-        }
+        Some(Command::Stats(args)) => runtime().and_then(|runtime| runtime.block_on(group::show_stats(&args))),
         // The optional group is `None` even when its flags are given: it holds another group.
         None => WorkerArgs::from_arg_matches(&matches)
             .map_err(|_| Error::new(Code::RequestInvalid, "--store is missing; see retort-teacher --help"))
@@ -103,7 +101,7 @@ fn main() -> ExitCode {
 
 fn serve(args: WorkerArgs, threads: Option<usize>) -> Result<()> {
     let (device, kind) = computing(&args.device, &args.dtype)?;
-    let teacher = Teacher::new(device, kind, threads)?;
+    let teacher = Teacher::new(Arithmetic::on(device, kind, threads), threads)?;
     let runtime = runtime()?;
     let done = runtime.block_on(retort_worker::run("teacher", args, teacher));
     runtime.shutdown_background();
@@ -113,7 +111,8 @@ fn serve(args: WorkerArgs, threads: Option<usize>) -> Result<()> {
 /// One stage of a group: the first works like any teacher, the others serve it.
 fn stage(args: WorkerArgs, threads: Option<usize>, place: Place) -> Result<()> {
     let (device, kind) = computing(&args.device, &args.dtype)?;
-    let computing = Computing { devices: vec![device], kind };
+    let arithmetic = Arithmetic::on(device, kind, threads);
+    let numbers = format!("{} {}", arithmetic.engine(), arithmetic.dtype());
     let runtime = runtime()?;
     let done = runtime.block_on(async {
         let shutdown = retort_worker::start(&args)?;
@@ -122,15 +121,15 @@ fn stage(args: WorkerArgs, threads: Option<usize>, place: Place) -> Result<()> {
                 if let Some(threads) = threads {
                     tch::set_num_threads(threads.clamp(1, 4096) as i32);
                 }
-                Box::new(Layers::new(computing)) as Box<dyn group::Computer>
+                Box::new(Layers::new(arithmetic)) as Box<dyn group::Computer>
             };
-            return group::serve(place, stage_dtype(kind), make, &shutdown).await;
+            return group::serve(place, &numbers, make, &shutdown).await;
         }
-        let formed = match Formed::new(place, stage_dtype(kind), &shutdown).await {
+        let formed = match Formed::new(place, &numbers, &shutdown).await {
             Err(error) if error.code == Code::WorkerStopped => return Ok(()),
             other => other?,
         };
-        let teacher = Teacher::in_group(formed.parts, formed.pulse, computing, threads)?;
+        let teacher = Teacher::in_group(formed.parts, formed.pulse, arithmetic, threads)?;
         let done = retort_worker::run_until("teacher", args, teacher, &shutdown).await;
         let why = match &done {
             Ok(()) => &Error::new(Code::WorkerStopped, "stage 0 was asked to stop"),
@@ -141,10 +140,6 @@ fn stage(args: WorkerArgs, threads: Option<usize>, place: Place) -> Result<()> {
     });
     runtime.shutdown_background();
     done
-}
-
-fn stage_dtype(kind: tch::Kind) -> &'static str {
-    if kind == tch::Kind::BFloat16 { "bf16" } else { "f32" }
 }
 
 fn runtime() -> Result<tokio::runtime::Runtime> {

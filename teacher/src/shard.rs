@@ -168,7 +168,7 @@ pub fn compute(engine: &mut dyn Engine, order: &Order, watch: Watch) -> Result<E
         })
         .collect::<Result<_>>()?;
     let sequences = if generate {
-        let sampler = Sampler { temperature: sampling.temperature, top_p: sampling.top_p, seed: order.spec.seed };
+        let sampler = Sampler::new(sampling.temperature, sampling.top_p, order.spec.seed);
         let how = Generation { sampler, max_new_tokens: sampling.max_new_tokens, completions: 1 };
         engine.generate(&texts, &how, &capture, watch)?
     } else {

@@ -5,58 +5,132 @@
 
 pub mod pipeline;
 pub mod step;
+mod take;
 
-use std::path::Path;
+use std::{collections::HashMap, path::Path};
 
 use retort_core::{Code, Error, Result};
-use retort_llama::{Config, Part, Piece as Run, TorchPart};
+use retort_llama::{Config, HostPart, Keep, Part, Piece as Run, TorchPart};
 use tch::{Device, Kind, Tensor};
 
-use crate::{
-    capture::Target,
-    engine::native::limits,
-    sampling::{Place, Sampler},
-    torch::{model as llama, torch},
-};
-use step::{Activations, Ask, Begin, Held, Output, Step, Taken};
+use crate::torch::{host_f32, model as llama, torch};
+use step::{Activations, Begin, Held, Output, Step};
 
-/// Where and in what numbers a stage computes.
+/// What a stage computes with.
 #[derive(Clone, Debug, PartialEq)]
-pub struct Computing {
-    /// Layers are dealt over these in runs of equal length.
-    pub devices: Vec<Device>,
-    pub kind: Kind,
+pub enum Arithmetic {
+    /// libtorch, on any device.
+    Torch {
+        /// Layers are dealt over these in runs of equal length.
+        devices: Vec<Device>,
+        kind: Kind,
+    },
+    /// Our own kernels on the CPU, in f32.
+    Host {
+        keep: Keep,
+        /// Cores; all of them when `None`.
+        threads: Option<usize>,
+    },
 }
 
 /// A part of a teacher, loaded, and the shard it works on.
 pub struct Stage {
-    part: TorchPart,
+    part: Loaded,
     begin: Option<Begin>,
+    /// Tokens of each lane's slots, kept where a sampler looks back at them.
+    told: HashMap<(u32, u32), Vec<u32>>,
+}
+
+enum Loaded {
+    Torch(Box<TorchPart>),
+    Host(Box<HostPart>),
+}
+
+/// Hidden states of a step's packed tokens.
+enum Hidden {
+    Torch(Tensor),
+    Host(Vec<f32>),
+}
+
+impl Arithmetic {
+    /// The fastest there is on a device: our own kernels for f32 on the CPU, libtorch for all else.
+    pub fn on(device: Device, kind: Kind, threads: Option<usize>) -> Self {
+        match (device, kind) {
+            (Device::Cpu, Kind::Float) => Self::Host { keep: Keep::Stored, threads },
+            _ => Self::Torch { devices: vec![device], kind },
+        }
+    }
+
+    /// Its name in a shard's header: results differ in their last bits between two of different names.
+    pub fn engine(&self) -> &'static str {
+        match self {
+            Self::Torch { .. } => "native",
+            Self::Host { .. } => "native-host",
+        }
+    }
+
+    /// Of its numbers, and of its weights where they are kept narrower than they are stored.
+    pub fn dtype(&self) -> &'static str {
+        match self {
+            Self::Torch { kind: Kind::BFloat16, .. } => "bf16",
+            Self::Torch { .. } | Self::Host { keep: Keep::Stored, .. } => "f32",
+            Self::Host { keep: Keep::Bf16, .. } => "f32, weights bf16",
+            Self::Host { keep: Keep::Int8, .. } => "f32, weights int8",
+            Self::Host { keep: Keep::F8E4m3, .. } => "f32, weights fp8",
+        }
+    }
+
+    /// Bytes of a number between layers.
+    pub fn number_bytes(&self) -> usize {
+        match self {
+            Self::Torch { kind, .. } => kind.elt_size_in_bytes(),
+            Self::Host { .. } => 4,
+        }
+    }
 }
 
 impl Stage {
     /// Reads the part's own tensors of a Hugging Face folder.
-    pub fn load(dir: &Path, part: Part, computing: &Computing) -> Result<Self> {
-        let part = tch::no_grad(|| TorchPart::load(dir, part, &computing.devices, computing.kind)).map_err(llama)?;
-        Ok(Self { part, begin: None })
+    pub fn load(dir: &Path, part: Part, arithmetic: &Arithmetic) -> Result<Self> {
+        let part = match arithmetic {
+            Arithmetic::Torch { devices, kind } => {
+                let part = tch::no_grad(|| TorchPart::load(dir, part, devices, *kind));
+                Loaded::Torch(Box::new(part.map_err(llama)?))
+            }
+            Arithmetic::Host { keep, threads } => {
+                Loaded::Host(Box::new(HostPart::load(dir, part, *keep, *threads).map_err(llama)?))
+            }
+        };
+        Ok(Self { part, begin: None, told: HashMap::new() })
     }
 
     pub fn config(&self) -> &Config {
-        self.part.config()
+        match &self.part {
+            Loaded::Torch(part) => part.config(),
+            Loaded::Host(part) => part.config(),
+        }
     }
 
     pub fn held(&self) -> Held {
+        let (part, number_bytes, bytes_read) = match &self.part {
+            Loaded::Torch(part) => (part.part(), part.kind().elt_size_in_bytes(), part.bytes_read()),
+            Loaded::Host(part) => (part.part(), 4, part.bytes_read()),
+        };
         Held {
-            part: self.part.part().clone(),
-            dtype: dtype(self.part.kind()),
-            hidden_size: u32::try_from(self.part.config().hidden_size).unwrap_or(0),
-            bytes_read: self.part.bytes_read(),
+            part: part.clone(),
+            number_bytes: number_bytes as u32,
+            hidden_size: u32::try_from(self.config().hidden_size).unwrap_or(0),
+            bytes_read,
         }
     }
 
     pub fn begin(&mut self, begin: &Begin) -> Result<()> {
         self.begin = None;
-        self.part.reset(begin.room).map_err(llama)?;
+        self.told.clear();
+        match &mut self.part {
+            Loaded::Torch(part) => part.reset(begin.room).map_err(llama)?,
+            Loaded::Host(part) => part.reset(begin.room),
+        }
         self.begin = Some(begin.clone());
         Ok(())
     }
@@ -64,139 +138,88 @@ impl Stage {
     /// Puts a step through the layers. The first stage is given none, every other one what the stage
     /// before it made of the same step.
     pub fn run(&mut self, step: &Step, input: Option<Activations>) -> Result<Output> {
-        tch::no_grad(|| {
-            let hidden_nh = match input {
-                None => self.part.embed(&step.token_ids).map_err(llama)?,
-                Some(input) => self.receive(&input)?,
-            };
-            for share in &step.shares {
-                self.part.share(step.lane, share).map_err(llama)?;
-            }
-            let runs: Vec<Run> = step.pieces.iter().map(|piece| piece.run).collect();
-            let hidden_nh = self.part.forward(step.lane, hidden_nh, &runs).map_err(llama)?;
-            if self.part.part().heads {
-                return Ok(Output::Taken(self.take(step, &hidden_nh)?));
-            }
-            Ok(Output::Activations(send(step.token_ids.len(), &hidden_nh)?))
-        })
-    }
-
-    fn receive(&self, input: &Activations) -> Result<Tensor> {
-        let hidden = self.part.config().hidden_size;
-        let shape = [i64::from(input.tokens), hidden];
-        let bytes = shape.iter().product::<i64>() as usize * self.part.kind().elt_size_in_bytes();
-        if input.bytes.len() != bytes {
-            return Err(Error::new(
-                Code::RequestInvalid,
-                format!(
-                    "{} bytes of activations for {} tokens of {hidden}; it must be {bytes}",
-                    input.bytes.len(),
-                    input.tokens
-                ),
-            ));
+        let tokens: u64 = step.pieces.iter().map(|piece| u64::from(piece.run.tokens)).sum();
+        if tokens != step.token_ids.len() as u64 {
+            let ids = step.token_ids.len();
+            return Err(Error::new(Code::RequestInvalid, format!("a step of {tokens} tokens with {ids} token ids")));
         }
-        Tensor::f_from_data_size(&input.bytes, &shape, self.part.kind()).map_err(torch)
+        let runs: Vec<Run> = step.pieces.iter().map(|piece| piece.run).collect();
+        let hidden = tch::no_grad(|| self.forward(step, &runs, input))?;
+        self.remember(step);
+        let heads = self.held().part.heads;
+        tch::no_grad(|| if heads { Ok(Output::Taken(self.take(step, &hidden)?)) } else { send(tokens as u32, hidden) })
     }
 
-    /// Head, draws and capture for what the pieces ask for, a chunk of positions at a time.
-    fn take(&self, step: &Step, hidden_nh: &Tensor) -> Result<Vec<Taken>> {
-        let Some(begin) = &self.begin else { return Err(Error::internal("a step before its shard has begun")) };
-        let wanted = wanted(step);
-        let chunk = limits::chunk_positions(self.part.config().vocab_size);
-        let mut taken = Vec::with_capacity(wanted.len());
-        for wanted in wanted.chunks(chunk) {
-            let at: Vec<i64> = wanted.iter().map(|wanted| wanted.at as i64).collect();
-            let at_m = Tensor::from_slice(&at).f_to_device(hidden_nh.device()).map_err(torch)?;
-            let hidden_mh = hidden_nh.f_index_select(0, &at_m).map_err(torch)?;
-            let logits_mv = self.part.head(&hidden_mh).map_err(llama)?;
-            let tokens = tokens(begin.sampler.as_ref(), &logits_mv, wanted)?;
-            let targets = wanted.iter().zip(&tokens).map(|(wanted, &token)| wanted.target(token));
-            let targets: Vec<Target> = targets.collect();
-            let positions = begin.capture.positions(&logits_mv, &targets)?;
-            taken.extend(tokens.into_iter().zip(positions).map(|(token, position)| Taken { token, position }));
-        }
-        Ok(taken)
-    }
-}
-
-/// A position whose distribution is asked for.
-struct Wanted {
-    /// Its index among the packed tokens.
-    at: usize,
-    stream: u64,
-    /// Index in the sequence of the token it predicts.
-    position: u64,
-    /// That token, where it is given.
-    label: Option<u32>,
-}
-
-impl Wanted {
-    fn target(&self, token: u32) -> Target {
-        Target { row: self.stream, position: self.position, token }
-    }
-}
-
-fn wanted(step: &Step) -> Vec<Wanted> {
-    let mut wanted = Vec::with_capacity(step.wanted());
-    let mut start = 0;
-    for piece in &step.pieces {
-        let (tokens, first) = (piece.run.tokens as usize, u64::from(piece.run.start));
-        match piece.ask {
-            Ask::Nothing => {}
-            Ask::Score { first: index } => {
-                let scored = piece.first_scored(index) as usize..tokens;
-                wanted.extend(scored.map(|index| Wanted {
-                    at: start + index - 1,
-                    stream: piece.stream,
-                    position: first + index as u64,
-                    label: step.token_ids.get(start + index).copied(),
-                }));
+    fn forward(&mut self, step: &Step, runs: &[Run], input: Option<Activations>) -> Result<Hidden> {
+        let hidden = self.config().hidden_size;
+        match &mut self.part {
+            Loaded::Torch(part) => {
+                let hidden_nh = match input {
+                    None => part.embed(&step.token_ids).map_err(llama)?,
+                    Some(input) => {
+                        input.check(part.kind().elt_size_in_bytes(), hidden)?;
+                        let shape = [i64::from(input.tokens), hidden];
+                        Tensor::f_from_data_size(&input.bytes, &shape, part.kind()).map_err(torch)?
+                    }
+                };
+                for share in &step.shares {
+                    part.share(step.lane, share).map_err(llama)?;
+                }
+                Ok(Hidden::Torch(part.forward(step.lane, hidden_nh, runs).map_err(llama)?))
             }
-            Ask::Next => wanted.push(Wanted {
-                at: start + tokens - 1,
-                stream: piece.stream,
-                position: first + tokens as u64,
-                label: None,
-            }),
+            Loaded::Host(part) => {
+                let mut hidden_nh = match input {
+                    None => part.embed(&step.token_ids).map_err(llama)?,
+                    Some(input) => {
+                        input.check(4, hidden)?;
+                        input.bytes.as_chunks::<4>().0.iter().map(|&bytes| f32::from_le_bytes(bytes)).collect()
+                    }
+                };
+                for share in &step.shares {
+                    part.share(step.lane, share).map_err(llama)?;
+                }
+                part.forward(step.lane, &mut hidden_nh, runs).map_err(llama)?;
+                Ok(Hidden::Host(hidden_nh))
+            }
         }
-        start += tokens;
     }
-    wanted
+
+    /// Keeps a step's tokens where the sampler punishes repetition.
+    fn remember(&mut self, step: &Step) {
+        let looks_back = |begin: &Begin| begin.sampler.is_some_and(|sampler| sampler.repetition_penalty != 1.0);
+        if !self.begin.as_ref().is_some_and(looks_back) {
+            return;
+        }
+        for share in &step.shares {
+            let from = self.told.get(&(step.lane, share.from));
+            let shared = from.and_then(|tokens| tokens.get(..share.positions as usize)).unwrap_or_default().to_vec();
+            self.told.insert((step.lane, share.to), shared);
+        }
+        let mut rest = step.token_ids.as_slice();
+        for piece in &step.pieces {
+            let (tokens, more) = rest.split_at(piece.run.tokens as usize);
+            rest = more;
+            if let Some(slot) = piece.run.slot {
+                let told = self.told.entry((step.lane, slot)).or_default();
+                told.truncate(piece.run.start as usize);
+                told.extend_from_slice(tokens);
+            }
+        }
+    }
 }
 
-/// The given tokens, and draws where there are none.
-fn tokens(sampler: Option<&Sampler>, logits_mv: &Tensor, wanted: &[Wanted]) -> Result<Vec<u32>> {
-    let mut tokens: Vec<u32> = wanted.iter().map(|wanted| wanted.label.unwrap_or(0)).collect();
-    let open: Vec<usize> = (0..wanted.len()).filter(|&index| wanted[index].label.is_none()).collect();
-    if open.is_empty() {
-        return Ok(tokens);
-    }
-    let sampler = sampler.ok_or_else(|| Error::internal("a draw is asked for in a shard that draws none"))?;
-    let places: Vec<Place> =
-        open.iter().map(|&at| Place { row: wanted[at].stream, position: wanted[at].position }).collect();
-    let rows = if open.len() == wanted.len() {
-        logits_mv.shallow_clone()
-    } else {
-        let open: Vec<i64> = open.iter().map(|&at| at as i64).collect();
-        let open = Tensor::from_slice(&open).f_to_device(logits_mv.device()).map_err(torch)?;
-        logits_mv.f_index_select(0, &open).map_err(torch)?
+fn send(tokens: u32, hidden: Hidden) -> Result<Output> {
+    let bytes = match hidden {
+        Hidden::Host(hidden_nh) => hidden_nh.iter().flat_map(|number| number.to_le_bytes()).collect(),
+        Hidden::Torch(hidden_nh) if hidden_nh.kind() == Kind::Float => {
+            host_f32(&hidden_nh)?.iter().flat_map(|number| number.to_le_bytes()).collect()
+        }
+        Hidden::Torch(hidden_nh) => {
+            let hidden_nh = hidden_nh.f_to_device(Device::Cpu).and_then(|t| t.f_contiguous()).map_err(torch)?;
+            let mut bytes = vec![0; hidden_nh.numel() * hidden_nh.kind().elt_size_in_bytes()];
+            hidden_nh.f_copy_data_u8(&mut bytes, hidden_nh.numel()).map_err(torch)?;
+            bytes
+        }
     };
-    for (&at, token) in open.iter().zip(sampler.next(&rows, &places)?) {
-        tokens[at] = token;
-    }
-    Ok(tokens)
-}
-
-fn send(tokens: usize, hidden_nh: &Tensor) -> Result<Activations> {
-    let hidden_nh = hidden_nh.f_to_device(Device::Cpu).and_then(|t| t.f_contiguous()).map_err(torch)?;
-    let mut bytes = vec![0; hidden_nh.numel() * hidden_nh.kind().elt_size_in_bytes()];
-    hidden_nh.f_copy_data_u8(&mut bytes, hidden_nh.numel()).map_err(torch)?;
-    Ok(Activations { tokens: tokens as u32, bytes })
-}
-
-pub(crate) fn dtype(kind: Kind) -> &'static str {
-    match kind {
-        Kind::BFloat16 => "bf16",
-        _ => "f32",
-    }
+    Ok(Output::Activations(Activations { tokens, bytes }))
 }

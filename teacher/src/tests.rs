@@ -25,13 +25,19 @@ use crate::{
     },
     sampling::Sampler,
     shard::{Order, compute},
+    stage::Arithmetic,
     text,
 };
+
+/// What a CPU computes with.
+fn host() -> Arithmetic {
+    Arithmetic::on(Device::Cpu, Kind::Float, None)
+}
 
 fn teacher() -> (TempDir, Native) {
     let dir = tempfile::tempdir().unwrap();
     tiny::write(dir.path(), 3);
-    let engine = Native::load(dir.path(), Device::Cpu, Kind::Float).unwrap();
+    let engine = Native::load(dir.path(), &host()).unwrap();
     (dir, engine)
 }
 
@@ -86,7 +92,7 @@ fn texts(engine: &Native, rows: &[Row]) -> Vec<Text> {
 const CAPTURE: Capture = Capture { codec: Codec::HeadDraws { head: 12, draws: 20 }, temperatures: Vec::new(), seed: 9 };
 
 fn generation(temperature: f64) -> Generation {
-    Generation { sampler: Sampler { temperature, top_p: 0.9, seed: 9 }, max_new_tokens: 24, completions: 1 }
+    Generation { sampler: Sampler::new(temperature, 0.9, 9), max_new_tokens: 24, completions: 1 }
 }
 
 /// Same tokens in the same places, log-probabilities within `tolerance`.
@@ -108,7 +114,7 @@ fn a_shard_computed_twice_is_the_same_bytes() {
     let (dir, mut engine) = teacher();
     let order = order(spec(dir.path(), SAMPLED), rows(9), 2..9);
     let first = compute(&mut engine, &order, &mut on).unwrap();
-    let mut again = Native::load(dir.path(), Device::Cpu, Kind::Float).unwrap();
+    let mut again = Native::load(dir.path(), &host()).unwrap();
     let second = compute(&mut again, &order, &mut on).unwrap();
     assert_eq!(first.sha256, second.sha256);
     assert_eq!(first.bytes, second.bytes);
@@ -327,7 +333,7 @@ fn weights_that_are_no_numbers_publish_nothing() {
         }
     }
     model.save(dir.path(), Kind::Float).unwrap();
-    let mut engine = Native::load(dir.path(), Device::Cpu, Kind::Float).unwrap();
+    let mut engine = Native::load(dir.path(), &host()).unwrap();
     let order = order(spec(dir.path(), SAMPLED), rows(2), 0..2);
     assert_eq!(compute(&mut engine, &order, &mut on).unwrap_err().code, Code::ShardUnfaithful);
 }
@@ -336,7 +342,7 @@ fn weights_that_are_no_numbers_publish_nothing() {
 fn a_teacher_is_loaded_again_only_when_its_files_change() {
     let dir = tempfile::tempdir().unwrap();
     tiny::write(dir.path(), 3);
-    let mut loaded = Loaded::new(Device::Cpu, Kind::Float);
+    let mut loaded = Loaded::new(host());
     let first = loaded.get(dir.path()).unwrap().capabilities().clone();
     let at = std::ptr::from_ref(loaded.get(dir.path()).unwrap().tokenizer());
     assert_eq!(at, std::ptr::from_ref(loaded.get(dir.path()).unwrap().tokenizer()));
@@ -355,13 +361,13 @@ fn truncated_weights_and_a_foreign_tokenizer_are_named() {
     let weights = dir.path().join("model.safetensors");
     let bytes = std::fs::read(&weights).unwrap();
     std::fs::write(&weights, &bytes[..bytes.len() - 100]).unwrap();
-    let error = Native::load(dir.path(), Device::Cpu, Kind::Float).err().unwrap();
+    let error = Native::load(dir.path(), &host()).err().unwrap();
     assert_eq!(error.code, Code::WeightsTruncated);
     std::fs::write(&weights, &bytes).unwrap();
 
     let tokenizer = dir.path().join("tokenizer.json");
     let text = std::fs::read_to_string(&tokenizer).unwrap();
     std::fs::write(&tokenizer, text.replace("\"w299\":299", "\"w299\":1299")).unwrap();
-    let error = Native::load(dir.path(), Device::Cpu, Kind::Float).err().unwrap();
+    let error = Native::load(dir.path(), &host()).err().unwrap();
     assert_eq!(error.code, Code::VocabularyMismatch);
 }

@@ -44,6 +44,13 @@ pub struct Up {
     _machine: MutexGuard<'static, ()>,
 }
 
+/// Addresses of a running retort.
+pub struct Running {
+    pub address: String,
+    pub brokers: String,
+    pub store: String,
+}
+
 impl Up {
     pub fn start(home: &Path, more: &[&str]) -> Self {
         let machine = MACHINE.lock().unwrap_or_else(std::sync::PoisonError::into_inner);
@@ -80,6 +87,13 @@ impl Up {
 
     fn run_json(&self) -> Option<serde_json::Value> {
         serde_json::from_str(&fs::read_to_string(self.home.join("run.json")).ok()?).ok()
+    }
+
+    /// Where workers that the test starts itself find things.
+    pub fn running(&self) -> Running {
+        let run = self.run_json().expect("run.json");
+        let text = |key: &str| run[key].as_str().expect("a text").to_owned();
+        Running { address: text("address"), brokers: text("brokers"), store: text("store") }
     }
 
     pub fn processes(&self) -> BTreeMap<String, i32> {

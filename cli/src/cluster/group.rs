@@ -17,7 +17,8 @@ pub fn stages(n: u32, stages: u32, stage: impl Fn(String) -> Program) -> Result<
             _ => format!("teacher-{n}-stage-{index}"),
         };
         let mut program = stage(name);
-        let flags = [("--group", format!("teacher-{n}")), ("--stage", format!("{index}/{stages}")), ("--peers", peers.clone())];
+        let flags =
+            [("--group", format!("teacher-{n}")), ("--stage", format!("{index}/{stages}")), ("--peers", peers.clone())];
         program.args.extend(flags.into_iter().flat_map(|(flag, value)| [flag.to_owned(), value]));
         program.bond = Some(bond.clone());
         program

@@ -5,6 +5,7 @@
 //! positions, if any, lie in a *slot* of keys and values that the part keeps. Slots belong to *lanes*;
 //! steps of different lanes may be on their way through a group at the same time.
 
+pub mod host;
 pub mod torch;
 
 use std::ops::Range;
@@ -128,3 +129,6 @@ pub(crate) fn check_share(room: &Room, lane: u32, share: &Share) -> Result<()> {
     }
     Err(Error::Invalid(format!("{share:?} of lane {lane}, in {room:?}")))
 }
+
+#[cfg(test)]
+mod tests;

@@ -20,6 +20,32 @@ pub(crate) struct Angles {
     sin: Tensor,
 }
 
+/// As [`Rope`], on the host.
+pub(crate) struct Frequencies(pub(crate) Vec<f32>);
+
+impl Frequencies {
+    pub(crate) fn new(config: &Config) -> Self {
+        let size = config.head_dim as f32;
+        let base = (0..config.head_dim).step_by(2).map(|at| 1.0 / (config.rope_theta as f32).powf(at as f32 / size));
+        let Some(scaling) = &config.rope_scaling else { return Self(base.collect()) };
+        let context = scaling.original_max_position_embeddings as f32;
+        let (low, high) = (scaling.low_freq_factor as f32, scaling.high_freq_factor as f32);
+        let factor = scaling.factor as f32;
+        let stretched = base.map(|frequency| {
+            let wavelength = std::f32::consts::TAU / frequency;
+            if wavelength > context / low {
+                frequency / factor
+            } else if wavelength < context / high {
+                frequency
+            } else {
+                let share = (context / wavelength - low) / (high - low);
+                (1.0 - share) * frequency / factor + share * frequency
+            }
+        });
+        Self(stretched.collect())
+    }
+}
+
 impl Rope {
     /// Follows the reference's order of f32 operations: far along a text, a frequency that differs
     /// in its last bit is an angle that differs visibly.

@@ -5,6 +5,7 @@ use std::{
     path::{Component, Path},
 };
 
+use retort_kernels::{Matrix, Storage};
 use serde_json::Value;
 use tch::{Device, Kind, Tensor};
 
@@ -14,7 +15,7 @@ pub(crate) mod safetensors;
 #[cfg(test)]
 mod tests;
 
-use safetensors::{Entry, SafetensorsFile};
+use safetensors::{Dtype, Entry, SafetensorsFile};
 
 const SINGLE: &str = "model.safetensors";
 const INDEX: &str = "model.safetensors.index.json";
@@ -81,6 +82,31 @@ impl Folder {
         let (entry, bytes, _) = self.get(name).ok_or_else(missing)?;
         let stored = Tensor::f_from_data_size(bytes, shape, entry.dtype.kind())?;
         Ok(stored.f_to_device(device)?.f_to_kind(kind)?)
+    }
+
+    /// A tensor of one or two axes, which has been checked, where it is mapped.
+    pub(crate) fn matrix(&self, name: &str) -> Result<Matrix> {
+        let missing = || Error::malformed(self.place(), format!("lacks tensor {name:?}"));
+        let file = &self.files[*self.places.get(name).ok_or_else(missing)?];
+        let (entry, _) = file.get(name).ok_or_else(missing)?;
+        let bytes = file.mapped(name).ok_or_else(missing)?;
+        let storage = match entry.dtype {
+            Dtype::F32 => Storage::F32,
+            Dtype::Bf16 => Storage::Bf16,
+            Dtype::F16 => Storage::F16,
+            Dtype::F64 => {
+                return Err(Error::unsupported(
+                    file.place(),
+                    format!("tensor {name:?} is F64; store it as F32 or BF16"),
+                ));
+            }
+        };
+        let (rows, columns) = match entry.shape[..] {
+            [columns] => (1, columns),
+            [rows, columns] => (rows, columns),
+            _ => return Err(Error::unsupported(file.place(), format!("tensor {name:?} of shape {:?}", entry.shape))),
+        };
+        Matrix::new(bytes, storage, rows as usize, columns as usize).ok_or_else(missing)
     }
 
     /// Where the weights lie, for errors.

@@ -5,8 +5,9 @@
 //! of these the evenest is taken (the least sum of squares), and of equally even ones the one whose
 //! early stages hold fewer layers. So 126 equal layers on 16 stages are 2 of 7 and then 14 of 8.
 //!
-//! Costs are compared as whole multiples of 2⁻⁴⁰ of the largest: a tie is a tie, whatever the last
-//! bit of a sum says, and every process of a group works out the same split.
+//! Costs are compared as whole multiples of about 2⁻⁴⁰ of the largest, the unit a power of two: equal
+//! costs and whole ones tie exactly, whatever the last bit of a sum of doubles says, and every process
+//! of a group works out the same split.
 
 use std::ops::Range;
 
@@ -14,7 +15,7 @@ use retort_core::{Code, Error, Result};
 
 use crate::Config;
 
-/// The finest difference between two costs, as a part of the largest.
+/// The finest difference between two costs, as a part of the power of two below the largest.
 const STEPS: f64 = (1_u64 << 40) as f64;
 
 /// Floating-point operations a token, a multiplication and an addition counted as two.
@@ -88,7 +89,7 @@ fn check(layers: &[f64], first: f64, last: f64, stages: usize) -> Result<()> {
     Ok(())
 }
 
-/// The costs as whole numbers, the largest 2⁴⁰. The first layer is always with stage 0 and the last
+/// The costs as whole numbers, the largest between 2⁴⁰ and 2⁴¹. The first layer is always with stage 0 and the last
 /// one always with the last stage, so what these do besides is added there.
 fn whole(layers: &[f64], first: f64, last: f64) -> Result<Vec<u64>> {
     let mut costs = layers.to_vec();
@@ -105,8 +106,9 @@ fn whole(layers: &[f64], first: f64, last: f64) -> Result<Vec<u64>> {
             format!("a layer and what its stage does besides add up to more than {:e}; use a larger unit", f64::MAX),
         ));
     }
-    let scale = |cost: f64| if largest > 0.0 { (cost / largest * STEPS).round() as u64 } else { 0 };
-    Ok(costs.into_iter().map(scale).collect())
+    // The exponent's bits alone: the power of two below.
+    let unit = f64::from_bits(largest.to_bits() & f64::INFINITY.to_bits()).max(f64::MIN_POSITIVE);
+    Ok(costs.into_iter().map(|cost| (cost / unit * STEPS).round() as u64).collect())
 }
 
 /// The least cost within which `stages` runs hold every layer.

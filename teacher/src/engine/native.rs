@@ -12,7 +12,6 @@ use std::{
 use retort_artifact::{sha256_hex, soft_targets::Sequence};
 use retort_core::{Code, Error, Result, spec::MAX_HEAD};
 use retort_llama::{Config, Part, Tokenizer, tensors_sha256};
-use tch::{Device, Kind};
 use time::{OffsetDateTime, macros::datetime};
 
 use super::{Capabilities, Engine, Generation, Text, Watch};
@@ -21,7 +20,7 @@ use crate::{
     fingerprint::Fingerprint,
     group::Group,
     stage::{
-        Computing, Stage, dtype,
+        Arithmetic, Stage,
         pipeline::{Local, Pipeline},
     },
     torch::model,
@@ -34,24 +33,26 @@ const PINNED_DATE: OffsetDateTime = datetime!(2024-07-26 00:00 UTC);
 pub struct Native {
     pipeline: Box<dyn Pipeline>,
     config: Config,
+    /// Of a key or value.
+    number_bytes: u64,
     tokenizer: Tokenizer,
     capabilities: Capabilities,
 }
 
 impl Native {
     /// Loads a Hugging Face folder.
-    pub fn load(dir: &Path, device: Device, kind: Kind) -> Result<Self> {
+    pub fn load(dir: &Path, arithmetic: &Arithmetic) -> Result<Self> {
         let fingerprint = Fingerprint::of(dir)?;
         let tokenizer = tokenizer(dir)?;
         let config = Config::from_dir(dir).map_err(model)?;
-        let computing = Computing { devices: vec![device], kind };
-        let stage = Stage::load(dir, Part::whole(&config), &computing)?;
-        let capabilities = Self::capabilities(dir, fingerprint.weights_sha256()?, &tokenizer, &config, kind)?;
-        Ok(Self { pipeline: Box::new(Local::new(stage)), config, tokenizer, capabilities })
+        let stage = Stage::load(dir, Part::whole(&config), arithmetic)?;
+        let capabilities = Self::capabilities(dir, fingerprint.weights_sha256()?, &tokenizer, &config, arithmetic)?;
+        let number_bytes = arithmetic.number_bytes() as u64;
+        Ok(Self { pipeline: Box::new(Local::new(stage)), config, number_bytes, tokenizer, capabilities })
     }
 
     /// Has the stages of a group load a folder; this process, stage 0, reads no more weights than its own.
-    pub fn load_in_group(dir: &Path, group: Rc<RefCell<Group>>, kind: Kind) -> Result<Self> {
+    pub fn load_in_group(dir: &Path, group: Rc<RefCell<Group>>, arithmetic: &Arithmetic) -> Result<Self> {
         let tokenizer = tokenizer(dir)?;
         let config = Config::from_dir(dir).map_err(model)?;
         let teacher_sha256 = {
@@ -60,15 +61,16 @@ impl Native {
             let tensors = group.load(dir)?.tensors.iter();
             tensors_sha256(tensors.map(|(name, (shape, sha256))| (name.as_str(), shape.as_str(), sha256.as_slice())))
         };
-        let capabilities = Self::capabilities(dir, teacher_sha256, &tokenizer, &config, kind)?;
-        Ok(Self { pipeline: Box::new(group), config, tokenizer, capabilities })
+        let capabilities = Self::capabilities(dir, teacher_sha256, &tokenizer, &config, arithmetic)?;
+        let number_bytes = arithmetic.number_bytes() as u64;
+        Ok(Self { pipeline: Box::new(group), config, number_bytes, tokenizer, capabilities })
     }
 
     /// What the folder's engine will be, without its weights in memory; they are read once, for their hash.
-    pub fn describe(dir: &Path, kind: Kind) -> Result<Capabilities> {
+    pub fn describe(dir: &Path, arithmetic: &Arithmetic) -> Result<Capabilities> {
         let fingerprint = Fingerprint::of(dir)?;
         let config = Config::from_dir(dir).map_err(model)?;
-        Self::capabilities(dir, fingerprint.weights_sha256()?, &tokenizer(dir)?, &config, kind)
+        Self::capabilities(dir, fingerprint.weights_sha256()?, &tokenizer(dir)?, &config, arithmetic)
     }
 
     fn capabilities(
@@ -76,7 +78,7 @@ impl Native {
         teacher_sha256: String,
         tokenizer: &Tokenizer,
         config: &Config,
-        kind: Kind,
+        arithmetic: &Arithmetic,
     ) -> Result<Capabilities> {
         let vocab_size = u32::try_from(config.vocab_size)
             .map_err(|_| Error::new(Code::ModelUnsupported, format!("a vocabulary of {}", config.vocab_size)))?;
@@ -91,9 +93,9 @@ impl Native {
             ));
         }
         Ok(Capabilities {
-            engine: "native",
+            engine: arithmetic.engine(),
             engine_version: env!("CARGO_PKG_VERSION"),
-            dtype: dtype(kind),
+            dtype: arithmetic.dtype(),
             vocab_size,
             context: u32::try_from(config.max_position_embeddings).unwrap_or(u32::MAX),
             max_head: vocab_size,
@@ -152,8 +154,7 @@ impl Engine for Native {
         capture: &Capture,
         watch: Watch,
     ) -> Result<Vec<Sequence>> {
-        let number_bytes = if self.capabilities.dtype == "bf16" { 2 } else { 4 };
-        generate::run(&mut *self.pipeline, &self.config, number_bytes, texts, order, capture, watch)
+        generate::run(&mut *self.pipeline, &self.config, self.number_bytes, texts, order, capture, watch)
     }
 
     fn score(&mut self, texts: &[Text], capture: &Capture, watch: Watch) -> Result<Vec<Sequence>> {
@@ -164,8 +165,7 @@ impl Engine for Native {
 /// The native engine of the model that was asked for last; loaded again only when another is asked
 /// for or its files changed.
 pub struct Loaded {
-    device: Device,
-    kind: Kind,
+    arithmetic: Arithmetic,
     /// The stages that compute, where this process is the first of a group.
     group: Option<Rc<RefCell<Group>>>,
     engine: Option<(PathBuf, Fingerprint, Native)>,
@@ -174,13 +174,13 @@ pub struct Loaded {
 }
 
 impl Loaded {
-    pub fn new(device: Device, kind: Kind) -> Self {
-        Self { device, kind, group: None, engine: None, described: None }
+    pub fn new(arithmetic: Arithmetic) -> Self {
+        Self { arithmetic, group: None, engine: None, described: None }
     }
 
-    /// Models whose layers are spread over a group; `device` and `kind` are those of every stage.
-    pub fn in_group(group: Group, device: Device, kind: Kind) -> Self {
-        Self { group: Some(Rc::new(RefCell::new(group))), ..Self::new(device, kind) }
+    /// Models whose layers are spread over a group, each stage of which has this arithmetic.
+    pub fn in_group(group: Group, arithmetic: Arithmetic) -> Self {
+        Self { group: Some(Rc::new(RefCell::new(group))), ..Self::new(arithmetic) }
     }
 
     /// Says in the log what each stage of the group did since the last time.
@@ -202,7 +202,7 @@ impl Loaded {
         let capabilities = match self.group {
             // Only its stages know the weights.
             Some(_) => self.get(dir)?.capabilities.clone(),
-            None => Native::describe(dir, self.kind)?,
+            None => Native::describe(dir, &self.arithmetic)?,
         };
         self.described = Some((dir.to_owned(), fingerprint, capabilities.clone()));
         Ok(capabilities)
@@ -216,8 +216,8 @@ impl Loaded {
             self.engine = None;
             let started = std::time::Instant::now();
             let engine = match &self.group {
-                Some(group) => Native::load_in_group(dir, Rc::clone(group), self.kind)?,
-                None => Native::load(dir, self.device, self.kind)?,
+                Some(group) => Native::load_in_group(dir, Rc::clone(group), &self.arithmetic)?,
+                None => Native::load(dir, &self.arithmetic)?,
             };
             tracing::info!(
                 model = %dir.display(),

@@ -63,10 +63,6 @@ impl Loaded {
             shape: tensor.shape.clone(),
             sha256: tensor.sha256.to_vec(),
         };
-        proto::LayersLoaded {
-            bytes_read: self.bytes_read,
-            seconds,
-            tensors: self.tensors.iter().map(tensor).collect(),
-        }
+        proto::LayersLoaded { bytes_read: self.bytes_read, seconds, tensors: self.tensors.iter().map(tensor).collect() }
     }
 }

@@ -118,7 +118,10 @@ impl StageService for Door {
     type JoinStream = ReceiverStream<Result<proto::JoinResponse, Status>>;
     type PassStream = ReceiverStream<Result<proto::PassResponse, Status>>;
 
-    async fn join(&self, request: Request<Streaming<proto::JoinRequest>>) -> Result<Response<Self::JoinStream>, Status> {
+    async fn join(
+        &self,
+        request: Request<Streaming<proto::JoinRequest>>,
+    ) -> Result<Response<Self::JoinStream>, Status> {
         let mut requests = request.into_inner();
         let theirs = match first(&mut requests).await?.and_then(|message| message.what) {
             Some(join_request::What::Hello(hello)) => hello,
@@ -134,7 +137,10 @@ impl StageService for Door {
         Ok(Response::new(ReceiverStream::new(stream)))
     }
 
-    async fn pass(&self, request: Request<Streaming<proto::PassRequest>>) -> Result<Response<Self::PassStream>, Status> {
+    async fn pass(
+        &self,
+        request: Request<Streaming<proto::PassRequest>>,
+    ) -> Result<Response<Self::PassStream>, Status> {
         let mut messages = request.into_inner();
         let link = match first(&mut messages).await?.and_then(|message| message.what) {
             Some(pass_request::What::Link(link)) => link,

@@ -63,7 +63,11 @@ pub(super) fn same_model(
 
 /// The ranges that `--layers` gave, once they are known to cover `layers` without gap or overlap;
 /// `None` where no stage gives any.
-pub(super) fn given_layers(given: &[Option<Range<u32>>], layers: u32, name: impl Fn(usize) -> String) -> Result<Option<Vec<Range<u32>>>> {
+pub(super) fn given_layers(
+    given: &[Option<Range<u32>>],
+    layers: u32,
+    name: impl Fn(usize) -> String,
+) -> Result<Option<Vec<Range<u32>>>> {
     if given.iter().all(Option::is_none) {
         return Ok(None);
     }
@@ -79,7 +83,10 @@ pub(super) fn given_layers(given: &[Option<Range<u32>>], layers: u32, name: impl
         if range.start != next || range.end > layers {
             return Err(mismatch(format!(
                 "{} has --layers {}-{}, and layer {next} of {layers} comes next; the stages' layers must follow each other from 0 to {}",
-                name(stage), range.start, range.end - 1, layers - 1
+                name(stage),
+                range.start,
+                range.end - 1,
+                layers - 1
             )));
         }
         next = range.end;

@@ -237,6 +237,9 @@ impl Attendant {
 
 fn text(model: &Path) -> Result<String> {
     model.to_str().map(str::to_owned).ok_or_else(|| {
-        Error::new(Code::RequestInvalid, format!("{}: the other stages cannot be told a name that is no UTF-8", model.display()))
+        Error::new(
+            Code::RequestInvalid,
+            format!("{}: the other stages cannot be told a name that is no UTF-8", model.display()),
+        )
     })
 }

@@ -14,11 +14,7 @@ use std::{
     time::{Duration, Instant},
 };
 
-use retort_core::{
-    Code, Error, Result,
-    task_group::TaskGroup,
-    wire::error_to_proto,
-};
+use retort_core::{Code, Error, Result, task_group::TaskGroup, wire::error_to_proto};
 use retort_llama::Part;
 use retort_process::Ready;
 use retort_proto::{self as proto, join_request, join_response};
@@ -348,7 +344,9 @@ async fn take_requests(
                 let why = error_from_proto(error);
                 return Err(Error::new(Code::GroupBroken, format!("stage 0 ends the group: {}", why.message)));
             }
-            Some(join_request::What::Hello(_)) | None => return Err(wrong("stage 0 says something else than a request")),
+            Some(join_request::What::Hello(_)) | None => {
+                return Err(wrong("stage 0 says something else than a request"));
+            }
         };
         if todo.try_send(task).is_err() {
             return Err(wrong("stage 0 asks for more before the last was done"));

@@ -13,6 +13,8 @@ use retort_core::{Code, Error, Result};
 
 use super::tls::{Tls, TlsArgs};
 
+/// Where a stage listens under LeaderWorkerSet, unless --listen says otherwise.
+const PORT: u16 = 7475;
 /// Most stages of a group.
 const MAX_STAGES: usize = 256;
 
@@ -25,15 +27,12 @@ pub struct GroupArgs {
     /// Which stage this is and of how many, from 0: 0/4 to 3/4 [default: from LeaderWorkerSet]
     #[arg(long, value_name = "I/N")]
     pub stage: Option<String>,
-    /// Where this stage listens for the others [default: 0.0.0.0 and --group-port under LeaderWorkerSet]
+    /// Where this stage listens for the others [default: its entry in --peers; 0.0.0.0:7475 under LeaderWorkerSet]
     #[arg(long, value_name = "HOST:PORT")]
     pub listen: Option<String>,
     /// Where all stages listen, in their order, this one included [default: from LeaderWorkerSet]
     #[arg(long, value_name = "HOST:PORT,...", value_delimiter = ',')]
     pub peers: Vec<String>,
-    /// Port of every stage under LeaderWorkerSet
-    #[arg(long, env = "RETORT_GROUP_PORT", default_value_t = 7475, value_name = "PORT")]
-    pub group_port: u16,
     /// Layers of this stage, first and last: 0-14; for every stage of the group or for none [default: balanced by measured cost]
     #[arg(long, value_name = "FIRST-LAST")]
     pub layers: Option<String>,
@@ -89,7 +88,8 @@ impl Place {
     pub fn new(args: &GroupArgs, set: &LeaderWorkerSet) -> Result<Option<Self>> {
         let Some(group) = args.group.clone() else {
             let given = [("--stage", args.stage.is_some()), ("--listen", args.listen.is_some())];
-            let given = given.into_iter().chain([("--peers", !args.peers.is_empty()), ("--layers", args.layers.is_some())]);
+            let given =
+                given.into_iter().chain([("--peers", !args.peers.is_empty()), ("--layers", args.layers.is_some())]);
             return match given.into_iter().find(|(_, given)| *given) {
                 Some((flag, _)) => Err(invalid(format!("{flag} says where in a group, and --group NAME is missing"))),
                 None => Ok(None),
@@ -100,14 +100,15 @@ impl Place {
             (None, Some(index), Some(size)) => stage_of(&format!("{index}/{size}"))?,
             _ => {
                 return Err(invalid(
-                    "--group needs --stage I/N, or LWS_WORKER_INDEX and LWS_GROUP_SIZE, which LeaderWorkerSet sets".into(),
+                    "--group needs --stage I/N, or LWS_WORKER_INDEX and LWS_GROUP_SIZE, which LeaderWorkerSet sets"
+                        .into(),
                 ));
             }
         };
         if stages == 1 {
             return Ok(None);
         }
-        let peers = if args.peers.is_empty() { pods(set, stages, args.group_port)? } else { args.peers.clone() };
+        let peers = if args.peers.is_empty() { pods(set, stages, args.listen.as_deref())? } else { args.peers.clone() };
         if peers.len() != stages {
             return Err(invalid(format!(
                 "--peers names {} addresses for {stages} stages; name every stage's, this one's too",
@@ -122,7 +123,7 @@ impl Place {
         }
         let listen = match &args.listen {
             Some(listen) => listen.clone(),
-            None if args.peers.is_empty() => format!("0.0.0.0:{}", args.group_port),
+            None if args.peers.is_empty() => format!("0.0.0.0:{PORT}"),
             None => peers[stage].clone(),
         };
         host_and_port(&listen)?;
@@ -193,8 +194,9 @@ fn layers_of(text: &str) -> Result<Range<u32>> {
     }
 }
 
-/// Addresses of a group's pods, from the first one's.
-fn pods(set: &LeaderWorkerSet, stages: usize, port: u16) -> Result<Vec<String>> {
+/// Addresses of a group's pods, from the first one's; all listen on the port that this one listens on.
+fn pods(set: &LeaderWorkerSet, stages: usize, listen: Option<&str>) -> Result<Vec<String>> {
+    let port = listen.map_or(Ok(PORT), |listen| host_and_port(listen).map(|(_, port)| port))?;
     let leader = set.leader_address.as_deref().ok_or_else(|| {
         invalid("--group needs --peers H0:P0,H1:P1,..., or LWS_LEADER_ADDRESS, which LeaderWorkerSet sets".into())
     })?;

@@ -49,7 +49,11 @@ impl Computer for Sums {
 
     fn load(&mut self, _: &Path, part: &Part) -> Result<Loaded> {
         self.part = Some(part.clone());
-        let tensor = |layer: usize| TensorHash { name: format!("layer {layer}"), shape: "F32 [1]".into(), sha256: [layer as u8; 32] };
+        let tensor = |layer: usize| TensorHash {
+            name: format!("layer {layer}"),
+            shape: "F32 [1]".into(),
+            sha256: [layer as u8; 32],
+        };
         Ok(Loaded { bytes_read: 4 * part.layers.len() as u64, tensors: part.layers.clone().map(tensor).collect() })
     }
 
@@ -113,7 +117,7 @@ fn target(state: u64) -> Taken {
 
 fn begin() -> Begin {
     let capture = Capture { codec: Codec::TopK { head: 8 }, temperatures: vec![2.0], seed: 7 };
-    let sampler = Some(Sampler { temperature: 0.7, top_p: 0.9, seed: 7 });
+    let sampler = Some(Sampler { top_k: 40, min_p: 0.05, repetition_penalty: 1.25, ..Sampler::new(0.7, 0.9, 7) });
     Begin { capture, sampler, room: Room { lanes: 2, slots: 4, capacity: 100_000 } }
 }
 
@@ -133,7 +137,8 @@ fn steps() -> Vec<Step> {
 
 /// What one process computes.
 fn alone(steps: &[Step]) -> Vec<Vec<Taken>> {
-    let mut sums = Sums { part: Some(Part { layers: 0..LAYERS as usize, embeds: true, heads: true }), ..Sums::default() };
+    let mut sums =
+        Sums { part: Some(Part { layers: 0..LAYERS as usize, embeds: true, heads: true }), ..Sums::default() };
     let run = |step: &Step| match sums.run(step, None).unwrap() {
         Output::Taken(taken) => taken,
         Output::Activations(_) => panic!("no targets"),
@@ -216,9 +221,8 @@ impl World {
 
     fn of(places: Vec<Place>, computer: impl Fn(usize) -> Sums) -> Result<Self> {
         let stops: Vec<CancellationToken> = places.iter().map(|_| CancellationToken::new()).collect();
-        let members = places[1..].iter().map(|place| {
-            member(place.clone(), computer(place.stage), stops[place.stage].clone())
-        });
+        let members =
+            places[1..].iter().map(|place| member(place.clone(), computer(place.stage), stops[place.stage].clone()));
         let members = members.collect();
         let runtime = tokio::runtime::Builder::new_multi_thread().worker_threads(1).enable_all().build().unwrap();
         let formed = runtime.block_on(Formed::new(places[0].clone(), "f32", &stops[0]))?;
@@ -285,7 +289,8 @@ fn a_step_that_cannot_be_computed_fails_its_run_and_no_other() {
 #[test]
 fn a_busy_stage_is_not_a_dead_one() {
     let slow = dial::SILENCE + Duration::from_secs(2);
-    let mut world = World::with(2, |stage| Sums { slow: if stage == 1 { slow } else { Duration::ZERO }, ..Sums::default() });
+    let mut world =
+        World::with(2, |stage| Sums { slow: if stage == 1 { slow } else { Duration::ZERO }, ..Sums::default() });
     world.group.load(Path::new("/m")).unwrap();
     let steps = &steps()[..1];
     assert!(drive(&mut world.group, steps).unwrap() == alone(steps));

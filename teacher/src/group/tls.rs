@@ -51,16 +51,14 @@ impl Tls {
 
     pub(super) fn client(&self, host: &str) -> ClientTlsConfig {
         let name = host.trim_start_matches('[').trim_end_matches(']');
-        ClientTlsConfig::new()
-            .identity(self.identity.clone())
-            .ca_certificate(self.authority.clone())
-            .domain_name(name)
+        ClientTlsConfig::new().identity(self.identity.clone()).ca_certificate(self.authority.clone()).domain_name(name)
     }
 }
 
 fn pem(path: &PathBuf) -> Result<Vec<u8>> {
     let size = std::fs::metadata(path).map_err(|error| Error::io(path, error))?.len();
-    let bytes = if size > MAX_BYTES { Vec::new() } else { std::fs::read(path).map_err(|error| Error::io(path, error))? };
+    let bytes =
+        if size > MAX_BYTES { Vec::new() } else { std::fs::read(path).map_err(|error| Error::io(path, error))? };
     if !bytes.starts_with(b"-----BEGIN ") && !bytes.windows(12).any(|at| at == b"\n-----BEGIN ") {
         return Err(Error::new(
             Code::RequestInvalid,

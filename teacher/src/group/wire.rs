@@ -33,6 +33,9 @@ pub(super) fn begin_to_proto(run: u64, begin: &Begin) -> proto::BeginRun {
             temperature: sampler.temperature,
             top_p: sampler.top_p,
             seed: sampler.seed,
+            top_k: sampler.top_k,
+            min_p: sampler.min_p,
+            repetition_penalty: sampler.repetition_penalty,
         }),
         lanes: begin.room.lanes,
         slots: begin.room.slots,
@@ -53,6 +56,9 @@ pub(super) fn begin_from_proto(begin: proto::BeginRun) -> Result<(u64, Begin)> {
     let sampler = begin.sampler.map(|sampler| Sampler {
         temperature: sampler.temperature,
         top_p: sampler.top_p,
+        top_k: sampler.top_k,
+        min_p: sampler.min_p,
+        repetition_penalty: sampler.repetition_penalty,
         seed: sampler.seed,
     });
     let room = Room { lanes: begin.lanes, slots: begin.slots, capacity: begin.capacity };

@@ -43,8 +43,8 @@ fn tokens_are_the_obvious_ones() {
         for (temperature, top_p) in [(0.7, 0.95), (1.0, 1.0), (1.3, 0.5), (2.0, 1.0), (0.7, 1e-6)] {
             let n = 200;
             let logits_bv = random_logits(n, vocab, scale);
-            let sampler = Sampler { temperature, top_p, seed: 12 };
-            let tokens = sampler.next(&logits_bv, &places(n as u64)).unwrap();
+            let sampler = Sampler::new(temperature, top_p, 12);
+            let tokens = sampler.next(&logits_bv, &places(n as u64), &[]).unwrap();
             let agree = (0..n as usize)
                 .filter(|&index| {
                     let logits = Vec::<f32>::try_from(&logits_bv.get(index as i64)).unwrap();
@@ -63,7 +63,7 @@ fn temperature_zero_is_the_most_likely_token() {
     let logits_bv = random_logits(5, 300, 1.0);
     let expected: Vec<i64> = Vec::try_from(&logits_bv.argmax(1, false)).unwrap();
     for temperature in [0.0, 1e-5] {
-        let tokens = Sampler { temperature, top_p: 0.9, seed: 0 }.next(&logits_bv, &places(5)).unwrap();
+        let tokens = Sampler::new(temperature, 0.9, 0).next(&logits_bv, &places(5), &[]).unwrap();
         assert_eq!(tokens.iter().map(|&id| i64::from(id)).collect::<Vec<_>>(), expected);
     }
 }
@@ -71,14 +71,14 @@ fn temperature_zero_is_the_most_likely_token() {
 #[test]
 fn a_draw_depends_on_its_place_alone() {
     let logits_bv = random_logits(6, 500, 1.0);
-    let sampler = Sampler { temperature: 1.0, top_p: 0.9, seed: 4 };
+    let sampler = Sampler::new(1.0, 0.9, 4);
     let places = places(6);
-    let together = sampler.next(&logits_bv, &places).unwrap();
+    let together = sampler.next(&logits_bv, &places, &[]).unwrap();
     for index in 0..6usize {
-        let alone = sampler.next(&logits_bv.narrow(0, index as i64, 1), &places[index..=index]).unwrap();
+        let alone = sampler.next(&logits_bv.narrow(0, index as i64, 1), &places[index..=index], &[]).unwrap();
         assert_eq!(alone[0], together[index]);
     }
-    let other_seed = Sampler { seed: 5, ..sampler }.next(&logits_bv, &places).unwrap();
+    let other_seed = Sampler { seed: 5, ..sampler }.next(&logits_bv, &places, &[]).unwrap();
     assert_ne!(other_seed, together);
 }
 
@@ -86,7 +86,7 @@ fn a_draw_depends_on_its_place_alone() {
 fn logits_that_are_no_numbers_end_in_some_token() {
     let logits_bv = Tensor::full([2, 300], f64::NAN, (Kind::Float, Device::Cpu));
     for top_p in [0.9, 1.0] {
-        let tokens = Sampler { temperature: 1.0, top_p, seed: 0 }.next(&logits_bv, &places(2)).unwrap();
+        let tokens = Sampler::new(1.0, top_p, 0).next(&logits_bv, &places(2), &[]).unwrap();
         assert_eq!(tokens.len(), 2);
         assert!(tokens.iter().all(|&id| id < 300));
     }

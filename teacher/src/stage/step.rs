@@ -1,6 +1,7 @@
 //! What a stage is told, and what it answers: plain data, which crosses threads and machines alike.
 
 use retort_artifact::soft_targets::Position;
+use retort_core::{Code, Error, Result};
 use retort_llama::{Part, Piece as Run, Room, Share};
 
 use crate::{capture::Capture, sampling::Sampler};
@@ -72,8 +73,8 @@ pub enum Output {
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Held {
     pub part: Part,
-    /// `f32` or `bf16`: of its arithmetic and its activations.
-    pub dtype: &'static str,
+    /// Bytes of a number of its activations.
+    pub number_bytes: u32,
     pub hidden_size: u32,
     /// Bytes of weights that were read.
     pub bytes_read: u64,
@@ -82,6 +83,19 @@ pub struct Held {
 /// The name of a completion's random streams: line of the prompt set, and which of its completions.
 pub fn stream(row: u64, completion: u32) -> u64 {
     row | u64::from(completion) << 40
+}
+
+impl Activations {
+    /// Refuses bytes that are not as many as tokens and hidden size call for.
+    pub fn check(&self, number_bytes: usize, hidden: i64) -> Result<()> {
+        let needed = u64::from(self.tokens) * hidden.unsigned_abs() * number_bytes as u64;
+        if self.bytes.len() as u64 == needed {
+            return Ok(());
+        }
+        let (held, tokens) = (self.bytes.len(), self.tokens);
+        let message = format!("{held} bytes of activations for {tokens} tokens of {hidden}; it must be {needed}");
+        Err(Error::new(Code::RequestInvalid, message))
+    }
 }
 
 impl Step {

@@ -17,6 +17,7 @@ use crate::{
     Teacher,
     handler::set_aside,
     shard::{compute, faithful},
+    stage::Arithmetic,
 };
 
 const JOB: &str = "0190a5b4c6d87e8fa0b1c2d3e4f50617";
@@ -80,7 +81,7 @@ impl World {
         let jsonl = prompts::to_jsonl(&rows(6));
         let prompt_set = sha256_hex(&jsonl);
         store.put_new(&paths::prompt_set(&prompt_set), jsonl.into()).await.unwrap();
-        let teacher = Teacher::new(Device::Cpu, Kind::Float, Some(1)).unwrap();
+        let teacher = Teacher::new(Arithmetic::on(Device::Cpu, Kind::Float, Some(1)), Some(1)).unwrap();
         Self { folder, store, seen: Arc::default(), published: Arc::default(), teacher, prompt_set }
     }
 

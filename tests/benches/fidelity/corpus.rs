@@ -14,6 +14,7 @@ use retort_teacher::{
     capture::Capture,
     engine::{Engine as _, Generation, native::Native},
     sampling::Sampler,
+    stage::Arithmetic,
     text,
 };
 use retort_tests::teacher::smollm2;
@@ -103,14 +104,14 @@ pub fn prepare(folder: &Path) -> Result<Corpus, Failure> {
 }
 
 fn answer() -> Result<Vec<Answered>, Failure> {
-    let mut engine = Native::load(&smollm2(), Device::Cpu, Kind::Float)?;
+    let mut engine = Native::load(&smollm2(), &Arithmetic::on(Device::Cpu, Kind::Float, None))?;
     let prompts = std::fs::read(Path::new(env!("CARGO_MANIFEST_DIR")).join("../examples/support/prompts.jsonl"))?;
     let rows: Vec<Row> = prompts::parse("prompts.jsonl", &prompts)?;
     let context = engine.capabilities().context;
     let texts =
         (0u64..).zip(&rows).map(|(line, row)| text::prompt(engine.tokenizer(), context, MAX_NEW_TOKENS, line, row));
     let texts = texts.collect::<Result<Vec<_>, _>>()?;
-    let sampler = Sampler { temperature: 0.7, top_p: 0.95, seed: SEED };
+    let sampler = Sampler::new(0.7, 0.95, SEED);
     let capture = Capture { codec: Codec::TopK { head: 1 }, temperatures: vec![], seed: SEED };
     let mut answered = Vec::new();
     for (texts, rows) in texts.chunks(16).zip(rows.chunks(16)) {

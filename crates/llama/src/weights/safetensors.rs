@@ -9,9 +9,11 @@ use std::{
     fs::File,
     io::{BufWriter, Write},
     path::Path,
+    sync::Arc,
 };
 
 use memmap2::Mmap;
+use retort_kernels::Bytes;
 use serde_json::{Map, Value, json};
 use tch::{Kind, Tensor};
 
@@ -42,7 +44,7 @@ pub(crate) struct Entry {
 /// A mapped file whose header has been checked.
 pub(crate) struct SafetensorsFile {
     place: String,
-    map: Mmap,
+    map: Arc<Mmap>,
     data_start: usize,
     entries: BTreeMap<String, Entry>,
 }
@@ -114,7 +116,7 @@ impl SafetensorsFile {
             return Err(Error::Truncated { path: place, expected: data_start, actual: size });
         }
         let entries = entries(&place, &map[8..data_start as usize], size - data_start, size)?;
-        Ok(Self { place, map, data_start: data_start as usize, entries })
+        Ok(Self { place, map: Arc::new(map), data_start: data_start as usize, entries })
     }
 
     pub(crate) fn place(&self) -> &str {
@@ -129,6 +131,15 @@ impl SafetensorsFile {
         let entry = self.entries.get(name)?;
         let range = self.data_start + entry.begin as usize..self.data_start + entry.end as usize;
         Some((entry, self.map.get(range)?))
+    }
+}
+
+impl SafetensorsFile {
+    /// A tensor's bytes, where they are mapped.
+    pub(crate) fn mapped(&self, name: &str) -> Option<Bytes> {
+        let entry = self.entries.get(name)?;
+        let at = |offset: u64| self.data_start + offset as usize;
+        Bytes::new(self.map.clone(), at(entry.begin), at(entry.end))
     }
 }
 

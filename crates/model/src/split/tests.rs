@@ -37,13 +37,13 @@ proptest! {
         layers in prop::collection::vec(0_u8..6, 1..10),
         first in 0_u8..8,
         last in 0_u8..20,
-        stages in 1_usize..10,
+        stages in 0_usize..10,
     ) {
-        prop_assume!(stages <= layers.len());
+        let stages = 1 + stages % layers.len();
         let layers: Vec<f64> = layers.into_iter().map(f64::from).collect();
         let (first, last) = (f64::from(first), f64::from(last));
         let key = |split: &Vec<Range<usize>>| {
-            // Multiples of 2^-40 round; thousandths of the smallest cost above 0 do not care.
+            // Whole numbers, so exact.
             let costs = stage_costs(split, &layers, first, last);
             let squares: f64 = costs.iter().map(|cost| cost * cost).sum();
             (costs.into_iter().fold(0.0, f64::max) as u64, squares as u64, sizes(split))
@@ -57,9 +57,9 @@ proptest! {
         layers in prop::collection::vec(0.0_f64..1e12, 1..10),
         first in 0.0_f64..1e12,
         last in 0.0_f64..1e13,
-        stages in 1_usize..10,
+        stages in 0_usize..10,
     ) {
-        prop_assume!(stages <= layers.len());
+        let stages = 1 + stages % layers.len();
         let slowest = |split: &Vec<Range<usize>>| stage_costs(split, &layers, first, last).into_iter().fold(0.0, f64::max);
         let best = every_split(layers.len(), stages).iter().map(slowest).fold(f64::INFINITY, f64::min);
         let split = balance_layers(&layers, first, last, stages).unwrap();
@@ -70,9 +70,9 @@ proptest! {
     fn every_layer_is_held_once_and_in_order(
         layers in prop::collection::vec(0.0_f64..10.0, 1..200),
         last in 0.0_f64..50.0,
-        stages in 1_usize..64,
+        stages in 0_usize..64,
     ) {
-        prop_assume!(stages <= layers.len());
+        let stages = 1 + stages % layers.len();
         let split = balance_layers(&layers, 0.0, last, stages).unwrap();
         prop_assert_eq!(split.len(), stages);
         prop_assert!(split.iter().all(|range| !range.is_empty()));

@@ -43,7 +43,7 @@ pub(super) fn run(
     prompts.fit(slots);
     let shared = prompts.shared();
     let room = Room { lanes: lanes as u32, slots: slots + u32::from(shared > 0), capacity };
-    pipeline.begin(&Begin { capture: capture.clone(), sampler: Some(order.sampler.clone()), room })?;
+    pipeline.begin(&Begin { capture: capture.clone(), sampler: Some(order.sampler), room })?;
 
     let mut writing = Writing { order, ends: &config.eos_token_ids, sequences: Vec::new(), captured: 0 };
     writing.sequences = prompts.sequences().iter().copied().map(Written::new).collect();

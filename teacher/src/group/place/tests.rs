@@ -5,7 +5,6 @@ fn args(stage: Option<&str>, peers: &[&str]) -> GroupArgs {
         group: Some("g".into()),
         stage: stage.map(str::to_owned),
         peers: peers.iter().map(|&peer| peer.to_owned()).collect(),
-        group_port: 7475,
         group_patience: 10,
         ..GroupArgs::default()
     }
@@ -53,9 +52,10 @@ fn leader_worker_set_says_where_the_pods_are() {
     let place = Place::new(&GroupArgs { plaintext: true, ..args(None, &[]) }, &set).unwrap().unwrap();
     assert_eq!(place.stage, 2);
     assert_eq!(place.listen, "0.0.0.0:7475");
-    let pods =
-        ["teacher-3.teacher.models:7475", "teacher-3-1.teacher.models:7475", "teacher-3-2.teacher.models:7475"];
+    let pods = ["teacher-3.teacher.models:7475", "teacher-3-1.teacher.models:7475", "teacher-3-2.teacher.models:7475"];
     assert_eq!(place.peers, pods);
+    let listening = GroupArgs { listen: Some("0.0.0.0:7600".into()), plaintext: true, ..args(None, &[]) };
+    assert_eq!(Place::new(&listening, &set).unwrap().unwrap().peers[1], "teacher-3-1.teacher.models:7600");
     let far = Place::new(&args(None, &[]), &set).err().unwrap();
     assert!(far.message.contains("--tls-ca"), "{}", far.message);
 }

@@ -68,7 +68,11 @@ fn every_stage_ends_when_one_leaves() {
     let error = drive(&mut world.group, &many).unwrap_err();
     assert_eq!(error.code, Code::GroupBroken);
     assert!(error.is_retryable());
-    assert!(error.message.contains("stage 2 of group \"g\" at ") && error.message.contains("asked to stop"), "{}", error.message);
+    assert!(
+        error.message.contains("stage 2 of group \"g\" at ") && error.message.contains("asked to stop"),
+        "{}",
+        error.message
+    );
     assert!(started.elapsed() < Duration::from_secs(10), "{:?}", started.elapsed());
     let ends = world.end();
     assert!(ends[1].is_ok(), "the one that was asked to stop");
@@ -120,7 +124,8 @@ fn mutual_tls_carries_a_group_and_keeps_strangers_out() {
     let error = stranger.err().expect("a stranger stays outside");
     assert_eq!(error.code, Code::GroupBroken, "{}", error.message);
     let peers = addresses(2);
-    let again = |stage: usize| Place { peers: peers.clone(), listen: peers[stage].clone(), ..with_tls(stage, &ours, "own") };
+    let again =
+        |stage: usize| Place { peers: peers.clone(), listen: peers[stage].clone(), ..with_tls(stage, &ours, "own") };
     let mut world = World::of(vec![again(0), again(1)], |_| Sums::default()).unwrap();
     world.group.load(Path::new("/m")).unwrap();
     let steps = steps();
@@ -128,7 +133,10 @@ fn mutual_tls_carries_a_group_and_keeps_strangers_out() {
     world.end();
 }
 
-async fn dialled(place: &Place, stage: usize) -> proto::stage_service_client::StageServiceClient<tonic::transport::Channel> {
+async fn dialled(
+    place: &Place,
+    stage: usize,
+) -> proto::stage_service_client::StageServiceClient<tonic::transport::Channel> {
     let deadline = Instant::now() + WAIT;
     loop {
         match dial::dial(place, stage).await {

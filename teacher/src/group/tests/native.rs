@@ -8,7 +8,7 @@ use super::*;
 use crate::{
     engine::native::{Loaded as Models, Native},
     shard::compute,
-    stage::Computing,
+    stage::Arithmetic,
     tests::{order, rows, spec, tiny},
 };
 
@@ -16,9 +16,12 @@ const GENERATE: &str =
     "  sampling: {temperature: 1.0, top_p: 0.9, max_new_tokens: 24}\n  soft_targets: {head: 12, draws: 20}\n";
 const SCORE: &str = "  mode: score\n  soft_targets: {head: 12, draws: 20}\n";
 
+fn arithmetic() -> Arithmetic {
+    Arithmetic::on(Device::Cpu, Kind::Float, Some(1))
+}
+
 fn layers() -> Layers {
-    tch::set_num_threads(1);
-    Layers::new(Computing { devices: vec![Device::Cpu], kind: Kind::Float })
+    Layers::new(arithmetic())
 }
 
 /// Bytes and SHA-256 of the shard, computed by a group of this many stages, and what each stage read.
@@ -31,7 +34,7 @@ fn in_group(stages: usize, dir: &Path, order: &crate::shard::Order) -> (String, 
     let formed = runtime.block_on(Formed::new(place(&peers, 0), "f32", &CancellationToken::new())).unwrap();
     let mut group = Group::new(formed.parts, Box::new(layers()));
     let bytes_read = group.load(dir).unwrap().bytes_read.clone();
-    let mut models = Models::in_group(group, Device::Cpu, Kind::Float);
+    let mut models = Models::in_group(group, arithmetic());
     let engine = models.get(dir).unwrap();
     let encoded = compute(engine, order, &mut |_| Ok(())).unwrap();
     models.report();
@@ -44,10 +47,9 @@ fn in_group(stages: usize, dir: &Path, order: &crate::shard::Order) -> (String, 
 
 #[test]
 fn a_groups_shard_is_the_single_process_s() {
-    tch::set_num_threads(1);
     let folder = tempfile::tempdir().unwrap();
     tiny::write(folder.path(), 3);
-    let mut alone = Native::load(folder.path(), Device::Cpu, Kind::Float).unwrap();
+    let mut alone = Native::load(folder.path(), &arithmetic()).unwrap();
     for what in [SCORE, GENERATE] {
         let order = order(spec(folder.path(), what), rows(40), 0..40);
         let expected = compute(&mut alone, &order, &mut |_| Ok(())).unwrap();
@@ -65,15 +67,16 @@ fn each_stage_reads_its_own_tensors_and_no_others() {
     let order = order(spec(folder.path(), SCORE), rows(3), 0..3);
     let (_, bytes_read) = in_group(3, folder.path(), &order);
     let config = retort_llama::Config::from_dir(folder.path()).unwrap();
-    let sizes: BTreeMap<String, u64> = config
-        .tensors()
-        .into_iter()
-        .map(|(name, shape)| (name, 4 * shape.iter().product::<i64>() as u64))
-        .collect();
-    let of = |prefix: &str| -> u64 { sizes.iter().filter(|(name, _)| name.starts_with(prefix)).map(|(_, size)| size).sum() };
+    let sizes: BTreeMap<String, u64> =
+        config.tensors().into_iter().map(|(name, shape)| (name, 4 * shape.iter().product::<i64>() as u64)).collect();
+    let of =
+        |prefix: &str| -> u64 { sizes.iter().filter(|(name, _)| name.starts_with(prefix)).map(|(_, size)| size).sum() };
     // The head is the embedding once more.
     let embedding = of("model.embed_tokens");
-    let expected =
-        [embedding + of("model.layers.0."), of("model.layers.1."), of("model.layers.2.") + of("model.norm") + embedding];
+    let expected = [
+        embedding + of("model.layers.0."),
+        of("model.layers.1."),
+        of("model.layers.2.") + of("model.norm") + embedding,
+    ];
     assert_eq!(bytes_read, expected);
 }

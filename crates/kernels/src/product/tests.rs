@@ -1,0 +1,72 @@
+use proptest::prelude::*;
+
+use super::*;
+
+fn numbers(count: usize, step: usize) -> Vec<f32> {
+    (0..count).map(|i| ((i * step % 211) as f32 - 105.0) * 0.013).collect()
+}
+
+fn run(x: &[f32], m: usize, w: &Matrix, bias: Option<&[f32]>) -> Vec<f32> {
+    let mut out = vec![0.0; m * w.rows()];
+    linear(x, w.columns(), m, w, bias, Into::Store, &mut out, w.rows());
+    out
+}
+
+proptest! {
+    #[test]
+    fn sums_are_those_of_the_definition(m in 1usize..12, n in 1usize..11, k in 1usize..1700) {
+        let (x, w) = (numbers(m * k, 37), numbers(n * k, 53));
+        let bias = numbers(n, 17);
+        let matrix = Matrix::from_f32(&w, n, k).unwrap();
+        let mut out = numbers(m * n, 71);
+        let before = out.clone();
+        linear(&x, k, m, &matrix, Some(&bias), Into::Add, &mut out, n);
+        for i in 0..m {
+            for j in 0..n {
+                let products = x[i * k..(i + 1) * k].iter().zip(&w[j * k..(j + 1) * k]);
+                let sum: f64 = products.map(|(a, b)| f64::from(*a) * f64::from(*b)).sum();
+                let exact = sum + f64::from(before[i * n + j]) + f64::from(bias[j]);
+                prop_assert!((f64::from(out[i * n + j]) - exact).abs() < 1e-3, "{} {exact}", out[i * n + j]);
+            }
+        }
+    }
+
+    #[test]
+    fn a_row_is_the_same_bits_in_any_company(m in 2usize..9, n in 1usize..9, k in 1usize..900) {
+        let x = numbers(m * k, 41);
+        let matrix = Matrix::from_f32(&numbers(n * k, 29), n, k).unwrap();
+        let together = run(&x, m, &matrix, None);
+        for i in 0..m {
+            prop_assert_eq!(&run(&x[i * k..(i + 1) * k], 1, &matrix, None), &together[i * n..(i + 1) * n]);
+        }
+    }
+
+    /// The lanes that this processor has, against plain Rust.
+    #[test]
+    fn every_processor_gives_the_same_bits(m in 1usize..8, outputs in 1usize..5, k in 1usize..900) {
+        let (x, w) = (numbers(m * k, 43), numbers(outputs * k, 31));
+        let (mut here, mut plain) = (vec![0.0f32; m * outputs], vec![0.0f32; m * outputs]);
+        // SAFETY: the vectors are as long as the shapes say.
+        unsafe {
+            strip(x.as_ptr(), k, m, w.as_ptr(), k, outputs, k, w.as_ptr(), here.as_mut_ptr(), outputs, false);
+            strip_on::<crate::lanes::Plain>(x.as_ptr(), k, m, w.as_ptr(), k, outputs, k, w.as_ptr(), plain.as_mut_ptr(), outputs, false);
+        }
+        prop_assert_eq!(here, plain);
+    }
+}
+
+#[test]
+fn a_storage_is_what_it_reads_as() {
+    let (n, k, m) = (7, 100, 5);
+    let numbers_ = numbers(n * k, 53);
+    let wide = Matrix::from_f32(&numbers_, n, k).unwrap();
+    let x = numbers(m * k, 37);
+    for narrow in [wide.to_bf16().unwrap(), wide.to_int8().unwrap(), wide.to_f8_e4m3().unwrap()] {
+        let mut widened = vec![0.0; n * k];
+        for (row, out) in widened.chunks_mut(k).enumerate() {
+            narrow.read_row(row, out);
+        }
+        let widened = Matrix::from_f32(&widened, n, k).unwrap();
+        assert_eq!(run(&x, m, &narrow, None), run(&x, m, &widened, None), "{:?}", narrow.storage());
+    }
+}
