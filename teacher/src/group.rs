@@ -318,6 +318,11 @@ impl Group {
 
     /// What every stage did since the last report, one line of the log each.
     pub fn report(&mut self) {
+        let asked = self.peers.iter().try_for_each(Peer::ask_report);
+        if asked.is_err() || self.peers.iter_mut().try_for_each(Peer::reported).is_err() {
+            // The group is breaking, and that is told elsewhere.
+            return;
+        }
         let now = all_stats(&self.meter, &self.peer_stats);
         for (stage, stats) in now.iter().enumerate() {
             let spent = self.reported.get(stage).map_or_else(|| stats.clone(), |before| since(before, stats));

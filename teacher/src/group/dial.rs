@@ -37,8 +37,8 @@ pub(super) async fn dial(place: &Place, stage: usize) -> Result<StageServiceClie
     let endpoint = endpoint
         .connect_timeout(Duration::from_secs(3))
         .tcp_nodelay(true)
-        .http2_keep_alive_interval(BEAT * 2)
-        .keep_alive_timeout(SILENCE - BEAT * 2)
+        .http2_keep_alive_interval(SILENCE)
+        .keep_alive_timeout(SILENCE)
         .initial_stream_window_size(WINDOW)
         .initial_connection_window_size(WINDOW);
     let channel = endpoint.connect().await.map_err(|error| {
@@ -51,8 +51,8 @@ pub(super) async fn dial(place: &Place, stage: usize) -> Result<StageServiceClie
 pub(super) fn server(place: &Place) -> Result<Server> {
     let server = Server::builder()
         .tcp_nodelay(true)
-        .http2_keepalive_interval(Some(BEAT * 2))
-        .http2_keepalive_timeout(Some(SILENCE - BEAT * 2))
+        .http2_keepalive_interval(Some(SILENCE))
+        .http2_keepalive_timeout(Some(SILENCE))
         .initial_stream_window_size(WINDOW)
         .initial_connection_window_size(WINDOW);
     match &place.tls {

@@ -28,6 +28,7 @@ pub(super) enum Answer {
     Linked,
     Opened(proto::ModelOpened),
     Loaded(proto::LayersLoaded),
+    Reported,
     Refused(Error),
 }
 
@@ -94,6 +95,18 @@ impl Peer {
         }
     }
 
+    pub(super) fn ask_report(&self) -> Result<()> {
+        self.ask(join_request::What::Report(proto::ReportStats {}))
+    }
+
+    /// Waits until the peer's figures are those of now.
+    pub(super) fn reported(&mut self) -> Result<()> {
+        match self.answers.blocking_recv() {
+            Some(Answer::Reported) => Ok(()),
+            other => Err(self.unexpected(other)),
+        }
+    }
+
     fn ask(&self, what: join_request::What) -> Result<()> {
         self.requests.blocking_send(what).map_err(|_| self.health.why())
     }
@@ -151,6 +164,10 @@ impl Attendant {
                         continue;
                     }
                     Some(join_response::What::Broken(error)) => return error_from_proto(error),
+                    Some(join_response::What::Reported(stats)) => {
+                        self.note(Some(stats));
+                        Answer::Reported
+                    }
                     Some(join_response::What::Linked(_)) => Answer::Linked,
                     Some(join_response::What::Opened(opened)) => Answer::Opened(opened),
                     Some(join_response::What::Loaded(loaded)) => Answer::Loaded(loaded),

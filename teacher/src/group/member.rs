@@ -157,7 +157,7 @@ impl Life {
 
         let sending = link::send(place.clone(), self.incarnation, health.clone(), outgoing, linked);
         tasks.spawn("stage-link", watched(health.clone(), sending));
-        let requests = take_requests(place.clone(), health.clone(), joined.requests, todo.clone());
+        let requests = take_requests(place.clone(), health.clone(), joined.requests, todo.clone(), self.reporter(&joined.answers));
         tasks.spawn("stage-join", watched(health.clone(), requests));
         let beats = beat(health.clone(), self.meter.clone(), joined.answers, link_stands);
         tasks.spawn("stage-beat", watched(health.clone(), beats));
@@ -190,6 +190,16 @@ impl Life {
         let _ = answers.try_send(Ok(proto::JoinResponse { what: Some(broken) }));
         tokio::time::sleep(link::FAREWELL).await;
         why
+    }
+
+    /// Tells stage 0 what this stage has been doing.
+    fn reporter(&self, answers: &mpsc::Sender<Result<proto::JoinResponse, tonic::Status>>) -> impl Fn() + Send + use<> {
+        let (meter, answers) = (self.meter.clone(), answers.clone());
+        move || {
+            let what = join_response::What::Reported(meter.read());
+            // With answers piled up, stage 0 is about to break the group.
+            let _ = answers.try_send(Ok(proto::JoinResponse { what: Some(what) }));
+        }
     }
 
     fn start_model_thread(
@@ -320,6 +330,7 @@ async fn take_requests(
     health: Health,
     mut requests: tonic::Streaming<proto::JoinRequest>,
     todo: mpsc::Sender<Task>,
+    report: impl Fn() + Send,
 ) -> Result<()> {
     loop {
         let request = tokio::select! {
@@ -334,6 +345,10 @@ async fn take_requests(
         };
         let task = match request.what {
             Some(join_request::What::Beat(_)) => continue,
+            Some(join_request::What::Report(_)) => {
+                report();
+                continue;
+            }
             Some(join_request::What::Open(open)) => Task::Open(open.model.into()),
             Some(join_request::What::Load(load)) => {
                 let layers = load.first_layer as usize..load.end_layer as usize;
