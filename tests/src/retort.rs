@@ -16,11 +16,11 @@ use tonic::transport::Channel;
 /// One cluster at a time: two cores hold no more.
 static MACHINE: Mutex<()> = Mutex::new(());
 
-/// The folder of the built binaries: tests run from `deps/` inside it.
+/// The folder of the built binaries: tests run from `deps/` inside it, examples from `examples/`.
 pub fn programs() -> PathBuf {
     let mut path = std::env::current_exe().expect("a test has a path");
     path.pop();
-    if path.ends_with("deps") {
+    if path.ends_with("deps") || path.ends_with("examples") {
         path.pop();
     }
     path
