@@ -3,7 +3,7 @@
 
 SHELL := /bin/bash
 .DEFAULT_GOAL := help
-.PHONY: help env setup build demo test test-rust test-parity test-python fuzz fuzz-build fuzz-corpus bench-fidelity bench-teacher bench-shard-memory lint fmt clippy deny layers clean-demo
+.PHONY: help env setup build demo test test-rust test-parity test-python fuzz fuzz-build fuzz-corpus bench-fidelity bench-teacher rehearse-405b bench-shard-memory lint fmt clippy deny layers clean-demo
 
 # Everything that is downloaded or built lives here, outside the checkout.
 export RETORT_CACHE ?= $(HOME)/.cache/retort
@@ -112,6 +112,10 @@ bench-teacher: build $(TEACHER)/retort-import.json ## The teacher beside transfo
 	@$(FETCH) vllm || echo "goes on without vLLM"
 	cargo build --workspace --locked --example teacher
 	$(BIN)/examples/teacher --model $(TEACHER) --cache $(RETORT_CACHE) $(BENCH_TEACHER)
+
+rehearse-405b: build $(TEACHER)/retort-import.json ## The 405B's structure over 16 stages on this machine, its width shrunk: score, generate, lose stages
+	cargo build --workspace --locked --example rehearse_405b
+	$(BIN)/examples/rehearse_405b $(RETORT_CACHE)/rehearsal && rm -r $(RETORT_CACHE)/rehearsal
 
 bench-shard-memory: setup ## Peak memory of writing and reading shards of 10 and 1,000 MB
 	cargo build --workspace --locked --example shard_memory

@@ -3,11 +3,11 @@
 use prost::Message as _;
 
 fn main() -> Result<(), Box<dyn std::error::Error>> {
-    let files = ["job", "model", "worker", "bus"].map(|name| format!("proto/retort/v1/{name}.proto"));
+    let files = ["job", "model", "worker", "bus", "stage"].map(|name| format!("proto/retort/v1/{name}.proto"));
     let descriptors = protox::compile(&files, ["proto"])?;
     let out = std::path::PathBuf::from(std::env::var("OUT_DIR")?);
     std::fs::write(out.join("retort.v1.bin"), descriptors.encode_to_vec())?;
-    tonic_prost_build::configure().compile_fds(descriptors)?;
+    tonic_prost_build::configure().bytes(".retort.v1.PassRequest").compile_fds(descriptors)?;
     println!("cargo:rerun-if-changed=proto");
     Ok(())
 }

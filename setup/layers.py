@@ -25,7 +25,7 @@ ALLOWED = {
     "retort-worker": {"retort-proto", "retort-core", "retort-process", "retort-artifact", "retort-bus"},
     "retort-broker": {"retort-core", "retort-process"},
     "retort-orchestrator": {"retort-proto", "retort-core", "retort-process", "retort-artifact", "retort-bus", "retort-model"},
-    "retort-teacher": {"retort-proto", "retort-core", "retort-process", "retort-artifact", "retort-worker", "retort-kernels", "retort-llama"},
+    "retort-teacher": {"retort-proto", "retort-core", "retort-process", "retort-artifact", "retort-worker", "retort-kernels", "retort-llama", "retort-model"},
     "retort-student": {"retort-proto", "retort-core", "retort-process", "retort-artifact", "retort-worker", "retort-llama"},
     "retort-cli": {
         "retort-proto", "retort-core", "retort-process", "retort-artifact", "retort-import", "retort-model", "retort-plan",

@@ -1,5 +1,7 @@
 //! A whole retort on this machine: broker, orchestrator, teachers and students, under supervision.
 
+mod group;
+
 use std::{
     collections::BTreeMap,
     net::TcpListener,
@@ -29,6 +31,9 @@ pub struct ClusterArgs {
     /// Teacher processes
     #[arg(long, value_name = "N", default_value_t = 1, value_parser = clap::value_parser!(u32).range(0..=i64::from(MAX_WORKERS)))]
     pub teachers: u32,
+    /// Processes of each teacher, which share its layers: a teacher group on this machine
+    #[arg(long, value_name = "N", default_value_t = 1, value_parser = clap::value_parser!(u32).range(1..=i64::from(MAX_WORKERS)))]
+    pub teacher_stages: u32,
     /// Student processes
     #[arg(long, value_name = "N", default_value_t = 1, value_parser = clap::value_parser!(u32).range(0..=i64::from(MAX_WORKERS)))]
     pub students: u32,
@@ -176,9 +181,9 @@ async fn bring_up(
     note(&mut processes, &started);
     let address = format!("http://{}", listens(&started)?);
 
-    let threads = threads_a_worker(args.teachers + args.students);
+    let threads = threads_a_worker(args.teachers * args.teacher_stages + args.students);
     let alone = threads_a_worker(args.students).filter(|_| purpose.one_job);
-    let worker = |role: &str, n: u32, path: &Path, pool: &str, alone: Option<usize>| {
+    let worker = |name: String, path: &Path, pool: &str, alone: Option<usize>| {
         let mut flags = vec![
             ("--orchestrator", address.clone()),
             ("--brokers", brokers.clone()),
@@ -189,11 +194,18 @@ async fn bring_up(
         flags.extend(args.dtype.clone().map(|dtype| ("--dtype", dtype)));
         flags.extend(threads.map(|threads| ("--threads", threads.to_string())));
         flags.extend(alone.map(|threads| ("--threads-alone", threads.to_string())));
-        program(&format!("{role}-{n}"), path, flags, None, purpose)
+        program(&name, path, flags, None, purpose)
     };
     let mut workers = Vec::new();
-    workers.extend((1..=args.teachers).map(|n| worker("teacher", n, &programs.teacher, &purpose.teacher_pool, None)));
-    workers.extend((1..=args.students).map(|n| worker("student", n, &programs.student, &purpose.student_pool, alone)));
+    for n in 1..=args.teachers {
+        let stage = |name: String| worker(name, &programs.teacher, &purpose.teacher_pool, None);
+        match args.teacher_stages {
+            1 => workers.push(stage(format!("teacher-{n}"))),
+            stages => workers.extend(group::stages(n, stages, stage)?),
+        }
+    }
+    let student = |n| worker(format!("student-{n}"), &programs.student, &purpose.student_pool, alone);
+    workers.extend((1..=args.students).map(student));
     note(&mut processes, &supervisor.start(Stage::Worker, workers).await?);
     Ok(Running { command: purpose.command.to_owned(), pid: std::process::id(), address, brokers, store, processes })
 }
@@ -215,6 +227,7 @@ fn program(name: &str, path: &Path, flags: Vec<(&str, String)>, listen: Option<&
         path: path.to_owned(),
         args: flags.into_iter().chain(log).flat_map(|(flag, value)| [flag.to_owned(), value]).collect(),
         listen: listen.map(str::to_owned),
+        bond: None,
     }
 }
 

@@ -4,6 +4,7 @@
 //! which then stops the workers, the orchestrator and the broker, one after the other. A child
 //! that dies after it was ready once is restarted with the same flags, and with the port it had.
 
+mod bond;
 mod child;
 mod log_file;
 mod restart;
@@ -17,6 +18,8 @@ use tokio::{sync::mpsc, task::JoinSet, time::Instant};
 use tokio_util::sync::CancellationToken;
 
 use crate::signals::Groups;
+pub use bond::Bond;
+use bond::Share;
 use child::Running;
 use log_file::LogFile;
 use restart::Backoff;
@@ -33,6 +36,8 @@ pub struct Program {
     pub args: Vec<String>,
     /// `--listen`; a port of 0 becomes the port that was chosen at the first start.
     pub listen: Option<String>,
+    /// Shared by those that are ended and started again together.
+    pub bond: Option<Bond>,
 }
 
 /// Started from the first to the last, stopped from the last to the first.
@@ -114,11 +119,12 @@ impl Supervisor {
             let (options, groups) = (self.options.clone(), self.groups.clone());
             starting.spawn(async move {
                 let mut log = LogFile::rotate(&options.logs, &program.name)?;
+                let share = program.bond.as_ref().map(Bond::join);
                 let (running, ready) = Running::start(&program, &mut log, options.ready_timeout, &groups).await?;
                 if program.listen.is_some() && ready.listen.is_some() {
                     program.listen.clone_from(&ready.listen);
                 }
-                Ok((index, program, log, running, ready))
+                Ok((index, program, log, running, ready, share))
             });
         }
         let mut started = Vec::new();
@@ -126,9 +132,9 @@ impl Supervisor {
         while let Some(joined) = starting.join_next().await {
             match joined.unwrap_or_else(|error| Err(retort_core::Error::internal(format!("a start panicked: {error}"))))
             {
-                Ok((index, program, log, running, ready)) => {
+                Ok((index, program, log, running, ready, share)) => {
                     started.push((index, Started { name: program.name.clone(), pid: running.pid(), ready }));
-                    self.tend(stage, program, log, running);
+                    self.tend(stage, program, log, running, share);
                 }
                 Err(error) => {
                     failure.get_or_insert(error);
@@ -157,22 +163,24 @@ impl Supervisor {
         self.groups.kill_all();
     }
 
-    fn tend(&mut self, stage: Stage, program: Program, log: LogFile, running: Running) {
+    fn tend(&mut self, stage: Stage, program: Program, log: LogFile, running: Running, share: Option<Share>) {
         if !self.stages.iter().any(|(known, _, _)| *known == stage) {
             self.stages.push((stage, CancellationToken::new(), JoinSet::new()));
         }
         let (options, groups, sender) = (self.options.clone(), self.groups.clone(), self.sender.clone());
         if let Some((_, token, tasks)) = self.stages.iter_mut().find(|(known, _, _)| *known == stage) {
-            tasks.spawn(keep_alive(program, log, running, options, groups, sender, token.clone()));
+            tasks.spawn(keep_alive(program, log, running, share, options, groups, sender, token.clone()));
         }
     }
 }
 
 /// Watches one child and restarts it until told to stop.
+#[allow(clippy::too_many_arguments)] // a task owns all it needs
 async fn keep_alive(
     program: Program,
     mut log: LogFile,
     mut running: Running,
+    mut share: Option<Share>,
     options: Options,
     groups: Groups,
     notices: mpsc::Sender<Notice>,
@@ -183,8 +191,10 @@ async fn keep_alive(
     loop {
         let mut how = tokio::select! {
             how = running.wait(&mut log) => how,
+            () = over(share.as_ref()) => running.end(&mut log, options.grace).await,
             () = stop.cancelled() => return running.stop(&mut log, options.grace).await,
         };
+        share.iter().for_each(Share::end);
         let mut lived = since.elapsed();
         running = loop {
             let restart_in = backoff.after(lived);
@@ -195,6 +205,7 @@ async fn keep_alive(
                 () = stop.cancelled() => return,
             }
             log.mark("restarted");
+            share = program.bond.as_ref().map(Bond::join);
             since = Instant::now();
             let start = Running::start(&program, &mut log, options.ready_timeout, &groups);
             let outcome = tokio::select! {
@@ -207,9 +218,18 @@ async fn keep_alive(
                 Err(error) => {
                     how = format!("did not come back: {}", error.message.lines().next().unwrap_or_default());
                     lived = Duration::ZERO;
+                    share.iter().for_each(Share::end);
                 }
             }
         };
         let _ = notices.try_send(Notice::Restarted { name: program.name.clone(), pid: running.pid() });
+    }
+}
+
+/// Waits until another process of the same group has ended; for ever where there is no group.
+async fn over(share: Option<&Share>) {
+    match share {
+        Some(share) => share.over().await,
+        None => std::future::pending().await,
     }
 }

@@ -1,4 +1,7 @@
-use std::time::{Duration, Instant};
+use std::{
+    sync::{Mutex, PoisonError},
+    time::{Duration, Instant},
+};
 
 use retort_artifact::{
     Store, paths,
@@ -14,6 +17,7 @@ use tokio::sync::watch;
 
 use crate::{
     engine::{Capabilities, native::Loaded},
+    group::{Group, Layers, Parts, Pulse},
     shard::{Order, compute, faithful},
     stage::Arithmetic,
     work,
@@ -25,6 +29,8 @@ const PROGRESS_EVERY: Duration = Duration::from_secs(1);
 /// Computes shards; the model lives on its own thread and stays loaded between them.
 pub struct Teacher {
     models: ModelThread<Loaded>,
+    /// Of the group, where this process is its first stage.
+    pulse: Option<Pulse>,
 }
 
 /// How far a shard is.
@@ -44,7 +50,27 @@ impl Teacher {
             }
             Loaded::new(arithmetic.clone())
         };
-        Ok(Self { models: ModelThread::spawn("teacher-model", make)? })
+        Ok(Self { models: ModelThread::spawn("teacher-model", make)?, pulse: None })
+    }
+
+    /// The first stage of a group, which works for all of it.
+    pub fn in_group(formed: Parts, pulse: Pulse, arithmetic: Arithmetic, threads: Option<usize>) -> Result<Self> {
+        let parts = Mutex::new(Some(formed));
+        let make = move || {
+            if let Some(threads) = threads {
+                tch::set_num_threads(threads.clamp(1, 4096) as i32);
+            }
+            let parts = parts.lock().unwrap_or_else(PoisonError::into_inner).take();
+            match parts {
+                Some(parts) => {
+                    let group = Group::new(parts, Box::new(Layers::new(arithmetic.clone())));
+                    Loaded::in_group(group, arithmetic.clone())
+                }
+                // After a panic the group has come to its end, and so does this process.
+                None => Loaded::new(arithmetic.clone()),
+            }
+        };
+        Ok(Self { models: ModelThread::spawn("teacher-model", make)?, pulse: Some(pulse) })
     }
 
     /// What the teacher's engine is, and the name of the order's work, without loading the weights.
@@ -69,7 +95,9 @@ impl Teacher {
                 progress.send_replace(Progress { target_tokens, seconds: started.elapsed().as_secs_f64() });
                 inside.check()
             };
-            let encoded = compute(engine, &order, &mut watch)?;
+            let encoded = compute(engine, &order, &mut watch);
+            models.report();
+            let encoded = encoded?;
             Ok((encoded, started.elapsed().as_secs_f64()))
         });
         tokio::pin!(work);
@@ -94,6 +122,13 @@ impl Teacher {
 
 #[async_trait::async_trait]
 impl Handler for Teacher {
+    async fn defunct(&mut self) -> Error {
+        match &self.pulse {
+            Some(pulse) => pulse.broken().await,
+            None => std::future::pending().await,
+        }
+    }
+
     async fn run(&mut self, attempt: Attempt, cx: &TaskContext) -> Result<()> {
         let Task::Shard(shard) = &attempt.work else {
             return Err(Error::new(

@@ -9,6 +9,7 @@ mod cdf;
 pub mod chat;
 pub mod engine;
 mod fingerprint;
+pub mod group;
 mod handler;
 pub mod sampling;
 pub mod shard;

@@ -3,7 +3,11 @@ use std::{path::PathBuf, process::ExitCode};
 use clap::{CommandFactory as _, FromArgMatches as _, Parser, Subcommand};
 use retort_core::{Code, Error, Result};
 use retort_process::{LogArgs, exit_with};
-use retort_teacher::{Teacher, chat, stage::Arithmetic};
+use retort_teacher::{
+    Teacher, chat,
+    group::{self, Formed, GroupArgs, Layers, LeaderWorkerSet, Place, StatsArgs},
+    stage::Arithmetic,
+};
 use retort_worker::WorkerArgs;
 
 /// Computes shards: completions of a teacher model with its soft targets.
@@ -15,6 +19,8 @@ use retort_worker::WorkerArgs;
 struct Cli {
     #[command(flatten)]
     worker: Option<WorkerArgs>,
+    #[command(flatten)]
+    group: GroupArgs,
     /// Cores used for arithmetic; all of them when not given
     #[arg(long, env = "RETORT_THREADS", global = true, value_name = "N")]
     threads: Option<usize>,
@@ -25,12 +31,16 @@ struct Cli {
 const EXAMPLES: &str = "Examples:
   retort-teacher --store /srv/retort/store --brokers 127.0.0.1:9092
   retort-teacher --store /srv/retort/store --pool large --device cuda:0 --dtype bf16
+  retort-teacher --store /srv/retort/store --group big --stage 0/2 --peers 127.0.0.1:7475,127.0.0.1:7476
+  retort-teacher stats --peer 127.0.0.1:7475
   retort-teacher chat --model ~/models/smollm2 --prompt \"Where is my parcel?\"";
 
 #[derive(Subcommand)]
 enum Command {
     /// Talks with a model: one answer to --prompt, or a conversation
     Chat(ChatArgs),
+    /// Shows what the stages of a running teacher group have been doing
+    Stats(StatsArgs),
 }
 
 #[derive(clap::Args)]
@@ -74,10 +84,14 @@ fn main() -> ExitCode {
     log.init();
     let done = match cli.command {
         Some(Command::Chat(args)) => talk(args, cli.threads),
+        Some(Command::Stats(args)) => runtime().and_then(|runtime| runtime.block_on(group::show_stats(&args))),
         // The optional group is `None` even when its flags are given: it holds another group.
         None => WorkerArgs::from_arg_matches(&matches)
             .map_err(|_| Error::new(Code::RequestInvalid, "--store is missing; see retort-teacher --help"))
-            .and_then(|args| serve(args, cli.threads)),
+            .and_then(|args| match Place::new(&cli.group, &LeaderWorkerSet::from_env())? {
+                None => serve(args, cli.threads),
+                Some(place) => stage(args, cli.threads, place),
+            }),
     };
     match done {
         Ok(()) => ExitCode::SUCCESS,
@@ -88,14 +102,52 @@ fn main() -> ExitCode {
 fn serve(args: WorkerArgs, threads: Option<usize>) -> Result<()> {
     let (device, kind) = computing(&args.device, &args.dtype)?;
     let teacher = Teacher::new(Arithmetic::on(device, kind, threads), threads)?;
-    let runtime = tokio::runtime::Builder::new_multi_thread()
-        .worker_threads(2)
-        .enable_all()
-        .build()
-        .map_err(|error| Error::internal(format!("cannot start the runtime: {error}")))?;
+    let runtime = runtime()?;
     let done = runtime.block_on(retort_worker::run("teacher", args, teacher));
     runtime.shutdown_background();
     done
+}
+
+/// One stage of a group: the first works like any teacher, the others serve it.
+fn stage(args: WorkerArgs, threads: Option<usize>, place: Place) -> Result<()> {
+    let (device, kind) = computing(&args.device, &args.dtype)?;
+    let arithmetic = Arithmetic::on(device, kind, threads);
+    let numbers = format!("{} {}", arithmetic.engine(), arithmetic.dtype());
+    let runtime = runtime()?;
+    let done = runtime.block_on(async {
+        let shutdown = retort_worker::start(&args)?;
+        if !place.is_first() {
+            let make = move || {
+                if let Some(threads) = threads {
+                    tch::set_num_threads(threads.clamp(1, 4096) as i32);
+                }
+                Box::new(Layers::new(arithmetic)) as Box<dyn group::Computer>
+            };
+            return group::serve(place, &numbers, make, &shutdown).await;
+        }
+        let formed = match Formed::new(place, &numbers, &shutdown).await {
+            Err(error) if error.code == Code::WorkerStopped => return Ok(()),
+            other => other?,
+        };
+        let teacher = Teacher::in_group(formed.parts, formed.pulse, arithmetic, threads)?;
+        let done = retort_worker::run_until("teacher", args, teacher, &shutdown).await;
+        let why = match &done {
+            Ok(()) => &Error::new(Code::WorkerStopped, "stage 0 was asked to stop"),
+            Err(error) => error,
+        };
+        formed.keeper.end(why).await;
+        done
+    });
+    runtime.shutdown_background();
+    done
+}
+
+fn runtime() -> Result<tokio::runtime::Runtime> {
+    tokio::runtime::Builder::new_multi_thread()
+        .worker_threads(2)
+        .enable_all()
+        .build()
+        .map_err(|error| Error::internal(format!("cannot start the runtime: {error}")))
 }
 
 fn talk(args: ChatArgs, threads: Option<usize>) -> Result<()> {

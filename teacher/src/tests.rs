@@ -41,7 +41,7 @@ fn teacher() -> (TempDir, Native) {
     (dir, engine)
 }
 
-fn spec(model: &Path, extra: &str) -> JobSpec {
+pub(crate) fn spec(model: &Path, extra: &str) -> JobSpec {
     let yaml = format!(
         "name: test\nseed: 9\nprompts: {{path: p.jsonl}}\nstudent: {{init: {{prune: {{layers: 2}}}}}}\nteacher:\n  model: {}\n{extra}",
         model.display()
@@ -52,7 +52,7 @@ fn spec(model: &Path, extra: &str) -> JobSpec {
 const SAMPLED: &str =
     "  sampling: {temperature: 1.0, top_p: 0.9, max_new_tokens: 24}\n  soft_targets: {head: 12, draws: 20}\n";
 
-fn rows(count: usize) -> Vec<Row> {
+pub(crate) fn rows(count: usize) -> Vec<Row> {
     let row = |index: usize| {
         // Prompts of different lengths, in no order.
         let words: Vec<String> = (0..1 + (index * 5) % 11).map(|word| format!("w{}", 20 + index * 3 + word)).collect();
@@ -67,7 +67,7 @@ fn rows(count: usize) -> Vec<Row> {
     (0..count).map(row).collect()
 }
 
-fn order(spec: JobSpec, rows: Vec<Row>, lines: Range<usize>) -> Order {
+pub(crate) fn order(spec: JobSpec, rows: Vec<Row>, lines: Range<usize>) -> Order {
     Order {
         job: "0190a5b4c6d87e8fa0b1c2d3e4f50617".to_owned(),
         epoch: 4,

@@ -16,11 +16,11 @@ use tonic::transport::Channel;
 /// One cluster at a time: two cores hold no more.
 static MACHINE: Mutex<()> = Mutex::new(());
 
-/// The folder of the built binaries: tests run from `deps/` inside it.
+/// The folder of the built binaries: tests run from `deps/` inside it, examples from `examples/`.
 pub fn programs() -> PathBuf {
     let mut path = std::env::current_exe().expect("a test has a path");
     path.pop();
-    if path.ends_with("deps") {
+    if path.ends_with("deps") || path.ends_with("examples") {
         path.pop();
     }
     path
@@ -42,6 +42,13 @@ pub struct Up {
     printed: tempfile::NamedTempFile,
     child: Child,
     _machine: MutexGuard<'static, ()>,
+}
+
+/// Addresses of a running retort.
+pub struct Running {
+    pub address: String,
+    pub brokers: String,
+    pub store: String,
 }
 
 impl Up {
@@ -82,6 +89,13 @@ impl Up {
         serde_json::from_str(&fs::read_to_string(self.home.join("run.json")).ok()?).ok()
     }
 
+    /// Where workers that the test starts itself find things.
+    pub fn running(&self) -> Running {
+        let run = self.run_json().expect("run.json");
+        let text = |key: &str| run[key].as_str().expect("a text").to_owned();
+        Running { address: text("address"), brokers: text("brokers"), store: text("store") }
+    }
+
     pub fn processes(&self) -> BTreeMap<String, i32> {
         let run = self.run_json().expect("run.json");
         let processes = run["processes"].as_object().expect("processes");
@@ -94,6 +108,19 @@ impl Up {
         kill_process(Pid::from_raw(pid).expect("a pid"), Signal::KILL).expect("killed");
         self.wait(&format!("another {name}"), Duration::from_secs(60), |up| {
             up.processes().get(name).is_some_and(|now| *now != pid).then_some(())
+        });
+    }
+
+    /// Sends a signal to one of the processes.
+    pub fn signal_process(&self, name: &str, signal: Signal) {
+        kill_process(Pid::from_raw(self.processes()[name]).expect("a pid"), signal).expect("signalled");
+    }
+
+    /// Waits until the log of one of these processes says `text`.
+    pub fn wait_for_log(&mut self, names: &[&str], text: &str, within: Duration) {
+        self.wait(text, within, |up| {
+            let read = |name: &&str| fs::read_to_string(up.home.join("logs").join(format!("{name}.log"))).ok();
+            names.iter().filter_map(read).any(|log| log.contains(text)).then_some(())
         });
     }
 

@@ -90,6 +90,20 @@ impl Running {
         }
     }
 
+    /// A grace period for a process that should see by itself that its group is over, then SIGKILL, which
+    /// ends a stopped one too; says how it ended.
+    pub async fn end(&mut self, log: &mut LogFile, grace: Duration) -> String {
+        match tokio::time::timeout(grace, self.wait(log)).await {
+            Ok(how) => how,
+            Err(_) => {
+                log.mark("killed: it hung when its group had ended");
+                self.group.groups.kill(self.group.leader);
+                self.wait(log).await;
+                "hung when its group had ended".to_owned()
+            }
+        }
+    }
+
     /// SIGTERM, a grace period, SIGKILL.
     pub async fn stop(mut self, log: &mut LogFile, grace: Duration) {
         self.group.groups.terminate(self.group.leader);

@@ -102,6 +102,8 @@ codes! {
     AttemptFenced = "attempt-fenced", Fenced;
     AttemptYielded = "attempt-yielded", Unavailable;
     WorkerStopped = "worker-stopped", Unavailable;
+    GroupBroken = "group-broken", Unavailable;
+    StageMismatch = "stage-mismatch", Precondition;
     AttemptsExhausted = "attempts-exhausted", Precondition;
     LossNotFinite = "loss-not-finite", Precondition;
     DeviceUnavailable = "device-unavailable", Precondition;

@@ -25,7 +25,7 @@ pub use cache::KvCache;
 pub use device::{device_from_flag, dtype_from_flag};
 pub use error::{Error, Result};
 pub use generate::{GenerateOptions, Sampler, generate, greedy};
-pub use hash::folder_sha256;
+pub use hash::{TensorHash, folder_print, folder_sha256, tensor_hashes, tensors_sha256};
 pub use model::Model;
 pub use part::{
     Part, Piece, Room, Share,

@@ -29,9 +29,9 @@ pub use args::WorkerArgs;
 pub use attempt::Attempt;
 pub use context::{Stop, StopSwitch, TaskContext};
 pub use model_thread::ModelThread;
-pub use run::run;
+pub use run::{run, run_until, start};
 
-use retort_core::Result;
+use retort_core::{Error, Result};
 
 /// What a worker does with a claimed task.
 ///
@@ -42,6 +42,12 @@ use retort_core::Result;
 #[async_trait::async_trait]
 pub trait Handler: Send {
     async fn run(&mut self, attempt: Attempt, cx: &TaskContext) -> Result<()>;
+
+    /// Waits until the handler can take no more work, and says why; most always can. The worker then
+    /// ends with this error, after the task it holds.
+    async fn defunct(&mut self) -> Error {
+        std::future::pending().await
+    }
 }
 
 #[cfg(test)]

@@ -13,17 +13,32 @@ use crate::{Handler, Stop, WorkerArgs, orchestrator::Grpc, work_loop::WorkLoop};
 ///
 /// Must be called inside a multi-threaded tokio runtime. The caller has set logging up.
 pub async fn run(role: &'static str, args: WorkerArgs, handler: impl Handler) -> Result<()> {
+    let shutdown = start(&args)?;
+    run_until(role, args, handler, &shutdown).await
+}
+
+/// What comes before [`run_until`]: the token that the signals cancel.
+pub fn start(args: &WorkerArgs) -> Result<CancellationToken> {
     if args.die_with_parent {
         die_with_parent();
     }
-    let shutdown = on_signals()?;
-    match start(role, &args, handler, &shutdown).await {
+    on_signals()
+}
+
+/// As [`run`], for a process that has work to do before it is a worker.
+pub async fn run_until(
+    role: &'static str,
+    args: WorkerArgs,
+    handler: impl Handler,
+    shutdown: &CancellationToken,
+) -> Result<()> {
+    match work(role, &args, handler, shutdown).await {
         Err(error) if error.code == Code::WorkerStopped => Ok(()),
         other => other,
     }
 }
 
-async fn start(
+async fn work(
     role: &'static str,
     args: &WorkerArgs,
     handler: impl Handler,

@@ -64,14 +64,20 @@ impl<T: Tasks, H: Handler> WorkLoop<T, H> {
         Self { worker_id, tasks, orchestrator, events, store, handler, prompt_sets: PromptSetCache::default() }
     }
 
-    /// Until `shutdown`; `Err` only when the task topic can no longer be read.
+    /// Until `shutdown`; `Err` only when the task topic can no longer be read, or the handler has come to
+    /// its end.
     pub(crate) async fn run(mut self, shutdown: &CancellationToken) -> Result<()> {
         let mut cool_off = Backoff::new(COOL_OFF.0, COOL_OFF.1);
         let mut intake = retry::network();
+        let mut ended = Ok(());
         while !shutdown.is_cancelled() {
             let next = tokio::select! {
                 biased;
                 () = shutdown.cancelled() => break,
+                why = self.handler.defunct() => {
+                    ended = Err(why);
+                    break;
+                }
                 next = self.tasks.next() => next,
             };
             let delivery = match next {
@@ -97,14 +103,17 @@ impl<T: Tasks, H: Handler> WorkLoop<T, H> {
             }
             self.commit(&delivery, shutdown).instrument(span).await;
             match outcome {
-                Outcome::SettledBadly => pause(cool_off.wait(), shutdown).await,
+                Outcome::SettledBadly => tokio::select! {
+                    () = pause(cool_off.wait(), shutdown) => {}
+                    _ = self.handler.defunct() => {}
+                },
                 _ => cool_off.reset(),
             }
         }
         if tokio::time::timeout(LEAVING, self.tasks.close()).await.is_err() {
             tracing::debug!("the broker did not answer; it will notice by itself that this worker is gone");
         }
-        Ok(())
+        ended
     }
 
     /// Claims with the record, and does what the claim gave: mostly another task than the record names.

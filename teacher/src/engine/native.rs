@@ -3,17 +3,22 @@
 mod generate;
 mod score;
 
-use std::path::{Path, PathBuf};
+use std::{
+    cell::RefCell,
+    path::{Path, PathBuf},
+    rc::Rc,
+};
 
 use retort_artifact::{sha256_hex, soft_targets::Sequence};
 use retort_core::{Code, Error, Result, spec::MAX_HEAD};
-use retort_llama::{Config, Part, Tokenizer};
+use retort_llama::{Config, Part, Tokenizer, tensors_sha256};
 use time::{OffsetDateTime, macros::datetime};
 
 use super::{Capabilities, Engine, Generation, Text, Watch};
 use crate::{
     capture::Capture,
     fingerprint::Fingerprint,
+    group::Group,
     stage::{
         Arithmetic, Stage,
         pipeline::{Local, Pipeline},
@@ -41,21 +46,36 @@ impl Native {
         let tokenizer = tokenizer(dir)?;
         let config = Config::from_dir(dir).map_err(model)?;
         let stage = Stage::load(dir, Part::whole(&config), arithmetic)?;
-        let capabilities = Self::capabilities(dir, &fingerprint, &tokenizer, &config, arithmetic)?;
+        let capabilities = Self::capabilities(dir, fingerprint.weights_sha256()?, &tokenizer, &config, arithmetic)?;
         let number_bytes = arithmetic.number_bytes() as u64;
         Ok(Self { pipeline: Box::new(Local::new(stage)), config, number_bytes, tokenizer, capabilities })
+    }
+
+    /// Has the stages of a group load a folder; this process, stage 0, reads no more weights than its own.
+    pub fn load_in_group(dir: &Path, group: Rc<RefCell<Group>>, arithmetic: &Arithmetic) -> Result<Self> {
+        let tokenizer = tokenizer(dir)?;
+        let config = Config::from_dir(dir).map_err(model)?;
+        let teacher_sha256 = {
+            let mut group = group.borrow_mut();
+            group.forget();
+            let tensors = group.load(dir)?.tensors.iter();
+            tensors_sha256(tensors.map(|(name, (shape, sha256))| (name.as_str(), shape.as_str(), sha256.as_slice())))
+        };
+        let capabilities = Self::capabilities(dir, teacher_sha256, &tokenizer, &config, arithmetic)?;
+        let number_bytes = arithmetic.number_bytes() as u64;
+        Ok(Self { pipeline: Box::new(group), config, number_bytes, tokenizer, capabilities })
     }
 
     /// What the folder's engine will be, without its weights in memory; they are read once, for their hash.
     pub fn describe(dir: &Path, arithmetic: &Arithmetic) -> Result<Capabilities> {
         let fingerprint = Fingerprint::of(dir)?;
         let config = Config::from_dir(dir).map_err(model)?;
-        Self::capabilities(dir, &fingerprint, &tokenizer(dir)?, &config, arithmetic)
+        Self::capabilities(dir, fingerprint.weights_sha256()?, &tokenizer(dir)?, &config, arithmetic)
     }
 
     fn capabilities(
         dir: &Path,
-        fingerprint: &Fingerprint,
+        teacher_sha256: String,
         tokenizer: &Tokenizer,
         config: &Config,
         arithmetic: &Arithmetic,
@@ -82,7 +102,7 @@ impl Native {
             max_draws: MAX_HEAD,
             generates: true,
             scores: true,
-            teacher_sha256: fingerprint.weights_sha256()?,
+            teacher_sha256,
             config_sha256: config_sha256(dir)?,
             tokenizer_sha256: tokenizer.tokenizer_sha256(),
             chat_template_sha256: tokenizer.chat_template_sha256(),
@@ -99,7 +119,7 @@ fn tokenizer(dir: &Path) -> Result<Tokenizer> {
 }
 
 /// SHA-256 over the names and contents of the folder's config files, those that there are.
-fn config_sha256(dir: &Path) -> Result<String> {
+pub(crate) fn config_sha256(dir: &Path) -> Result<String> {
     let mut listing = Vec::new();
     for name in ["config.json", "generation_config.json", "tokenizer_config.json", "special_tokens_map.json"] {
         match std::fs::read(dir.join(name)) {
@@ -146,6 +166,8 @@ impl Engine for Native {
 /// for or its files changed.
 pub struct Loaded {
     arithmetic: Arithmetic,
+    /// The stages that compute, where this process is the first of a group.
+    group: Option<Rc<RefCell<Group>>>,
     engine: Option<(PathBuf, Fingerprint, Native)>,
     /// Of the folder that was asked about last.
     described: Option<(PathBuf, Fingerprint, Capabilities)>,
@@ -153,7 +175,19 @@ pub struct Loaded {
 
 impl Loaded {
     pub fn new(arithmetic: Arithmetic) -> Self {
-        Self { arithmetic, engine: None, described: None }
+        Self { arithmetic, group: None, engine: None, described: None }
+    }
+
+    /// Models whose layers are spread over a group, each stage of which has this arithmetic.
+    pub fn in_group(group: Group, arithmetic: Arithmetic) -> Self {
+        Self { group: Some(Rc::new(RefCell::new(group))), ..Self::new(arithmetic) }
+    }
+
+    /// Says in the log what each stage of the group did since the last time.
+    pub fn report(&self) {
+        if let Some(group) = &self.group {
+            group.borrow_mut().report();
+        }
     }
 
     /// [`Native::describe`], read again only when another folder is asked about or its files changed.
@@ -165,7 +199,11 @@ impl Loaded {
         {
             return Ok(capabilities.clone());
         }
-        let capabilities = Native::describe(dir, &self.arithmetic)?;
+        let capabilities = match self.group {
+            // Only its stages know the weights.
+            Some(_) => self.get(dir)?.capabilities.clone(),
+            None => Native::describe(dir, &self.arithmetic)?,
+        };
         self.described = Some((dir.to_owned(), fingerprint, capabilities.clone()));
         Ok(capabilities)
     }
@@ -177,7 +215,10 @@ impl Loaded {
             // The old weights go first: two teachers may not fit.
             self.engine = None;
             let started = std::time::Instant::now();
-            let engine = Native::load(dir, &self.arithmetic)?;
+            let engine = match &self.group {
+                Some(group) => Native::load_in_group(dir, Rc::clone(group), &self.arithmetic)?,
+                None => Native::load(dir, &self.arithmetic)?,
+            };
             tracing::info!(
                 model = %dir.display(),
                 parameters = engine.config.parameters(),

@@ -1,7 +1,7 @@
 //! The way of a step through all layers of a teacher: one stage in this process, or many on machines
 //! of their own. Who schedules steps need not know which.
 
-use std::collections::VecDeque;
+use std::{cell::RefCell, collections::VecDeque, rc::Rc};
 
 use retort_core::{Error, Result};
 
@@ -22,6 +22,25 @@ pub trait Pipeline {
 
     /// What the oldest step gave.
     fn next(&mut self) -> Result<Vec<Taken>>;
+}
+
+/// One that several hold: the engines of one model after another.
+impl<P: Pipeline> Pipeline for Rc<RefCell<P>> {
+    fn begin(&mut self, begin: &Begin) -> Result<()> {
+        self.borrow_mut().begin(begin)
+    }
+
+    fn depth(&self) -> usize {
+        self.borrow().depth()
+    }
+
+    fn submit(&mut self, step: Step) -> Result<()> {
+        self.borrow_mut().submit(step)
+    }
+
+    fn next(&mut self) -> Result<Vec<Taken>> {
+        self.borrow_mut().next()
+    }
 }
 
 /// All layers in this process, on the thread that calls.

@@ -9,7 +9,8 @@ use crate::{
     state::{JobState, Split},
 };
 
-fn soft_targets_from_proto(soft_targets: proto::SoftTargetSpec) -> Result<SoftTargets> {
+/// Reads and validates what is kept of each distribution.
+pub fn soft_targets_from_proto(soft_targets: proto::SoftTargetSpec) -> Result<SoftTargets> {
     let unknown = |field: &str, value: i32| {
         Error::new(Code::SpecInvalid, format!("teacher.soft_targets.{field} {value} is not known"))
     };

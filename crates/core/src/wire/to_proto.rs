@@ -69,7 +69,7 @@ pub fn job_spec_to_proto(spec: &JobSpec) -> proto::JobSpec {
     }
 }
 
-fn soft_targets_to_proto(soft_targets: &SoftTargets) -> proto::SoftTargetSpec {
+pub fn soft_targets_to_proto(soft_targets: &SoftTargets) -> proto::SoftTargetSpec {
     let flat = FlatSoftTargets::from(soft_targets.clone());
     let codec = match flat.codec {
         None => proto::Codec::Unspecified,

@@ -1,0 +1,45 @@
+//! Whether a group still holds: the first thing that was seen to be wrong, told to all who wait.
+
+use std::sync::{Arc, OnceLock};
+
+use retort_core::{Code, Error};
+use tokio_util::sync::CancellationToken;
+
+/// Shared by everything that belongs to one life of a group at one stage.
+#[derive(Clone, Debug, Default)]
+pub(super) struct Health {
+    broken: CancellationToken,
+    why: Arc<OnceLock<(Code, String)>>,
+}
+
+impl Health {
+    /// The first reason stays.
+    pub(super) fn break_with(&self, error: &Error) {
+        if self.why.set((error.code, error.chain())).is_ok() {
+            tracing::error!(code = %error.code, "the group is broken: {}", error.chain());
+        }
+        self.broken.cancel();
+    }
+
+    /// As [`Health::break_with`], for an end that is no fault.
+    pub(super) fn break_quietly(&self, why: &Error) {
+        let _ = self.why.set((why.code, why.chain()));
+        self.broken.cancel();
+    }
+
+    /// Why the group is broken, if it is.
+    pub(super) fn error(&self) -> Option<Error> {
+        self.why.get().map(|(code, message)| Error::new(*code, message.clone()))
+    }
+
+    /// As [`Health::error`], for one who knows that it must be broken.
+    pub(super) fn why(&self) -> Error {
+        self.error().unwrap_or_else(|| Error::new(Code::GroupBroken, "the group has come to its end"))
+    }
+
+    /// Waits until the group is broken.
+    pub(super) async fn broken(&self) -> Error {
+        self.broken.cancelled().await;
+        self.why()
+    }
+}
