@@ -157,7 +157,8 @@ impl Life {
 
         let sending = link::send(place.clone(), self.incarnation, health.clone(), outgoing, linked);
         tasks.spawn("stage-link", watched(health.clone(), sending));
-        let requests = take_requests(place.clone(), health.clone(), joined.requests, todo.clone(), self.reporter(&joined.answers));
+        let requests =
+            take_requests(place.clone(), health.clone(), joined.requests, todo.clone(), self.reporter(&joined.answers));
         tasks.spawn("stage-join", watched(health.clone(), requests));
         let beats = beat(health.clone(), self.meter.clone(), joined.answers, link_stands);
         tasks.spawn("stage-beat", watched(health.clone(), beats));

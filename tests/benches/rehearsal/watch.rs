@@ -65,7 +65,10 @@ pub fn figures(up: &Up, checkpoint_bytes: u64) {
         );
     }
     assert_eq!(read, checkpoint_bytes, "between them the stages read every tensor, each once");
-    println!("  between them the stages read each tensor once; memory of all {:.1} GiB", memory as f64 / (1 << 20) as f64);
+    println!(
+        "  between them the stages read each tensor once; memory of all {:.1} GiB",
+        memory as f64 / (1 << 20) as f64
+    );
 }
 
 /// A process's share of memory, KiB: pages that several map are divided among them.
