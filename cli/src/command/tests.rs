@@ -35,6 +35,8 @@ fn the_lines_of_the_examples_parse() {
         "retort up --home /h --listen 127.0.0.1:0 --broker-listen 127.0.0.1:0 --teachers 2 --students 0 --json",
         "retort up --no-broker --brokers kafka:9092",
         "retort up --device cuda:1 --dtype bf16",
+        "retort plan --teacher llama-3.1-405b --nodes 2 --gpus 8 --gpu-memory 80GiB --dtype fp8 --fp8-layers all",
+        "retort plan --teacher m --gpus 1 --tflops 70 --memory-bandwidth 900GB --mode score --tokens 1000 --json",
         "retort run job.yaml --plain --home /h --out o --new --keep-up",
         "retort run job.yaml --address http://h:1 --json",
         "retort job create job.yaml --validate-only --request-id 5f0c2ad4-30b4-4c0e-9d4e-8c4c1b1b0e7f",

@@ -247,13 +247,20 @@ unsafe fn mix_tile<L: Lanes, const M: usize, const N: usize>(
 ) {
     // SAFETY: as the caller promises.
     unsafe {
-        let mut sums: [[L::V; N]; M] =
-            std::array::from_fn(|row| std::array::from_fn(|column| L::load(out.add(row * d + column * 8))));
+        let mut sums = [[L::splat(0.0); N]; M];
+        for (row, sums) in sums.iter_mut().enumerate() {
+            for (column, sum) in sums.iter_mut().enumerate() {
+                *sum = L::load(out.add(row * d + column * 8));
+            }
+        }
         for s in 0..count {
-            let values: [L::V; N] = std::array::from_fn(|column| L::load(values.add(s * ldv + column * 8)));
+            let mut numbers = [L::splat(0.0); N];
+            for (column, numbers) in numbers.iter_mut().enumerate() {
+                *numbers = L::load(values.add(s * ldv + column * 8));
+            }
             for (row, sums) in sums.iter_mut().enumerate() {
                 let weight = L::splat(*weights.add(row * ldw + s));
-                for (sum, value) in sums.iter_mut().zip(values) {
+                for (sum, value) in sums.iter_mut().zip(numbers) {
                     *sum = L::fma(weight, value, *sum);
                 }
             }

@@ -215,7 +215,8 @@ unsafe fn tile<L: Lanes, const M: usize, const N: usize>(
             }
         }
         for (row, sums) in sums.iter().enumerate() {
-            let four: [L::V; 4] = std::array::from_fn(|output| sums[output.min(N - 1)]);
+            let mut four = [L::splat(0.0); 4];
+            four[..N].copy_from_slice(sums);
             let four = L::sums(four);
             for (output, sum) in four.iter().enumerate().take(N) {
                 let to = to.add(row * ldo + output);

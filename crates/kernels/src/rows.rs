@@ -71,16 +71,21 @@ on_lanes! {
 unsafe fn swiglu_run_on<L: Lanes>(gate: *mut f32, up: *const f32, count: usize) {
     // SAFETY: as the caller promises.
     unsafe {
-        let one = L::splat(1.0);
-        let silu = |x: L::V| L::div(x, L::add(one, L::exp(L::sub(L::splat(0.0), x))));
         let whole = count - count % 8;
         for at in (0..whole).step_by(8) {
-            L::store(gate.add(at), L::mul(silu(L::load(gate.add(at))), L::load(up.add(at))));
+            L::store(gate.add(at), L::mul(silu::<L>(L::load(gate.add(at))), L::load(up.add(at))));
         }
         if whole < count {
-            let gated = silu(L::load_part(gate.add(whole), count - whole, 0.0));
+            let gated = silu::<L>(L::load_part(gate.add(whole), count - whole, 0.0));
             let gated = L::to_array(L::mul(gated, L::load_part(up.add(whole), count - whole, 0.0)));
             std::ptr::copy_nonoverlapping(gated.as_ptr(), gate.add(whole), count - whole);
         }
     }
+}
+
+// No closure: it would not have the instructions of the function around it.
+#[inline(always)]
+unsafe fn silu<L: Lanes>(x: L::V) -> L::V {
+    // SAFETY: as the caller promises.
+    unsafe { L::div(x, L::add(L::splat(1.0), L::exp(L::sub(L::splat(0.0), x)))) }
 }

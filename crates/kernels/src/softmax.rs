@@ -108,7 +108,7 @@ impl<'a> Logits<'a> {
     }
 }
 
-fn largest(row: &[f32]) -> f32 {
+pub(crate) fn largest(row: &[f32]) -> f32 {
     // SAFETY: the row's own bounds.
     unsafe { largest_of(row.as_ptr(), row.len()) }
 }
@@ -148,15 +148,15 @@ unsafe fn mass_on<L: Lanes>(row: *const f32, count: usize, max: f32, scale: f32)
     // SAFETY: as the caller promises.
     unsafe {
         let (maxes, scales) = (L::splat(max), L::splat(scale));
-        let exp = |x: L::V| L::exp(L::mul(L::sub(x, maxes), scales));
         let mut sum = L::splat(0.0);
         let whole = count - count % 8;
         for at in (0..whole).step_by(8) {
-            sum = L::add(sum, exp(L::load(row.add(at))));
+            sum = L::add(sum, L::exp(L::mul(L::sub(L::load(row.add(at)), maxes), scales)));
         }
         let mut sum = L::sum(sum);
         if whole < count {
-            let rest = L::to_array(exp(L::load_part(row.add(whole), count - whole, max)));
+            let rest = L::load_part(row.add(whole), count - whole, max);
+            let rest = L::to_array(L::exp(L::mul(L::sub(rest, maxes), scales)));
             sum += rest[..count - whole].iter().sum::<f32>();
         }
         sum

@@ -88,13 +88,7 @@ impl Subject<'_> {
         let mut split = self.split_for(&machine, &layout, wanted, wanted.div_ceil(depth))?;
         let mut sequences = wanted;
         if self.too_small(&split).is_some() && work.sequences.is_none() {
-            // As many as fit, found by halving: the split itself depends on the number.
-            let (mut fits, mut fails) = (0, wanted);
-            while fails - fits > 1 {
-                let middle = fits + (fails - fits) / 2;
-                let trial = self.split_for(&machine, &layout, middle, middle.div_ceil(depth))?;
-                if self.too_small(&trial).is_none() { fits = middle } else { fails = middle }
-            }
+            let fits = self.most_sequences(&machine, &layout, &split, wanted)?;
             // Even waves: the last one is not to be a few sequences.
             sequences = if fits == 0 { 1 } else { shard_rows.div_ceil(shard_rows.div_ceil(fits)) };
             split = self.split_for(&machine, &layout, sequences, sequences.div_ceil(depth))?;
@@ -125,6 +119,32 @@ impl Subject<'_> {
             job: self.job(&layout, shard_seconds),
         };
         Ok(Estimate { layout, too_small: None, stages: split.stages, speed: Some(speed) })
+    }
+
+    /// As many as fit of what `split` was for; 0 where none does.
+    fn most_sequences(&self, machine: &Machine, layout: &Layout, split: &Split, wanted: u64) -> Result<u64> {
+        // From what the stages of too many leave free; their split is not quite that of fewer.
+        let usable = memory::usable(self.cluster, self.assumptions);
+        let room = |stage: &Stage| {
+            let free = usable.saturating_sub(stage.weight_bytes + stage.activation_bytes);
+            free / (stage.cache_bytes / wanted).max(1)
+        };
+        let guess = split.stages.iter().map(room).min().unwrap_or(0).clamp(1, wanted);
+        let does = |sequences: u64| -> Result<bool> {
+            let trial = self.split_for(machine, layout, sequences, sequences.div_ceil(u64::from(layout.depth())))?;
+            Ok(self.too_small(&trial).is_none())
+        };
+        let (mut fits, mut fails) = if does(guess)? { (guess, guess + guess / 8 + 1) } else { (0, guess) };
+        fails = fails.min(wanted);
+        while fails > fits + 1 {
+            let middle = fits + (fails - fits) / 2;
+            if does(middle)? {
+                fits = middle;
+            } else {
+                fails = middle;
+            }
+        }
+        Ok(fits)
     }
 
     fn machine<'b>(&'b self, layout: &'b Layout) -> Machine<'b> {

@@ -5,8 +5,8 @@ use serde::Serialize;
 
 use crate::Cluster;
 
-/// Groups of more nodes are not looked at: no model that this crate knows needs them.
-const MOST_GROUP_NODES: u32 = 64;
+/// Groups of other numbers of nodes are not looked at: no model that this crate knows needs them.
+const GROUP_NODES: [u32; 16] = [1, 2, 3, 4, 5, 6, 7, 8, 10, 12, 16, 20, 24, 32, 48, 64];
 
 /// Groups that leave GPUs of a node to others are looked at up to this many GPUs a node.
 const MOST_PARTIAL_GPUS: u32 = 16;
@@ -51,7 +51,7 @@ impl Layout {
     /// room for: those that leave no GPU idle first, and of these small groups first.
     pub fn all(engine: Engine, config: &Config, cluster: &Cluster) -> Vec<Self> {
         let sizes = (1..=cluster.gpus).filter(|&gpus| gpus <= MOST_PARTIAL_GPUS || gpus == cluster.gpus);
-        let nodes = 1..=cluster.nodes.min(MOST_GROUP_NODES);
+        let nodes = GROUP_NODES.into_iter().filter(|&nodes| nodes <= cluster.nodes);
         let mut groups: Vec<_> = nodes.flat_map(|nodes| sizes.clone().map(move |gpus| (nodes, gpus))).collect();
         let copies = |(nodes, gpus): (u32, u32)| (cluster.nodes / nodes) * (cluster.gpus / gpus);
         let idle = |(nodes, gpus): (u32, u32)| cluster.total_gpus() - u64::from(nodes * gpus * copies((nodes, gpus)));

@@ -6,7 +6,7 @@ use retort_model::Config;
 use crate::{
     Assumptions, Cluster, Engine, Format, Layout, Mode, Weights, Work,
     estimate::Subject,
-    memory::cache_bytes,
+    memory::{self, cache_bytes},
     outcome::{Estimate, Job, Plan, Route, Section, Smallest, Teacher},
     ways_out::fits_from,
 };
@@ -88,7 +88,10 @@ fn section(subject: &Subject, evaluate: Evaluate) -> Result<Section> {
         (Some(native), Some(remote)) => choose(native, remote),
         (Some(native), None) => (Some(native), "no layout of a remote engine fits".to_owned()),
         (None, Some(remote)) => (Some(remote), "the native pipeline does not fit".to_owned()),
-        (None, None) => (None, nothing_fits(&layouts, &fits_from)),
+        (None, None) => {
+            let fewer = fewer_sequences(subject, evaluate)?;
+            (None, nothing_fits(&layouts, &fits_from, fewer))
+        }
     };
     Ok(Section { recommended: recommended.cloned(), reason, layouts, fits_from })
 }
@@ -96,7 +99,14 @@ fn section(subject: &Subject, evaluate: Evaluate) -> Result<Section> {
 /// For each kind of layout the first that none beats by much; where none fits, the largest.
 fn best_of_each_kind(subject: &Subject, engine: Engine, evaluate: Evaluate) -> Result<Vec<Estimate>> {
     let mut best: Vec<Estimate> = Vec::new();
+    let usable = memory::usable(subject.cluster, subject.assumptions);
     for layout in Layout::all(engine, subject.config, subject.cluster) {
+        // Without room for the bare weights only the largest group is of interest: it says what lacks.
+        let room = usable.saturating_mul(u64::from(layout.group_gpus()));
+        let known = best.iter().find(|known| known.layout.is_like(&layout));
+        if room < subject.weights.bytes() && known.is_some_and(|it| it.layout.group_gpus() >= layout.group_gpus()) {
+            continue;
+        }
         let estimate = evaluate(subject, layout)?;
         match best.iter_mut().find(|known| known.layout.is_like(&layout)) {
             None => best.push(estimate),
@@ -141,15 +151,32 @@ fn choose<'a>(native: &'a Estimate, remote: &'a Estimate) -> (Option<&'a Estimat
     }
 }
 
-fn nothing_fits(layouts: &[Estimate], fits_from: &[Smallest]) -> String {
+/// Where a number of sequences was asked for: the most that fit on this cluster.
+fn fewer_sequences(subject: &Subject, evaluate: Evaluate) -> Result<Option<u64>> {
+    if subject.work.sequences.is_none() {
+        return Ok(None);
+    }
+    let work = Work { sequences: None, ..subject.work.clone() };
+    let free = Subject { work: &work, ..*subject };
+    let mut most = None;
+    for engine in [Engine::Native, Engine::Remote] {
+        for estimate in best_of_each_kind(&free, engine, evaluate)? {
+            most = most.max(estimate.speed.and_then(|speed| speed.sequences));
+        }
+    }
+    Ok(most)
+}
+
+fn nothing_fits(layouts: &[Estimate], fits_from: &[Smallest], fewer: Option<u64>) -> String {
     let why = layouts.iter().find_map(|estimate| estimate.too_small.clone());
-    let ways: Vec<_> = fits_from
-        .iter()
-        .filter_map(|smallest| {
+    let fewer = fewer.map(|sequences| format!("`--sequences {sequences}`"));
+    let ways: Vec<_> = fewer
+        .into_iter()
+        .chain(fits_from.iter().filter_map(|smallest| {
             let (gpus, nodes) = (smallest.gpus?, smallest.nodes?);
             let nodes = if nodes == 1 { "1 node".to_owned() } else { format!("{nodes} nodes") };
             Some(format!("`{}` with {gpus} such GPUs on {nodes}", smallest.format.flags()))
-        })
+        }))
         .collect();
     let why = why.unwrap_or_else(|| "no layout can be cut so".to_owned());
     match ways.is_empty() {

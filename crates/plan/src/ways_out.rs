@@ -5,6 +5,7 @@ use retort_core::Result;
 use crate::{
     Cluster, Engine, Format, Layout, Weights, Work,
     estimate::Subject,
+    memory,
     outcome::{Estimate, Smallest},
 };
 
@@ -25,7 +26,7 @@ pub(crate) fn fits_from(
         let mut found = Smallest { format, gpus: None, nodes: None };
         for (nodes, gpus) in inside.chain((2..=MOST_NODES).map(|nodes| (nodes, node_gpus))) {
             // Less than the bare weights is not worth a look.
-            let room = subject.cluster.gpu.memory_bytes.saturating_mul(u64::from(nodes * gpus));
+            let room = memory::usable(subject.cluster, subject.assumptions).saturating_mul(u64::from(nodes * gpus));
             if room >= weights.bytes() && fits(subject, &weights, format, (nodes, gpus), evaluate)? {
                 found = Smallest { format, gpus: Some(nodes * gpus), nodes: Some(nodes) };
                 break;

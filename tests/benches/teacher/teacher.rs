@@ -14,6 +14,7 @@ use retort_teacher::{
     capture::Capture,
     engine::{Engine as _, Generation, Text, native::Native},
     sampling::Sampler,
+    stage::Arithmetic,
 };
 use serde_json::{Value, json};
 use tch::Device;
@@ -39,7 +40,7 @@ impl Teacher {
         let endless = endless(model)?;
         let kind = retort_llama::dtype_from_flag(dtype, Device::Cpu)?;
         Ok(Self {
-            engine: Native::load(endless.path(), Device::Cpu, kind)?,
+            engine: Native::load(endless.path(), &Arithmetic::on(Device::Cpu, kind, Some(threads)))?,
             runtime: tokio::runtime::Builder::new_current_thread().enable_all().build()?,
             store: Store::open(&store.display().to_string())?,
             shards: 0,
@@ -63,8 +64,8 @@ impl Teacher {
         let sequences = if given {
             self.engine.score(&texts, &capture, &mut |_| Ok(()))?
         } else {
-            let sampler = Sampler { temperature: 0.0, top_p: 1.0, seed: SEED };
-            let order = Generation { sampler, max_new_tokens: u32::try_from(request.new_tokens)? };
+            let sampler = Sampler::new(0.0, 1.0, SEED);
+            let order = Generation { sampler, max_new_tokens: u32::try_from(request.new_tokens)?, completions: 1 };
             self.engine.generate(&texts, &order, &capture, &mut |_| Ok(()))?
         };
         let computed = started.elapsed().as_secs_f64();

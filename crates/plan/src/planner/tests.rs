@@ -100,6 +100,33 @@ fn the_405b_fits_on_two_nodes_in_bf16_and_on_one_in_fp8() {
 }
 
 #[test]
+fn the_fewest_gpus_are_the_fewest() {
+    let mode = work(Mode::Score);
+    let smallest = large(Format::Fp8Mlp, 1, &mode).score.unwrap().fits_from;
+    for smallest in smallest.into_iter().filter(|smallest| smallest.nodes == Some(1)) {
+        let gpus = smallest.gpus.unwrap();
+        let fits = |gpus| {
+            let cluster = cluster(1, gpus);
+            let plan = planned("llama-3.1-405b", smallest.format, &cluster, &mode, &Assumptions::default());
+            plan.score.unwrap().recommended.is_some()
+        };
+        assert!(fits(gpus) && !fits(gpus - 1), "{smallest:?}");
+    }
+}
+
+#[test]
+fn too_many_sequences_are_told_how_many_fit() {
+    let asked = |sequences| {
+        let work = Work { sequences: Some(sequences), shard_rows: 4096, ..work(Mode::Generate) };
+        large(Format::Bf16, 2, &work).generate.unwrap()
+    };
+    let reason = asked(4096).reason;
+    let (_, rest) = reason.split_once("ways out: `--sequences ").unwrap();
+    let most = rest.split_once('`').unwrap().0.parse().unwrap();
+    assert!(asked(most).recommended.is_some(), "{reason}");
+}
+
+#[test]
 fn one_byte_weights_help_a_remote_engine_and_not_the_native_ones_generating() {
     let speed = |format, engine, tensor| {
         let layouts = large(format, 2, &work(Mode::Generate)).generate.unwrap().layouts;
