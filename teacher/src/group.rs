@@ -261,8 +261,8 @@ impl Group {
     }
 
     fn send(&self, work: Work) -> Result<()> {
-        let sent = self.meter.spend(Spent::WaitingForOutput, || self.outgoing.blocking_send(work));
-        sent.map_err(|_| self.health.why())
+        let sent = self.meter.spend(Spent::WaitingForOutput, || self.outgoing.blocking_send(work).is_ok());
+        if sent { Ok(()) } else { Err(self.health.why()) }
     }
 }
 

@@ -68,8 +68,8 @@ impl ModelThread {
                 Task::Work(work) => {
                     let done = self.compute(computer, work)?;
                     let Some(done) = done else { continue };
-                    let sent = self.meter.spend(Spent::WaitingForOutput, || self.outgoing.blocking_send(done));
-                    if sent.is_err() {
+                    let sent = self.meter.spend(Spent::WaitingForOutput, || self.outgoing.blocking_send(done).is_ok());
+                    if !sent {
                         return Ok(());
                     }
                 }
