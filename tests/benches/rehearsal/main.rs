@@ -61,7 +61,11 @@ async fn main() {
         let name = format!("teacher-1-stage-{killed}");
         up.signal_process(&name, Signal::KILL);
         let at = Instant::now();
-        up.wait_for_log(&["teacher-1"], &format!("stage {killed} of group \"teacher-1\""), Duration::from_secs(10));
+        up.wait_for_log(
+            &["teacher-1"],
+            &format!("lost stage {killed} of group \"teacher-1\""),
+            Duration::from_secs(10),
+        );
         let seen = at.elapsed().as_secs_f64();
         let shards = (shape.train.div_ceil(shape.shard_rows) + shape.held_out.div_ceil(shape.shard_rows)) as u32;
         watch::published(&mut up, &job, shards, PATIENCE).await;
