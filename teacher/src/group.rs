@@ -24,6 +24,7 @@
 mod computer;
 mod dial;
 mod door;
+mod formed;
 mod frames;
 mod health;
 mod identity;
@@ -43,23 +44,22 @@ use std::{
     collections::{BTreeMap, VecDeque},
     ops::Range,
     path::{Path, PathBuf},
-    sync::{Arc, PoisonError},
+    sync::PoisonError,
 };
 
-use retort_core::{Code, Error, Result, task_group::TaskGroup};
+use retort_core::{Code, Error, Result};
 use retort_llama::Part;
 use retort_proto as proto;
-use tokio::sync::{mpsc, oneshot};
-use tokio_util::sync::CancellationToken;
+use tokio::sync::mpsc;
 
 pub use computer::{Computer, Loaded, Opened};
+pub use formed::{Formed, Keeper, Parts, Pulse};
 pub use layers::Layers;
 pub use member::serve;
 pub use place::{GroupArgs, LeaderWorkerSet, Place};
 pub use stats_command::{StatsArgs, show_stats};
 pub use tls::TlsArgs;
 
-use door::Door;
 use frames::Work;
 use health::Health;
 use identity::{all_tensors, given_layers, same_model};
@@ -99,135 +99,6 @@ pub struct Model {
     pub bytes_read: Vec<u64>,
     /// Every tensor's shape and SHA-256, by name.
     pub tensors: BTreeMap<String, (String, Vec<u8>)>,
-}
-
-/// Keeps a group alive from stage 0's side; beside the [`Group`], which works.
-pub struct Keeper {
-    tasks: TaskGroup,
-    health: Health,
-    ended: CancellationToken,
-}
-
-/// A group that stands: every stage is there, and every link.
-pub struct Formed {
-    /// What the model thread makes a [`Group`] of.
-    pub parts: Parts,
-    pub keeper: Keeper,
-    /// Fires, with the reason, when the group is broken.
-    pub pulse: Pulse,
-}
-
-/// Says when a group is broken.
-#[derive(Clone)]
-pub struct Pulse {
-    health: Health,
-}
-
-/// All of a [`Group`] but what computes.
-pub struct Parts {
-    place: Place,
-    health: Health,
-    peers: Vec<Peer>,
-    outgoing: mpsc::Sender<Work>,
-    incoming: mpsc::Receiver<Work>,
-    meter: Meter,
-    peer_stats: PeerStats,
-}
-
-impl Formed {
-    /// Joins every other stage and waits until the ring stands. Errors: `stage-mismatch` with both
-    /// sides named, `group-broken` when a stage does not appear in time or is lost again.
-    pub async fn new(place: Place, dtype: &str, shutdown: &CancellationToken) -> Result<Self> {
-        let listener = member::listen(&place).await?;
-        let incarnation = incarnation();
-        let (health, ended) = (Health::default(), CancellationToken::new());
-        let mut tasks = TaskGroup::new(ended.clone());
-        let meter = Meter::new(0, &place.peers[0]);
-        let unknown = |stage: usize| proto::StageStats {
-            stage: stage as u32,
-            address: place.peers[stage].clone(),
-            ..Default::default()
-        };
-        let peer_stats: PeerStats = Arc::new(std::sync::Mutex::new((1..place.stages()).map(unknown).collect()));
-
-        let (inlets, mut inlet) = mpsc::channel(1);
-        let (own, others) = (meter.clone(), Arc::clone(&peer_stats));
-        let all_stats = Arc::new(move || all_stats(&own, &others));
-        let door = Door::new(&place, dtype, Some(incarnation), None, inlets, all_stats);
-        tasks.spawn("group-server", member::serve_door(place.clone(), door, listener, ended.clone())?);
-
-        let mut peers = Vec::new();
-        for stage in 1..place.stages() {
-            let (peer, attendant) = Peer::new(&place, stage, incarnation, dtype, &health, &peer_stats);
-            tasks.spawn("group-peer", member::watched(health.clone(), attendant));
-            peers.push(peer);
-        }
-        let (work, outgoing) = mpsc::channel(1);
-        let (linked, link_stands) = oneshot::channel();
-        let sending = link::send(place.clone(), incarnation, health.clone(), outgoing, linked);
-        tasks.spawn("group-link", member::watched(health.clone(), sending));
-        let (todo, incoming) = mpsc::channel(2 * place.stages() + 16);
-        let deliver: link::Deliver = Arc::new(move |work| match work {
-            Work::Taken { .. } | Work::Failed { .. } => {
-                todo.try_send(work).map_err(|_| wire::wrong("more targets than were asked for"))
-            }
-            Work::Begin { .. } | Work::Step { .. } => Err(wire::wrong("a step came back to stage 0")),
-        });
-        let (own_place, own_health) = (place.clone(), health.clone());
-        let (arrived, ring_stands) = oneshot::channel();
-        let receiving = async move {
-            let inlet = tokio::select! {
-                inlet = inlet.recv() => inlet,
-                _ = own_health.broken() => None,
-            };
-            let Some(inlet) = inlet else { return Ok(()) };
-            let _ = arrived.send(());
-            link::receive(own_place, own_health, inlet, || 0, deliver).await
-        };
-        tasks.spawn("group-inlet", member::watched(health.clone(), receiving));
-
-        let keeper = Keeper { tasks, health: health.clone(), ended };
-        let standing = async {
-            for peer in &mut peers {
-                peer.linked().await?;
-            }
-            let stands = link_stands.await.is_ok() && ring_stands.await.is_ok();
-            if stands { Ok(()) } else { Err(health.why()) }
-        };
-        let stood = tokio::select! {
-            stood = standing => stood,
-            why = health.broken() => Err(why),
-            () = shutdown.cancelled() => Err(Error::new(Code::WorkerStopped, "stopped before the group stood")),
-        };
-        if let Err(error) = stood {
-            keeper.end(&error).await;
-            return Err(error);
-        }
-        tracing::info!(group = place.group, stages = place.stages(), incarnation, "the group stands");
-        let pulse = Pulse { health: health.clone() };
-        Ok(Self { parts: Parts { place, health, peers, outgoing: work, incoming, meter, peer_stats }, keeper, pulse })
-    }
-}
-
-impl Keeper {
-    /// Tells every stage that the group is over, and why; then they end.
-    pub async fn end(self, why: &Error) {
-        if why.code == Code::WorkerStopped {
-            tracing::info!("the group ends: {}", why.message);
-        }
-        self.health.break_quietly(why);
-        let peers_told = tokio::time::sleep(2 * link::FAREWELL);
-        peers_told.await;
-        self.ended.cancel();
-        let _ = self.tasks.join().await;
-    }
-}
-
-impl Pulse {
-    /// Waits until the group is broken.
-    pub async fn broken(&self) -> Error {
-        self.health.broken().await
-    }
 }
 
 impl Group {
@@ -390,8 +261,8 @@ impl Group {
     }
 
     fn send(&self, work: Work) -> Result<()> {
-        let sent = self.meter.spend(Spent::WaitingForOutput, || self.outgoing.blocking_send(work));
-        sent.map_err(|_| self.health.why())
+        let sent = self.meter.spend(Spent::WaitingForOutput, || self.outgoing.blocking_send(work).is_ok());
+        if sent { Ok(()) } else { Err(self.health.why()) }
     }
 }
 
@@ -450,13 +321,6 @@ fn all_answers<T>(peers: &mut [Peer], hear: impl Fn(&mut Peer) -> Result<T>) -> 
 fn all_stats(own: &Meter, others: &PeerStats) -> Vec<proto::StageStats> {
     let others = others.lock().unwrap_or_else(PoisonError::into_inner);
     std::iter::once(own.read()).chain(others.iter().cloned()).collect()
-}
-
-/// No two lives of a group have the same: the time in milliseconds, and what sets two starts within one
-/// apart.
-fn incarnation() -> u64 {
-    let id = uuid::Uuid::now_v7().as_u128();
-    (id >> 64) as u64 ^ (id as u64).rotate_left(17)
 }
 
 #[cfg(test)]

@@ -8,9 +8,6 @@ use std::{collections::BTreeSet, path::PathBuf, process::Command};
 use retort_tests::retort::programs;
 use serde_json::Value;
 
-/// The flags by which a teacher is a stage of a group.
-const GROUP_FLAGS: [&str; 8] =
-    ["--group", "--stage", "--listen", "--peers", "--layers", "--tls-ca", "--tls-cert", "--tls-key"];
 const PROGRAMS: [&str; 4] = ["retort-broker", "retort-orchestrator", "retort-teacher", "retort-student"];
 
 fn text(path: &str) -> String {
@@ -34,10 +31,7 @@ fn check_command(command: &[String]) {
     let output =
         Command::new(&path).arg("--help").output().unwrap_or_else(|error| panic!("{}: {error}", path.display()));
     let help = String::from_utf8_lossy(&output.stdout).into_owned();
-    let mut known: BTreeSet<&str> = help.split_whitespace().filter(|word| word.starts_with("--")).collect();
-    if program == "retort-teacher" {
-        known.extend(GROUP_FLAGS);
-    }
+    let known: BTreeSet<&str> = help.split_whitespace().filter(|word| word.starts_with("--")).collect();
     for argument in &command[1..] {
         let (flag, value) = argument.split_once('=').unwrap_or_else(|| panic!("{program} {argument} has no value"));
         assert!(known.contains(flag), "{program} has no {flag}");

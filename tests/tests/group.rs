@@ -76,17 +76,17 @@ async fn three_stages_do_a_job() {
 
 #[tokio::test(flavor = "multi_thread")]
 async fn the_middle_stage_is_killed() {
-    outlives("teacher-1-stage-1", "3", Signal::KILL, "stage 1").await;
+    outlives("teacher-1-stage-1", "3", Signal::KILL, "lost stage 1").await;
 }
 
 #[tokio::test(flavor = "multi_thread")]
 async fn the_last_stage_is_killed() {
-    outlives("teacher-1-stage-2", "3", Signal::KILL, "stage 2").await;
+    outlives("teacher-1-stage-2", "3", Signal::KILL, "lost stage 2").await;
 }
 
 #[tokio::test(flavor = "multi_thread")]
 async fn a_stage_hangs() {
-    outlives("teacher-1-stage-1", "3", Signal::STOP, "stage 1").await;
+    outlives("teacher-1-stage-1", "3", Signal::STOP, "lost stage 1").await;
 }
 
 #[tokio::test(flavor = "multi_thread")]

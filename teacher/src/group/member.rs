@@ -4,14 +4,15 @@
 //! A member belongs to one life of its group. When that ends, however it ends, so does the process:
 //! whoever started it starts the whole group again.
 
+mod model_thread;
+
 use std::{
     panic::{AssertUnwindSafe, catch_unwind},
-    path::PathBuf,
     sync::{
         Arc,
         atomic::{AtomicU64, Ordering},
     },
-    time::{Duration, Instant},
+    time::Duration,
 };
 
 use retort_core::{Code, Error, Result, task_group::TaskGroup, wire::error_to_proto};
@@ -26,27 +27,20 @@ use tokio_stream::wrappers::TcpListenerStream;
 use tokio_util::sync::CancellationToken;
 
 use super::{
-    computer::{Computer, Opened},
+    computer::Computer,
     dial::{self, SILENCE, closed, silent},
     door::{Door, Inlet, Joined},
     frames::{MAX_MESSAGE, Work},
     health::Health,
     link,
     place::Place,
-    stats::{Meter, Spent},
+    stats::Meter,
     wire::{error_from_proto, wrong},
 };
-use crate::stage::step::Output;
+use model_thread::{ModelThread, Task};
 
 /// After it was asked to stop, a stage waits this long for stage 0 to end the group in good order.
 const LEAVE_GRACE: Duration = Duration::from_secs(4);
-
-/// What the model thread is given to do.
-enum Task {
-    Open(PathBuf),
-    Load(PathBuf, Part),
-    Work(Work),
-}
 
 /// Serves as one stage until the group ends or `shutdown` fires. `make` is called on the model thread.
 ///
@@ -157,7 +151,8 @@ impl Life {
 
         let sending = link::send(place.clone(), self.incarnation, health.clone(), outgoing, linked);
         tasks.spawn("stage-link", watched(health.clone(), sending));
-        let requests = take_requests(place.clone(), health.clone(), joined.requests, todo.clone(), self.reporter(&joined.answers));
+        let requests =
+            take_requests(place.clone(), health.clone(), joined.requests, todo.clone(), self.reporter(&joined.answers));
         tasks.spawn("stage-join", watched(health.clone(), requests));
         let beats = beat(health.clone(), self.meter.clone(), joined.answers, link_stands);
         tasks.spawn("stage-beat", watched(health.clone(), beats));
@@ -230,97 +225,6 @@ impl Life {
             .spawn(whole)
             .map_err(|error| Error::internal(format!("cannot start the model thread: {error}")))?;
         Ok(())
-    }
-}
-
-/// The thread that owns the stage's layers.
-struct ModelThread {
-    place: Place,
-    meter: Meter,
-    row_bytes: Arc<AtomicU64>,
-    outgoing: mpsc::Sender<Work>,
-    answers: mpsc::Sender<Result<proto::JoinResponse, tonic::Status>>,
-    /// Why the present run is not computed any further.
-    failed: Option<(Code, String)>,
-}
-
-impl ModelThread {
-    /// Until there is nobody to work for.
-    fn run(&mut self, computer: &mut dyn Computer, mut inbox: mpsc::Receiver<Task>) -> Result<()> {
-        let mut opened = Opened::default();
-        while let Some(task) = self.meter.spend(Spent::WaitingForInput, || inbox.blocking_recv()) {
-            match task {
-                Task::Open(model) => {
-                    let answer = computer.open(&model).map(|now| {
-                        opened = now;
-                        join_response::What::Opened(opened.to_proto(self.place.layers.as_ref()))
-                    });
-                    self.answer(answer);
-                }
-                Task::Load(model, part) => {
-                    self.row_bytes.store(0, Ordering::Release);
-                    let started = Instant::now();
-                    let loaded = computer.load(&model, &part);
-                    if let Ok(loaded) = &loaded {
-                        self.meter.loaded(&part.layers, loaded.bytes_read);
-                        self.row_bytes.store(opened.row_bytes, Ordering::Release);
-                    }
-                    let seconds = started.elapsed().as_secs_f64();
-                    self.answer(loaded.map(|loaded| join_response::What::Loaded(loaded.to_proto(seconds))));
-                }
-                Task::Work(work) => {
-                    let done = self.compute(computer, work)?;
-                    let Some(done) = done else { continue };
-                    let sent = self.meter.spend(Spent::WaitingForOutput, || self.outgoing.blocking_send(done));
-                    if sent.is_err() {
-                        return Ok(());
-                    }
-                }
-            }
-        }
-        Ok(())
-    }
-
-    /// What goes on to the next stage, if anything does.
-    fn compute(&mut self, computer: &mut dyn Computer, work: Work) -> Result<Option<Work>> {
-        let last = self.place.stage + 1 == self.place.stages();
-        match work {
-            Work::Begin { run, begin } => {
-                let begun = self.meter.spend(Spent::Busy, || computer.begin(&begin));
-                self.failed = begun.err().map(|error| (error.code, error.chain()));
-                Ok((!last).then_some(Work::Begin { run, begin }))
-            }
-            Work::Step { run, index, step, activations } => {
-                let stage = self.place.stage as u32;
-                if let Some((code, message)) = &self.failed {
-                    return Ok(Some(Work::Failed { run, index, stage, error: Error::new(*code, message.clone()) }));
-                }
-                let tokens = step.token_ids.len();
-                match self.meter.spend(Spent::Busy, || computer.run(&step, Some(activations))) {
-                    Ok(Output::Activations(activations)) if !last => {
-                        self.meter.step(tokens, activations.bytes.len());
-                        Ok(Some(Work::Step { run, index, step, activations }))
-                    }
-                    Ok(Output::Taken(taken)) if last => {
-                        self.meter.step(tokens, 0);
-                        Ok(Some(Work::Taken { run, index, taken }))
-                    }
-                    Ok(_) => Err(Error::internal("a stage computed what another one should")),
-                    Err(error) => {
-                        self.failed = Some((error.code, error.chain()));
-                        Ok(Some(Work::Failed { run, index, stage, error }))
-                    }
-                }
-            }
-            failed @ Work::Failed { .. } => Ok(Some(failed)),
-            Work::Taken { .. } => Err(wrong("targets came to a stage that is not the first")),
-        }
-    }
-
-    fn answer(&self, answer: Result<join_response::What>) {
-        let what = answer.unwrap_or_else(|error| join_response::What::Refused(error_to_proto(&error)));
-        // Stage 0 may have gone meanwhile; then the group is ending.
-        let _ = self.answers.blocking_send(Ok(proto::JoinResponse { what: Some(what) }));
     }
 }
 

@@ -6,6 +6,7 @@ use std::{sync::mpsc as std_mpsc, time::Duration};
 use retort_artifact::soft_targets::Position;
 use retort_core::spec::Codec;
 use retort_llama::{Piece as Run, Room, TensorHash};
+use tokio_util::sync::CancellationToken;
 
 use super::*;
 use crate::{

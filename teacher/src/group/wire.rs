@@ -151,7 +151,7 @@ pub(super) fn taken_to_proto(taken: Taken) -> proto::TakenPosition {
         head_ids,
         head_logprobs,
         tail_ids: tail.iter().map(|(id, _, _)| *id).collect(),
-        tail_counts: tail.iter().map(|(_, count, _)| *count).collect::<Vec<_>>().into(),
+        tail_counts: tail.iter().map(|(_, count, _)| *count).collect(),
         tail_logprobs: tail.iter().map(|(_, _, logprob)| *logprob).collect(),
         log_sum_exps,
     }

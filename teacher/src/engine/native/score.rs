@@ -17,6 +17,11 @@ use crate::{
     },
 };
 
+/// Steps of a shard for each that is on its way through the stages.
+const STEPS: usize = 4;
+/// Tokens that are worth a step of their own.
+const LEAST_TOKENS: usize = 64;
+
 pub(super) fn run(
     pipeline: &mut dyn Pipeline,
     texts: &[Text],
@@ -26,7 +31,8 @@ pub(super) fn run(
     // Texts of like length lie side by side, where attention takes them together.
     let mut by_length: Vec<usize> = (0..texts.len()).collect();
     by_length.sort_by_key(|&at| (std::cmp::Reverse(texts[at].token_ids.len()), at));
-    let batches = batches(texts, &by_length, limits::FORWARD_TOKENS);
+    let tokens: usize = texts.iter().map(|text| text.token_ids.len()).sum();
+    let batches = batches(texts, &by_length, step_tokens(tokens, pipeline.depth()));
 
     let room = Room { lanes: 0, slots: 0, capacity: 0 };
     pipeline.begin(&Begin { capture: capture.clone(), sampler: None, room })?;
@@ -53,6 +59,15 @@ pub(super) fn run(
         watch(captured)?;
     }
     Ok(done.into_iter().flatten().collect())
+}
+
+/// Most tokens of a step. With many stages a shard is cut into several steps for each that is on its way,
+/// or the stages would wait for one another; but not so small that a stage reads its weights for little.
+fn step_tokens(tokens: usize, depth: usize) -> usize {
+    match depth {
+        1 => limits::FORWARD_TOKENS,
+        _ => (tokens / (STEPS * depth)).clamp(LEAST_TOKENS, limits::FORWARD_TOKENS),
+    }
 }
 
 /// Runs of `order` of up to `most` tokens; a longer text is a run of its own.
