@@ -39,7 +39,7 @@ pub struct Done {
 impl Job {
     /// Rows that bring completions of 40 words.
     pub fn score(folder: &Path, teacher: &Path) -> Result<Self, Failure> {
-        let shape = Shape { name: "score", train: 48, held_out: 12, shard_rows: 12, tokens: 1, passes: 1 };
+        let shape = Shape { name: "score", train: 48, held_out: 16, shard_rows: 16, tokens: 1, passes: 1 };
         Self::write(folder, teacher, shape)
     }
 

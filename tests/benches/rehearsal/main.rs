@@ -21,7 +21,10 @@ use std::{
 
 use clap::Parser;
 use retort_artifact::soft_targets::Shard;
-use retort_tests::retort::Up;
+use retort_tests::{
+    retort::Up,
+    ticks::{Others, Ticks},
+};
 
 use crate::{
     checkpoint::Checkpoint,
@@ -54,7 +57,17 @@ struct Grouped {
     score: Done,
     generate: Done,
     fault: Fault,
+    /// Of all processes together, bytes.
     peaks: u64,
+    others: Others,
+}
+
+/// How one process did.
+struct Alone {
+    score: Done,
+    generate: Done,
+    threads: usize,
+    others: Others,
 }
 
 #[tokio::main]
@@ -72,7 +85,6 @@ async fn main() {
 
 async fn rehearse(options: &Options) -> Result<(), Failure> {
     fs::create_dir_all(&options.folder)?;
-    println!("machine        {}", load()?);
     let written = Instant::now();
     let checkpoint = Checkpoint::ready(&options.folder.join("checkpoint"))?;
     println!(
@@ -92,16 +104,21 @@ async fn rehearse(options: &Options) -> Result<(), Failure> {
     let generate = Job::generate(&work, &checkpoint.folder)?;
 
     let grouped = group(&work.join("group"), &checkpoint, [&score, &generate], options.kill as usize).await?;
-    let (alone, threads) = alone(&work.join("alone"), [&score, &generate]).await?;
-    let positions = equal(&score, &grouped.score, &alone[0])? + equal(&generate, &grouped.generate, &alone[1])?;
+    let alone = alone(&work.join("alone"), [&score, &generate]).await?;
+    let pairs = [(&score, &grouped.score, &alone.score), (&generate, &grouped.generate, &alone.generate)];
+    let mut positions = 0;
+    for (job, of_group, of_one) in pairs {
+        positions += equal(job, of_group, of_one)?;
+    }
 
     table(&grouped.stages, &Reading::busy(&grouped.score.readings), &Reading::busy(&grouped.generate.readings));
-    for (job, of_group, of_one) in [(&score, &grouped.score, &alone[0]), (&generate, &grouped.generate, &alone[1])] {
+    for (job, of_group, of_one) in pairs {
         println!(
-            "{:<15}{:.0} tokens/s in {STAGES} stages of 1 thread, {:.0} in one process of {threads}: {:.2} of it; {:.1} s and {:.1} s in all",
+            "{:<15}{:.0} tokens/s in {STAGES} stages of 1 thread, {:.0} in one process of {}: {:.2} of it; {:.1} s and {:.1} s in all",
             job.mode,
             of_group.tokens_a_second,
             of_one.tokens_a_second,
+            alone.threads,
             of_group.tokens_a_second / of_one.tokens_a_second,
             of_group.seconds,
             of_one.seconds
@@ -122,7 +139,13 @@ async fn rehearse(options: &Options) -> Result<(), Failure> {
         "memory         {:.1} GiB, the peaks of all processes of the group's run together",
         mib(grouped.peaks) / 1024.0
     );
-    println!("machine        {}", load()?);
+    let cores = std::thread::available_parallelism()?;
+    println!(
+        "machine        {cores} cores, of which others used {:.2} during the group's jobs and {:.2} during one process's{}",
+        grouped.others.used,
+        alone.others.used,
+        if grouped.others.quiet() && alone.others.quiet() { "" } else { ": quote no speeds" }
+    );
     if grouped.peaks > MEMORY {
         return Err(format!("{:.1} GiB are more than a rehearsal may take", mib(grouped.peaks) / 1024.0).into());
     }
@@ -132,7 +155,7 @@ async fn rehearse(options: &Options) -> Result<(), Failure> {
 
 async fn group(home: &Path, checkpoint: &Checkpoint, jobs: [&Job; 2], kill: usize) -> Result<Grouped, Failure> {
     fs::create_dir_all(home)?;
-    let started = Instant::now();
+    let (started, before) = (Instant::now(), Ticks::now()?);
     let stages = STAGES.to_string();
     let mut up = Up::start(home, &["--teacher-stages", &stages, "--dtype", "f32", "--ready-timeout", "300"]);
     println!("group          {STAGES} stages stood after {:.1} s", started.elapsed().as_secs_f64());
@@ -142,16 +165,23 @@ async fn group(home: &Path, checkpoint: &Checkpoint, jobs: [&Job; 2], kill: usiz
     let generate = jobs[1].run(&mut up, Some(&mut fault)).await?;
     look(&up, checkpoint);
     let peaks = peaks(&up);
-    Ok(Grouped { stages, score, generate, fault, peaks })
+    // What a process used counts once it has ended.
+    drop(up);
+    let others = Ticks::now()?.since(&before, std::thread::available_parallelism()?.get());
+    Ok(Grouped { stages, score, generate, fault, peaks, others })
 }
 
 /// One process, with as many threads as the group's could run at once.
-async fn alone(home: &Path, jobs: [&Job; 2]) -> Result<([Done; 2], usize), Failure> {
+async fn alone(home: &Path, jobs: [&Job; 2]) -> Result<Alone, Failure> {
     fs::create_dir_all(home)?;
-    let threads = std::thread::available_parallelism()?.get().min(STAGES);
+    let cores = std::thread::available_parallelism()?.get();
+    let (threads, before) = (cores.min(STAGES), Ticks::now()?);
     println!("alone          one process of {threads} threads does the same jobs");
     let mut up = Up::start_on(home, threads, &["--dtype", "f32"]);
-    Ok(([jobs[0].run(&mut up, None).await?, jobs[1].run(&mut up, None).await?], threads))
+    let score = jobs[0].run(&mut up, None).await?;
+    let generate = jobs[1].run(&mut up, None).await?;
+    drop(up);
+    Ok(Alone { score, generate, threads, others: Ticks::now()?.since(&before, cores) })
 }
 
 /// Compares what the group published with what one process did; counts the soft targets.
@@ -182,11 +212,4 @@ fn equal(job: &Job, group: &Done, alone: &Done) -> Result<u64, Failure> {
         }
     }
     Ok(group.shards.values().map(Shard::target_tokens).sum())
-}
-
-/// What else the machine does, as far as it can be said in a line.
-fn load() -> Result<String, Failure> {
-    let load = fs::read_to_string("/proc/loadavg")?;
-    let mean = load.split(' ').next().unwrap_or_default();
-    Ok(format!("{} cores, load {mean} over the last minute", std::thread::available_parallelism()?))
 }
