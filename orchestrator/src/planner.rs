@@ -27,7 +27,7 @@ const EARLY_HELD_OUT_SHARDS: u32 = 4;
 pub struct RowCounts {
     pub train: u64,
     pub held_out: u64,
-    /// Tokens of the training rows' completions, at most.
+    /// Tokens of the training rows' completions, all of them, at most.
     pub train_target_tokens: u64,
     pub held_out_target_tokens: u64,
     /// Tokens of all prompts, about.
@@ -139,7 +139,8 @@ pub fn plan(
     let train = cut(Split::Train, 0, 0, rows.train, shard_rows);
     let train_shards = train.len() as u32;
     let held_out = cut(Split::HeldOut, train_shards, rows.train, rows.held_out, shard_rows);
-    let steps = rows.train.div_ceil(spec.train.batch_rows.max(1).into()).saturating_mul(spec.train.passes.into());
+    let trained = rows.train.saturating_mul(spec.teacher.completions().into());
+    let steps = trained.div_ceil(spec.train.batch_rows.max(1).into()).saturating_mul(spec.train.passes.into());
     let optimizer_steps = u32::try_from(steps).map_err(|_| {
         Error::new(
             Code::SpecInvalid,
@@ -148,7 +149,7 @@ pub fn plan(
     })?;
 
     let plan = Plan {
-        train_rows: rows.train,
+        train_rows: trained,
         held_out_rows: rows.held_out,
         train_shards,
         held_out_shards: held_out.len() as u32,

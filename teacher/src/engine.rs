@@ -78,6 +78,8 @@ pub struct Generation {
     pub max_new_tokens: u32,
     /// Of each prompt.
     pub completions: u32,
+    /// Texts that end a completion; the tokens that spell them are its last.
+    pub stop: Vec<String>,
 }
 
 impl Capabilities {

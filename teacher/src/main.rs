@@ -2,6 +2,7 @@ use std::{path::PathBuf, process::ExitCode};
 
 use clap::{CommandFactory as _, FromArgMatches as _, Parser, Subcommand};
 use retort_core::{Code, Error, Result};
+use retort_llama::Keep;
 use retort_process::{LogArgs, exit_with};
 use retort_teacher::{
     Teacher, chat,
@@ -24,13 +25,16 @@ struct Cli {
     /// Cores used for arithmetic; all of them when not given
     #[arg(long, env = "RETORT_THREADS", global = true, value_name = "N")]
     threads: Option<usize>,
+    /// How to keep the weights of projections: stored, bf16, int8 or fp8; arithmetic stays as --dtype says
+    #[arg(long, env = "RETORT_WEIGHTS", default_value = "stored", value_name = "HOW")]
+    weights: String,
     #[command(subcommand)]
     command: Option<Command>,
 }
 
 const EXAMPLES: &str = "Examples:
   retort-teacher --store /srv/retort/store --brokers 127.0.0.1:9092
-  retort-teacher --store /srv/retort/store --pool large --device cuda:0 --dtype bf16
+  retort-teacher --store /srv/retort/store --pool large --device cuda:0,cuda:1 --dtype bf16 --weights fp8
   retort-teacher --store /srv/retort/store --group big --stage 0/2 --peers 127.0.0.1:7475,127.0.0.1:7476
   retort-teacher stats --peer 127.0.0.1:7475
   retort-teacher chat --model ~/models/smollm2 --prompt \"Where is my parcel?\"";
@@ -89,8 +93,8 @@ fn main() -> ExitCode {
         None => WorkerArgs::from_arg_matches(&matches)
             .map_err(|_| Error::new(Code::RequestInvalid, "--store is missing; see retort-teacher --help"))
             .and_then(|args| match Place::new(&cli.group, &LeaderWorkerSet::from_env())? {
-                None => serve(args, cli.threads),
-                Some(place) => stage(args, cli.threads, place),
+                None => serve(args, cli.threads, &cli.weights),
+                Some(place) => stage(args, cli.threads, &cli.weights, place),
             }),
     };
     match done {
@@ -99,9 +103,8 @@ fn main() -> ExitCode {
     }
 }
 
-fn serve(args: WorkerArgs, threads: Option<usize>) -> Result<()> {
-    let (device, kind) = computing(&args.device, &args.dtype)?;
-    let teacher = Teacher::new(Arithmetic::on(device, kind, threads), threads)?;
+fn serve(args: WorkerArgs, threads: Option<usize>, weights: &str) -> Result<()> {
+    let teacher = Teacher::new(arithmetic(&args, threads, weights)?, threads)?;
     let runtime = runtime()?;
     let done = runtime.block_on(retort_worker::run("teacher", args, teacher));
     runtime.shutdown_background();
@@ -109,9 +112,8 @@ fn serve(args: WorkerArgs, threads: Option<usize>) -> Result<()> {
 }
 
 /// One stage of a group: the first works like any teacher, the others serve it.
-fn stage(args: WorkerArgs, threads: Option<usize>, place: Place) -> Result<()> {
-    let (device, kind) = computing(&args.device, &args.dtype)?;
-    let arithmetic = Arithmetic::on(device, kind, threads);
+fn stage(args: WorkerArgs, threads: Option<usize>, weights: &str, place: Place) -> Result<()> {
+    let arithmetic = arithmetic(&args, threads, weights)?;
     let numbers = format!("{} {}", arithmetic.engine(), arithmetic.dtype());
     let runtime = runtime()?;
     let done = runtime.block_on(async {
@@ -163,6 +165,24 @@ fn talk(args: ChatArgs, threads: Option<usize>) -> Result<()> {
         system: args.system,
     };
     chat::run(&args.model, device, kind, args.prompt, options)
+}
+
+fn arithmetic(args: &WorkerArgs, threads: Option<usize>, weights: &str) -> Result<Arithmetic> {
+    let (devices, kind) = (devices(&args.device)?, &args.dtype);
+    let wrong = |error: retort_llama::Error| Error::new(Code::DeviceUnavailable, error.to_string());
+    let kind = retort_llama::dtype_from_flag(kind, devices[0]).map_err(wrong)?;
+    let keep = Keep::from_flag(weights).map_err(wrong)?;
+    let arithmetic = match devices[..] {
+        [device] => Arithmetic::on(device, kind, threads),
+        _ => Arithmetic::Torch { devices, kind, keep },
+    };
+    Ok(arithmetic.keeping(keep))
+}
+
+/// One device, or several with a comma between, over which layers are dealt.
+fn devices(flag: &str) -> Result<Vec<tch::Device>> {
+    let wrong = |error: retort_llama::Error| Error::new(Code::DeviceUnavailable, error.to_string());
+    flag.split(',').map(|one| retort_llama::device_from_flag(one.trim()).map_err(wrong)).collect()
 }
 
 fn computing(device: &str, dtype: &str) -> Result<(tch::Device, tch::Kind)> {

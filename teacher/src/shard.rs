@@ -97,6 +97,14 @@ impl Order {
         }
     }
 
+    /// Sequences that each row becomes.
+    pub fn completions(&self) -> u32 {
+        match self.split {
+            Split::Train => self.spec.teacher.completions(),
+            Split::HeldOut => 1,
+        }
+    }
+
     fn capture(&self) -> Capture {
         let SoftTargets { codec, temperatures, .. } = self.soft_targets();
         Capture { codec, temperatures, seed: self.spec.seed }
@@ -168,8 +176,19 @@ pub fn compute(engine: &mut dyn Engine, order: &Order, watch: Watch) -> Result<E
         })
         .collect::<Result<_>>()?;
     let sequences = if generate {
-        let sampler = Sampler::new(sampling.temperature, sampling.top_p, order.spec.seed);
-        let how = Generation { sampler, max_new_tokens: sampling.max_new_tokens, completions: 1 };
+        let how = Generation {
+            sampler: Sampler {
+                temperature: sampling.temperature,
+                top_p: sampling.top_p,
+                top_k: sampling.top_k,
+                min_p: sampling.min_p,
+                repetition_penalty: sampling.repetition_penalty,
+                seed: order.spec.seed,
+            },
+            max_new_tokens: sampling.max_new_tokens,
+            completions: order.completions(),
+            stop: sampling.stop.clone(),
+        };
         engine.generate(&texts, &how, &capture, watch)?
     } else {
         engine.score(&texts, &capture, watch)?

@@ -24,6 +24,7 @@ pub enum Arithmetic {
         /// Layers are dealt over these in runs of equal length.
         devices: Vec<Device>,
         kind: Kind,
+        keep: Keep,
     },
     /// Our own kernels on the CPU, in f32.
     Host {
@@ -57,8 +58,16 @@ impl Arithmetic {
     pub fn on(device: Device, kind: Kind, threads: Option<usize>) -> Self {
         match (device, kind) {
             (Device::Cpu, Kind::Float) => Self::Host { keep: Keep::Stored, threads },
-            _ => Self::Torch { devices: vec![device], kind },
+            _ => Self::Torch { devices: vec![device], kind, keep: Keep::Stored },
         }
+    }
+
+    /// The same, with the weights of projections kept otherwise.
+    pub fn keeping(mut self, narrow: Keep) -> Self {
+        match &mut self {
+            Self::Torch { keep, .. } | Self::Host { keep, .. } => *keep = narrow,
+        }
+        self
     }
 
     /// Its name in a shard's header: results differ in their last bits between two of different names.
@@ -71,12 +80,18 @@ impl Arithmetic {
 
     /// Of its numbers, and of its weights where they are kept narrower than they are stored.
     pub fn dtype(&self) -> &'static str {
-        match self {
-            Self::Torch { kind: Kind::BFloat16, .. } => "bf16",
-            Self::Torch { .. } | Self::Host { keep: Keep::Stored, .. } => "f32",
-            Self::Host { keep: Keep::Bf16, .. } => "f32, weights bf16",
-            Self::Host { keep: Keep::Int8, .. } => "f32, weights int8",
-            Self::Host { keep: Keep::F8E4m3, .. } => "f32, weights fp8",
+        let (wide, keep) = match self {
+            Self::Torch { kind: Kind::BFloat16, keep, .. } => (false, keep),
+            Self::Torch { keep, .. } | Self::Host { keep, .. } => (true, keep),
+        };
+        match (wide, keep) {
+            (true, Keep::Stored) => "f32",
+            (true, Keep::Bf16) => "f32, weights bf16",
+            (true, Keep::Int8) => "f32, weights int8",
+            (true, Keep::F8E4m3) => "f32, weights fp8",
+            (false, Keep::Stored | Keep::Bf16) => "bf16",
+            (false, Keep::Int8) => "bf16, weights int8",
+            (false, Keep::F8E4m3) => "bf16, weights fp8",
         }
     }
 
@@ -93,8 +108,8 @@ impl Stage {
     /// Reads the part's own tensors of a Hugging Face folder.
     pub fn load(dir: &Path, part: Part, arithmetic: &Arithmetic) -> Result<Self> {
         let part = match arithmetic {
-            Arithmetic::Torch { devices, kind } => {
-                let part = tch::no_grad(|| TorchPart::load(dir, part, devices, *kind));
+            Arithmetic::Torch { devices, kind, keep } => {
+                let part = tch::no_grad(|| TorchPart::load(dir, part, devices, *kind, *keep));
                 Loaded::Torch(Box::new(part.map_err(llama)?))
             }
             Arithmetic::Host { keep, threads } => {

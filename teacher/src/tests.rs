@@ -92,7 +92,7 @@ fn texts(engine: &Native, rows: &[Row]) -> Vec<Text> {
 const CAPTURE: Capture = Capture { codec: Codec::HeadDraws { head: 12, draws: 20 }, temperatures: Vec::new(), seed: 9 };
 
 fn generation(temperature: f64) -> Generation {
-    Generation { sampler: Sampler::new(temperature, 0.9, 9), max_new_tokens: 24, completions: 1 }
+    Generation { sampler: Sampler::new(temperature, 0.9, 9), max_new_tokens: 24, completions: 1, stop: vec![] }
 }
 
 /// Same tokens in the same places, log-probabilities within `tolerance`.

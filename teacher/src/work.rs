@@ -50,6 +50,12 @@ pub fn work_sha256(order: &Order, teacher: &Capabilities) -> Result<String> {
             list.number(u64::from(spec.sampling.max_new_tokens));
             list.number(spec.sampling.temperature.to_bits());
             list.number(spec.sampling.top_p.to_bits());
+            list.number(u64::from(spec.sampling.top_k));
+            list.number(spec.sampling.min_p.to_bits());
+            list.number(spec.sampling.repetition_penalty.to_bits());
+            list.number(spec.sampling.stop.len() as u64);
+            spec.sampling.stop.iter().for_each(|stop| list.text(stop));
+            list.number(u64::from(order.completions()));
         }
         TeacherMode::Score => list.text("score"),
     }
@@ -96,12 +102,15 @@ pub fn check(order: &Order, teacher: &Capabilities, shard: &Shard) -> Result<()>
             found.get(name).unwrap_or(&Value::Null)
         )));
     }
-    if shard.sequences.len() != order.lines.len() {
-        return Err(other(format!("it has {} rows, and {} are asked for", shard.sequences.len(), order.lines.len())));
+    let completions = order.completions();
+    let asked = order.lines.len() * completions as usize;
+    if shard.sequences.len() != asked {
+        return Err(other(format!("it has {} rows, and {asked} are asked for", shard.sequences.len())));
     }
-    for (line, sequence) in order.lines.clone().zip(&shard.sequences) {
-        let id = &order.rows[line].id;
-        if sequence.row != line as u64 || sequence.row_id != *id {
+    let lines = order.lines.clone().flat_map(|line| (0..completions).map(move |completion| (line, completion)));
+    for ((line, completion), sequence) in lines.zip(&shard.sequences) {
+        let id = completion_id(&order.rows[line].id, completion);
+        if sequence.row != line as u64 || sequence.row_id != id {
             return Err(other(format!(
                 "it has row {:?} of line {}, where row {id:?} of line {line} is asked for",
                 sequence.row_id, sequence.row
@@ -109,6 +118,14 @@ pub fn check(order: &Order, teacher: &Capabilities, shard: &Shard) -> Result<()>
         }
     }
     Ok(())
+}
+
+/// The name of a row's completion, from 0: the first has the row's own.
+pub(crate) fn completion_id(row_id: &str, completion: u32) -> String {
+    match completion {
+        0 => row_id.to_owned(),
+        more => format!("{row_id}#{}", more + 1),
+    }
 }
 
 #[derive(Default)]

@@ -59,6 +59,16 @@ pub struct Teacher {
     pub soft_targets: SoftTargets,
 }
 
+impl Teacher {
+    /// How many completions a training prompt has: one where they are given.
+    pub fn completions(&self) -> u32 {
+        match self.mode {
+            TeacherMode::Generate => self.sampling.completions,
+            TeacherMode::Score => 1,
+        }
+    }
+}
+
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case")]
 pub enum TeacherMode {
@@ -77,11 +87,36 @@ pub struct Sampling {
     /// Nucleus mass in (0, 1].
     pub top_p: f64,
     pub max_new_tokens: u32,
+    /// Only the likeliest so many; 0 for all. This and what follows is left out of JSON where it does
+    /// nothing: a checkpoint knows its spec by the hash of that.
+    #[serde(skip_serializing_if = "is_default")]
+    pub top_k: u32,
+    /// Only tokens at least this times as likely as the likeliest; 0 for all.
+    #[serde(skip_serializing_if = "is_default")]
+    pub min_p: f64,
+    /// Of tokens that are there already; 1 leaves them.
+    #[serde(skip_serializing_if = "is_one")]
+    pub repetition_penalty: f64,
+    /// Any of these ends a completion and stays its end.
+    #[serde(skip_serializing_if = "Vec::is_empty")]
+    pub stop: Vec<String>,
+    /// Of each training prompt; a held-out prompt has one.
+    #[serde(skip_serializing_if = "is_one")]
+    pub completions: u32,
 }
 
 impl Default for Sampling {
     fn default() -> Self {
-        Self { temperature: 0.7, top_p: 0.95, max_new_tokens: 128 }
+        Self {
+            temperature: 0.7,
+            top_p: 0.95,
+            max_new_tokens: 128,
+            top_k: 0,
+            min_p: 0.0,
+            repetition_penalty: 1.0,
+            stop: Vec::new(),
+            completions: 1,
+        }
     }
 }
 
@@ -160,6 +195,14 @@ pub struct Gates {
     pub min_top1_agreement: Option<f64>,
     /// Student over teacher perplexity on the held-out completions, at most.
     pub max_perplexity_ratio: Option<f64>,
+}
+
+fn is_default<T: Default + PartialEq>(value: &T) -> bool {
+    *value == T::default()
+}
+
+fn is_one<T: Copy + Into<f64>>(value: &T) -> bool {
+    (*value).into() == 1.0
 }
 
 /// A section whose keys are all left out, the heading left in, has its defaults.

@@ -27,11 +27,7 @@ pub use error::{Error, Result};
 pub use generate::{GenerateOptions, Sampler, generate, greedy};
 pub use hash::{TensorHash, folder_print, folder_sha256, tensor_hashes, tensors_sha256};
 pub use model::Model;
-pub use part::{
-    Part, Piece, Room, Share,
-    host::{HostPart, Keep},
-    torch::TorchPart,
-};
+pub use part::{Keep, Part, Piece, Room, Share, host::HostPart, torch::TorchPart};
 pub use retort_model::{
     Architecture, ChatMessage, ChatTemplate, Config, Llama3Scaling, TextStream, Tokenizer, copy_text_files,
 };

@@ -14,7 +14,7 @@ use crate::{
 
 pub(crate) mod block;
 
-use block::{Block, norm};
+use block::{Block, Weight, norm};
 
 /// A model whose tensors all lie on one device in one kind.
 #[derive(Debug)]
@@ -209,8 +209,9 @@ impl Model {
         let find = |name: &str| tensors.get(name).map(|tensor| tensor.shallow_clone());
         let take = |name: &str| find(name).ok_or_else(|| Error::Invalid(format!("no tensor {name:?}")));
         let embedding_vh = take("model.embed_tokens.weight")?;
+        let plain = |name: &str| Ok(find(name).map(Weight::Plain));
         let blocks =
-            (0..config.num_hidden_layers).map(|layer| Block::assemble(layer, &find)).collect::<Result<Vec<_>>>()?;
+            (0..config.num_hidden_layers).map(|layer| Block::assemble(layer, &plain)).collect::<Result<Vec<_>>>()?;
         let norm_h = take("model.norm.weight")?;
         let head_vh = if config.tie_word_embeddings { embedding_vh.shallow_clone() } else { take("lm_head.weight")? };
         let rope = Rope::new(&config, device)?;

@@ -10,6 +10,8 @@ pub mod torch;
 
 use std::ops::Range;
 
+use tch::Kind;
+
 use crate::{Config, Error, Result};
 
 /// Which of a model's tensors a process holds.
@@ -46,6 +48,42 @@ pub struct Room {
     pub lanes: u32,
     pub slots: u32,
     pub capacity: u32,
+}
+
+/// How a part keeps the weights of its projections.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub enum Keep {
+    /// As they are stored, where they are mapped.
+    #[default]
+    Stored,
+    /// In bf16, where they are wider.
+    Bf16,
+    /// In signed bytes, each row with a scale of its own; widened for each product.
+    Int8,
+    /// In e4m3 bytes, each row with a scale of its own; widened for each product.
+    F8E4m3,
+}
+
+impl Keep {
+    /// Reads `stored`, `bf16`, `int8` or `fp8`.
+    pub fn from_flag(flag: &str) -> Result<Self> {
+        match flag {
+            "stored" => Ok(Self::Stored),
+            "bf16" => Ok(Self::Bf16),
+            "int8" => Ok(Self::Int8),
+            "fp8" => Ok(Self::F8E4m3),
+            _ => Err(Error::Device(format!("{flag:?} is no way to keep weights: say stored, bf16, int8 or fp8"))),
+        }
+    }
+
+    /// The largest number of a narrow kind, and the kind.
+    pub(crate) fn narrow(self) -> Option<(f64, Kind)> {
+        match self {
+            Self::Stored | Self::Bf16 => None,
+            Self::Int8 => Some((127.0, Kind::Int8)),
+            Self::F8E4m3 => Some((448.0, Kind::Float8e4m3fn)),
+        }
+    }
 }
 
 impl Part {

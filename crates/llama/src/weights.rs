@@ -9,7 +9,7 @@ use retort_kernels::{Matrix, Storage};
 use serde_json::Value;
 use tch::{Device, Kind, Tensor};
 
-use crate::{Error, Result};
+use crate::{Error, Result, model::block::Weight};
 
 pub(crate) mod safetensors;
 #[cfg(test)]
@@ -80,12 +80,67 @@ impl Folder {
     pub(crate) fn tensor(&self, name: &str, shape: &[i64], device: Device, kind: Kind) -> Result<Tensor> {
         let missing = || Error::malformed(self.place(), format!("lacks tensor {name:?}"));
         let (entry, bytes, _) = self.get(name).ok_or_else(missing)?;
+        if entry.dtype.is_scaled() {
+            return self.weight(name, device, kind)?.widened(kind);
+        }
         let stored = Tensor::f_from_data_size(bytes, shape, entry.dtype.kind())?;
         Ok(stored.f_to_device(device)?.f_to_kind(kind)?)
     }
 
+    /// As [`Folder::tensor`], but what is stored in bytes with scales stays so.
+    pub(crate) fn weight(&self, name: &str, device: Device, kind: Kind) -> Result<Weight> {
+        let missing = || Error::malformed(self.place(), format!("lacks tensor {name:?}"));
+        let (entry, bytes, _) = self.get(name).ok_or_else(missing)?;
+        let stored = Tensor::f_from_data_size(bytes, &entry.shape, entry.dtype.kind())?.f_to_device(device)?;
+        if !entry.dtype.is_scaled() {
+            return Ok(Weight::Plain(stored.f_to_kind(kind)?));
+        }
+        let scales = self.scales(name, entry.shape.first().copied().unwrap_or(0))?;
+        let scale_o1 = Tensor::f_from_slice(&scales)?.f_unsqueeze(1)?.f_to_device(device)?;
+        Ok(Weight::Scaled { bytes_oi: stored, scale_o1 })
+    }
+
+    /// The scales of a weight stored in bytes, one a row: the tensor `..weight_scale` beside `..weight`, one
+    /// number for each row or one for all, as in Meta's Llama-3.1-405B-FP8.
+    fn scales(&self, name: &str, rows: i64) -> Result<Vec<f32>> {
+        let of = format!("{name}_scale");
+        let (entry, _, place) = self.get(&of).ok_or_else(|| {
+            Error::malformed(
+                self.place(),
+                format!("tensor {name:?} is stored in bytes, and its scale {of:?} is missing"),
+            )
+        })?;
+        let count: i64 = entry.shape.iter().product();
+        if (count != rows && count != 1) || entry.dtype.is_scaled() {
+            let (shape, dtype) = (&entry.shape, entry.dtype.name());
+            return Err(Error::malformed(
+                place,
+                format!(
+                    "tensor {of:?} is {dtype} of shape {shape:?}; it must be one number, or {rows}, of F32 or BF16"
+                ),
+            ));
+        }
+        let mut scales = vec![0.0; count as usize];
+        self.numbers(&of, 1, count as usize)?.read_row(0, &mut scales);
+        if let Some(bad) = scales.iter().find(|scale| !scale.is_finite()) {
+            return Err(Error::malformed(place, format!("tensor {of:?} holds {bad}; a scale is a number")));
+        }
+        scales.resize(rows as usize, scales.first().copied().unwrap_or(0.0));
+        Ok(scales)
+    }
+
     /// A tensor of one or two axes, which has been checked, where it is mapped.
     pub(crate) fn matrix(&self, name: &str) -> Result<Matrix> {
+        let missing = || Error::malformed(self.place(), format!("lacks tensor {name:?}"));
+        let (entry, _, place) = self.get(name).ok_or_else(missing)?;
+        match entry.shape[..] {
+            [columns] => self.numbers(name, 1, columns as usize),
+            [rows, columns] => self.numbers(name, rows as usize, columns as usize),
+            _ => Err(Error::unsupported(place, format!("tensor {name:?} of shape {:?}", entry.shape))),
+        }
+    }
+
+    fn numbers(&self, name: &str, rows: usize, columns: usize) -> Result<Matrix> {
         let missing = || Error::malformed(self.place(), format!("lacks tensor {name:?}"));
         let file = &self.files[*self.places.get(name).ok_or_else(missing)?];
         let (entry, _) = file.get(name).ok_or_else(missing)?;
@@ -94,6 +149,8 @@ impl Folder {
             Dtype::F32 => Storage::F32,
             Dtype::Bf16 => Storage::Bf16,
             Dtype::F16 => Storage::F16,
+            Dtype::I8 => Storage::Int8 { scales: self.scales(name, rows as i64)? },
+            Dtype::F8E4m3 => Storage::F8E4m3 { scales: self.scales(name, rows as i64)? },
             Dtype::F64 => {
                 return Err(Error::unsupported(
                     file.place(),
@@ -101,12 +158,7 @@ impl Folder {
                 ));
             }
         };
-        let (rows, columns) = match entry.shape[..] {
-            [columns] => (1, columns),
-            [rows, columns] => (rows, columns),
-            _ => return Err(Error::unsupported(file.place(), format!("tensor {name:?} of shape {:?}", entry.shape))),
-        };
-        Matrix::new(bytes, storage, rows as usize, columns as usize).ok_or_else(missing)
+        Matrix::new(bytes, storage, rows, columns).ok_or_else(missing)
     }
 
     /// Where the weights lie, for errors.

@@ -16,7 +16,7 @@ pub struct WorkerArgs {
     /// Pool whose tasks this worker takes
     #[arg(long, env = "RETORT_POOL", default_value = "default")]
     pub pool: String,
-    /// auto, cpu or cuda:N
+    /// auto, cpu or cuda:N; a teacher takes several, with commas between
     #[arg(long, env = "RETORT_DEVICE", default_value = "auto")]
     pub device: String,
     /// auto, f32 or bf16; auto is bf16 only where the device multiplies it fast

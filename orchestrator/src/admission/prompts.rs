@@ -41,7 +41,7 @@ pub fn measure(
             }
             _ => {
                 counts.train += 1;
-                counts.train_target_tokens += target;
+                counts.train_target_tokens += target.saturating_mul(spec.teacher.completions().into());
             }
         }
     }

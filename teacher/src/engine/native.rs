@@ -154,7 +154,16 @@ impl Engine for Native {
         capture: &Capture,
         watch: Watch,
     ) -> Result<Vec<Sequence>> {
-        generate::run(&mut *self.pipeline, &self.config, self.number_bytes, texts, order, capture, watch)
+        generate::run(
+            &mut *self.pipeline,
+            &self.config,
+            &self.tokenizer,
+            self.number_bytes,
+            texts,
+            order,
+            capture,
+            watch,
+        )
     }
 
     fn score(&mut self, texts: &[Text], capture: &Capture, watch: Watch) -> Result<Vec<Sequence>> {

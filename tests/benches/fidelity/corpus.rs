@@ -116,7 +116,7 @@ fn answer() -> Result<Vec<Answered>, Failure> {
     let mut answered = Vec::new();
     for (texts, rows) in texts.chunks(16).zip(rows.chunks(16)) {
         eprintln!("answering: {} of {} prompts", answered.len(), prompts.len().min(303));
-        let how = Generation { sampler, max_new_tokens: MAX_NEW_TOKENS, completions: 1 };
+        let how = Generation { sampler, max_new_tokens: MAX_NEW_TOKENS, completions: 1, stop: vec![] };
         let sequences = engine.generate(texts, &how, &capture, &mut |_| Ok(()))?;
         answered.extend(sequences.into_iter().zip(rows).map(|(sequence, row)| Answered {
             row: sequence.row,

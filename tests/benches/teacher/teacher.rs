@@ -65,7 +65,12 @@ impl Teacher {
             self.engine.score(&texts, &capture, &mut |_| Ok(()))?
         } else {
             let sampler = Sampler::new(0.0, 1.0, SEED);
-            let order = Generation { sampler, max_new_tokens: u32::try_from(request.new_tokens)?, completions: 1 };
+            let order = Generation {
+                sampler,
+                max_new_tokens: u32::try_from(request.new_tokens)?,
+                completions: 1,
+                stop: vec![],
+            };
             self.engine.generate(&texts, &order, &capture, &mut |_| Ok(()))?
         };
         let computed = started.elapsed().as_secs_f64();

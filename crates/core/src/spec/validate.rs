@@ -17,6 +17,19 @@ impl JobSpec {
         within("teacher.sampling.temperature", sampling.temperature, 0.0, 10.0)?;
         within("teacher.sampling.top_p", sampling.top_p, 1e-6, 1.0)?;
         count("teacher.sampling.max_new_tokens", sampling.max_new_tokens, 1, 131_072)?;
+        count("teacher.sampling.top_k", sampling.top_k, 0, 1 << 24)?;
+        within("teacher.sampling.min_p", sampling.min_p, 0.0, 1.0)?;
+        within("teacher.sampling.repetition_penalty", sampling.repetition_penalty, 0.01, 100.0)?;
+        count("teacher.sampling.completions", sampling.completions, 1, 256)?;
+        count("teacher.sampling.stop", sampling.stop.len() as u32, 0, 16)?;
+        for stop in &sampling.stop {
+            if stop.is_empty() || stop.len() > 256 {
+                return Err(invalid(format!(
+                    "teacher.sampling.stop holds a text of {} bytes; each has 1 to 256",
+                    stop.len()
+                )));
+            }
+        }
         self.teacher.soft_targets.check()?;
         match &self.student.init {
             Init::Prune { layers } => count("student.init.prune.layers", *layers, 1, 1024)?,

@@ -44,6 +44,11 @@ pub fn job_spec_from_proto(spec: proto::JobSpec) -> Result<JobSpec> {
         temperature: s.temperature,
         top_p: s.top_p,
         max_new_tokens: s.max_new_tokens,
+        top_k: s.top_k,
+        min_p: s.min_p,
+        repetition_penalty: s.repetition_penalty.unwrap_or(1.0),
+        stop: s.stop,
+        completions: s.completions.unwrap_or(1),
     });
     let soft_targets = teacher.soft_targets.map(soft_targets_from_proto).transpose()?.unwrap_or_default();
     let init = match required("student.init", student.init)? {

@@ -2,7 +2,7 @@
 
 use tch::{Kind, Tensor};
 
-use crate::{Config, Error, Result, rope::Angles};
+use crate::{Config, Error, Keep, Result, rope::Angles};
 
 #[derive(Debug)]
 pub(crate) struct Block {
@@ -20,19 +20,20 @@ pub(crate) struct Block {
 /// `x weight^T + bias`; the weight is `[outputs, inputs]`.
 #[derive(Debug)]
 struct Linear {
-    weight: Tensor,
+    weight: Weight,
     bias: Option<Tensor>,
 }
 
 impl Block {
-    pub(crate) fn assemble(layer: i64, find: &dyn Fn(&str) -> Option<Tensor>) -> Result<Self> {
-        let take = |name: &str| {
+    pub(crate) fn assemble(layer: i64, find: &dyn Fn(&str) -> Result<Option<Weight>>) -> Result<Self> {
+        let needed = |name: &str| {
             let name = format!("model.layers.{layer}.{name}");
-            find(&name).ok_or_else(|| Error::Invalid(format!("no tensor {name:?}")))
+            find(&name)?.ok_or_else(|| Error::Invalid(format!("no tensor {name:?}")))
         };
+        let take = |name: &str| needed(name)?.plain();
         let linear = |name: &str| {
-            let bias = find(&format!("model.layers.{layer}.{name}.bias"));
-            Ok::<_, Error>(Linear { weight: take(&format!("{name}.weight"))?, bias })
+            let bias = find(&format!("model.layers.{layer}.{name}.bias"))?.map(Weight::plain).transpose()?;
+            Ok::<_, Error>(Linear { weight: needed(&format!("{name}.weight"))?, bias })
         };
         Ok(Self {
             input_norm_h: take("input_layernorm.weight")?,
@@ -75,9 +76,62 @@ impl Block {
     }
 }
 
+/// The weight of a projection, as it is kept.
+#[derive(Debug)]
+pub(crate) enum Weight {
+    Plain(Tensor),
+    /// Narrow numbers, int8, e4m3 or bf16; row `i` stands for `bytes[i] * scale[i]`.
+    Scaled {
+        bytes_oi: Tensor,
+        scale_o1: Tensor,
+    },
+}
+
+impl Weight {
+    pub(crate) fn plain(self) -> Result<Tensor> {
+        match self {
+            Self::Plain(tensor) => Ok(tensor),
+            scaled => scaled.widened(Kind::Float),
+        }
+    }
+
+    pub(crate) fn widened(&self, kind: Kind) -> Result<Tensor> {
+        match self {
+            Self::Plain(tensor) => Ok(tensor.f_to_kind(kind)?),
+            // The scale is f32: its product with a byte is rounded once.
+            Self::Scaled { bytes_oi, scale_o1 } => {
+                Ok(bytes_oi.f_to_kind(Kind::Float)?.f_mul(scale_o1)?.f_to_kind(kind)?)
+            }
+        }
+    }
+
+    /// As little as `keep` says of a wide weight; a scale a row.
+    pub(crate) fn keep(self, keep: Keep) -> Result<Self> {
+        let Self::Plain(wide_oi) = &self else { return Ok(self) };
+        let Some((most, kind)) = keep.narrow() else {
+            if keep == Keep::Stored || wide_oi.kind() != Kind::Float {
+                return Ok(self);
+            }
+            let scale_o1 = Tensor::f_ones([wide_oi.size2()?.0, 1], (Kind::Float, wide_oi.device()))?;
+            return Ok(Self::Scaled { bytes_oi: wide_oi.f_to_kind(Kind::BFloat16)?, scale_o1 });
+        };
+        let wide_oi = wide_oi.f_to_kind(Kind::Float)?;
+        let largest_o1 = wide_oi.f_abs()?.f_amax([1i64].as_slice(), true)?;
+        let one_o1 = largest_o1.f_ones_like()?;
+        let scale_o1 = largest_o1.f_div_scalar(most)?.f_where_self(&largest_o1.f_gt(0.0)?, &one_o1)?;
+        let scaled_oi = wide_oi.f_div(&scale_o1)?;
+        let scaled_oi = if kind == Kind::Int8 { scaled_oi.f_round()? } else { scaled_oi };
+        Ok(Self::Scaled { bytes_oi: scaled_oi.f_to_kind(kind)?, scale_o1 })
+    }
+}
+
 impl Linear {
     fn forward(&self, input: &Tensor) -> Result<Tensor> {
-        Ok(input.f_linear(&self.weight, self.bias.as_ref())?)
+        match &self.weight {
+            Weight::Plain(weight) => Ok(input.f_linear(weight, self.bias.as_ref())?),
+            // Wide for as long as one product takes.
+            narrow => Ok(input.f_linear(&narrow.widened(input.kind())?, self.bias.as_ref())?),
+        }
     }
 }
 

@@ -12,26 +12,12 @@ use std::path::Path;
 use rayon::prelude::*;
 use retort_kernels::{Asked, Into, Kept, Matrix, POSITIONS, Scratch, linear, rms_norm, rotate, swiglu};
 
-use super::{Part, Piece, Room, Share, check, check_share};
+use super::{Keep, Part, Piece, Room, Share, check, check_share};
 use crate::{Config, Error, Result, rope::Frequencies, weights::Folder};
 
 /// Rows of a block: their hidden states and what the feed-forward makes of them stay in the
 /// second-level cache.
 const ROWS: usize = 48;
-
-/// How a part keeps the weights of its projections.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
-pub enum Keep {
-    /// As they are stored, where they are mapped.
-    #[default]
-    Stored,
-    /// In bf16.
-    Bf16,
-    /// In signed bytes, each row with a scale of its own.
-    Int8,
-    /// In e4m3 bytes, each row with a scale of its own.
-    F8E4m3,
-}
 
 /// A part whose weights are mapped.
 pub struct HostPart {
@@ -108,7 +94,16 @@ impl HostPart {
         };
         let missing = |name: &str| Error::Invalid(format!("no tensor {name:?}"));
         let needed = |name: String| vector(name.clone())?.ok_or_else(|| missing(&name));
-        let kept = |name: &str| keep.of(folder.matrix(name)?);
+        let kept = |name: &str| {
+            let stored = folder.matrix(name)?;
+            let kept = match keep {
+                Keep::Stored => Some(stored),
+                Keep::Bf16 => stored.to_bf16(),
+                Keep::Int8 => stored.to_int8(),
+                Keep::F8E4m3 => stored.to_f8_e4m3(),
+            };
+            kept.ok_or_else(|| Error::Invalid(format!("tensor {name:?} is too large for memory")))
+        };
         let layer = |layer: usize| {
             let linear = |name: &str| {
                 let name = format!("model.layers.{layer}.{name}");
@@ -414,18 +409,6 @@ impl Linear {
     fn forward(&self, x: &[f32], into: Into, out: &mut [f32]) {
         let k = self.weight.columns();
         linear(x, k, x.len() / k, &self.weight, self.bias.as_deref(), into, out, self.weight.rows());
-    }
-}
-
-impl Keep {
-    fn of(self, matrix: Matrix) -> Result<Matrix> {
-        let kept = match self {
-            Self::Stored => Some(matrix),
-            Self::Bf16 => matrix.to_bf16(),
-            Self::Int8 => matrix.to_int8(),
-            Self::F8E4m3 => matrix.to_f8_e4m3(),
-        };
-        kept.ok_or_else(|| Error::Invalid("a matrix too large for memory".into()))
     }
 }
 

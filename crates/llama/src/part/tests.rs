@@ -1,11 +1,7 @@
 use tch::{Device, Kind, Tensor};
 use tempfile::TempDir;
 
-use super::{
-    host::{HostPart, Keep},
-    torch::TorchPart,
-    *,
-};
+use super::{host::HostPart, torch::TorchPart, *};
 use crate::{Architecture, Llama3Scaling, Model};
 
 fn config() -> Config {
@@ -106,7 +102,8 @@ fn packed_sequences_are_each_computed_as_if_alone() {
             let pieces: Vec<Piece> = sequences.iter().map(|ids| whole(ids.len() as u32)).collect();
             let expected = expected(&model, &sequences);
             let part = Part::whole(model.config());
-            let mut torch = TorchPart::load(dir.path(), part.clone(), &[Device::Cpu], Kind::Float).unwrap();
+            let mut torch =
+                TorchPart::load(dir.path(), part.clone(), &[Device::Cpu], Kind::Float, Keep::Stored).unwrap();
             assert_close(&torch_logits(&mut torch, 0, &sequences.concat(), &pieces), &expected, 3e-4);
             let mut host = HostPart::load(dir.path(), part, Keep::Stored, Some(2)).unwrap();
             assert_close(&host_logits(&mut host, 0, &sequences.concat(), &pieces), &expected, 3e-4);
@@ -130,7 +127,7 @@ fn slots_continue_where_they_were() {
     let singles = (0..10).map(|at| {
         (vec![piece(1, 30 + at, 1), piece(0, 140 + at, 1)], vec![short[30 + at as usize], long[140 + at as usize]])
     });
-    let mut torch = TorchPart::load(dir.path(), part.clone(), &[Device::Cpu], Kind::Float).unwrap();
+    let mut torch = TorchPart::load(dir.path(), part.clone(), &[Device::Cpu], Kind::Float, Keep::Stored).unwrap();
     tch::no_grad(|| torch.reset(ROOM)).unwrap();
     let mut host = HostPart::load(dir.path(), part, Keep::Stored, Some(2)).unwrap();
     host.reset(ROOM);
@@ -192,6 +189,14 @@ fn narrow_weights_stay_close() {
         let mut host = HostPart::load(dir.path(), part.clone(), keep, Some(1)).unwrap();
         host_logits(&mut host, 0, &sequence[0], &[whole(60)])
     };
+    let on_torch = |keep| {
+        let mut torch = TorchPart::load(dir.path(), part.clone(), &[Device::Cpu], Kind::Float, keep).unwrap();
+        torch_logits(&mut torch, 0, &sequence[0], &[whole(60)])
+    };
+    for keep in [Keep::Int8, Keep::F8E4m3] {
+        // The same bytes and scales, whoever widens them.
+        assert_close(&on_torch(keep), &load(keep), 3e-3);
+    }
     let stored = load(Keep::Stored);
     let error = |narrow: Vec<f32>| {
         let squares = |numbers: &mut dyn Iterator<Item = f32>| numbers.map(|x| f64::from(x).powi(2)).sum::<f64>();
@@ -210,7 +215,7 @@ fn what_does_not_fit_is_refused_before_it_is_computed() {
     let part = Part::whole(model.config());
     let mut host = HostPart::load(dir.path(), part.clone(), Keep::Stored, Some(1)).unwrap();
     host.reset(ROOM);
-    let mut torch = TorchPart::load(dir.path(), part, &[Device::Cpu], Kind::Float).unwrap();
+    let mut torch = TorchPart::load(dir.path(), part, &[Device::Cpu], Kind::Float, Keep::Stored).unwrap();
     tch::no_grad(|| torch.reset(ROOM)).unwrap();
     let piece = |slot, start, tokens| Piece { slot, start, tokens };
     let cases = [

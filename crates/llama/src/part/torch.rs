@@ -8,11 +8,11 @@ use std::path::Path;
 
 use tch::{Device, Kind, Tensor};
 
-use super::{Part, Piece, Room, Share, check, check_share};
+use super::{Keep, Part, Piece, Room, Share, check, check_share};
 use crate::{
     Config, Error, Result,
     attention::{self, Mask},
-    model::block::{Block, norm},
+    model::block::{Block, Weight, norm},
     rope::Rope,
     weights::Folder,
 };
@@ -42,8 +42,9 @@ struct Layer {
 }
 
 impl TorchPart {
-    /// Reads the part's tensors and no others. Layers are dealt over `devices` in runs of equal length.
-    pub fn load(dir: &Path, part: Part, devices: &[Device], kind: Kind) -> Result<Self> {
+    /// Reads the part's tensors and no others. Layers are dealt over `devices` in runs of equal length;
+    /// the weights of their projections are kept as `keep` says.
+    pub fn load(dir: &Path, part: Part, devices: &[Device], kind: Kind, keep: Keep) -> Result<Self> {
         let config = Config::from_dir(dir)?;
         let folder = Folder::open(dir)?;
         let (Some(&first), Some(&last)) = (devices.first(), devices.last()) else {
@@ -51,23 +52,20 @@ impl TorchPart {
         };
         let count = part.layers.len();
         let device_of = |layer: usize| devices[(layer - part.layers.start) * devices.len() / count.max(1)];
-        let mut bytes_read = 0;
-        let mut tensors = std::collections::HashMap::new();
-        folder.check(&part.tensors(&config))?;
-        for (name, shape) in part.tensors(&config) {
-            let layer = name.strip_prefix("model.layers.").and_then(|rest| rest.split('.').next()?.parse().ok());
-            let device = match layer {
-                Some(layer) => device_of(layer),
-                None if part.embeds && name == EMBEDDING => first,
-                None => last,
-            };
-            let tensor = folder.tensor(&name, &shape, device, kind)?;
-            bytes_read += folder.get(&name).map_or(0, |(_, bytes, _)| bytes.len() as u64);
-            tensors.insert(name, tensor);
-        }
-        let find = |name: &str| tensors.get(name).map(Tensor::shallow_clone);
+        let table = part.tensors(&config);
+        folder.check(&table)?;
+        let bytes_read =
+            table.iter().filter_map(|(name, _)| folder.get(name)).map(|(_, bytes, _)| bytes.len() as u64).sum();
+        let has = |name: &str| table.iter().any(|(of, _)| of == name);
+        let on =
+            |device: Device, name: &str| if has(name) { folder.weight(name, device, kind).map(Some) } else { Ok(None) };
         let layers = part.layers.clone().map(|layer| {
-            Ok(Layer { block: Block::assemble(layer as i64, &find)?, device: device_of(layer), lanes: Vec::new() })
+            let device = device_of(layer);
+            let narrow = |weight: Weight, name: &str| {
+                if name.ends_with("proj.weight") { weight.keep(keep) } else { Ok(weight) }
+            };
+            let find = |name: &str| on(device, name)?.map(|weight| narrow(weight, name)).transpose();
+            Ok(Layer { block: Block::assemble(layer as i64, &find)?, device, lanes: Vec::new() })
         });
         let layers = layers.collect::<Result<Vec<_>>>()?;
         let mut ropes: Vec<(Device, Rope)> = Vec::new();
@@ -77,10 +75,16 @@ impl TorchPart {
             }
         }
         let head = if config.tie_word_embeddings { EMBEDDING } else { "lm_head.weight" };
-        let on_last = |tensor: Tensor| tensor.f_to_device(last);
-        let head_vh = if part.heads { find(head).map(on_last).transpose()? } else { None };
-        let norm_h = if part.heads { find("model.norm.weight") } else { None };
-        let embedding_vh = if part.embeds { find(EMBEDDING) } else { None };
+        let plain = |device, name, held: bool| match held {
+            true => on(device, name)?.map(Weight::plain).transpose(),
+            false => Ok(None),
+        };
+        let embedding_vh = plain(first, EMBEDDING, part.embeds)?;
+        let norm_h = plain(last, "model.norm.weight", part.heads)?;
+        let head_vh = match &embedding_vh {
+            Some(shared) if part.heads && config.tie_word_embeddings && first == last => Some(shared.shallow_clone()),
+            _ => plain(last, head, part.heads)?,
+        };
         let room = Room { lanes: 0, slots: 0, capacity: 0 };
         Ok(Self { config, part, embedding_vh, layers, norm_h, head_vh, ropes, kind, room, bytes_read })
     }

@@ -29,6 +29,10 @@ pub(crate) enum Dtype {
     F32,
     F16,
     Bf16,
+    /// With a scale beside it.
+    I8,
+    /// With a scale beside it.
+    F8E4m3,
 }
 
 /// One tensor of a file.
@@ -56,6 +60,8 @@ impl Dtype {
             Self::F32 => "F32",
             Self::F16 => "F16",
             Self::Bf16 => "BF16",
+            Self::I8 => "I8",
+            Self::F8E4m3 => "F8_E4M3",
         }
     }
 
@@ -65,6 +71,8 @@ impl Dtype {
             Self::F32 => Kind::Float,
             Self::F16 => Kind::Half,
             Self::Bf16 => Kind::BFloat16,
+            Self::I8 => Kind::Int8,
+            Self::F8E4m3 => Kind::Float8e4m3fn,
         }
     }
 
@@ -79,7 +87,9 @@ impl Dtype {
     }
 
     fn parse(name: &str) -> Option<Self> {
-        [Self::F64, Self::F32, Self::F16, Self::Bf16].into_iter().find(|dtype| dtype.name() == name)
+        [Self::F64, Self::F32, Self::F16, Self::Bf16, Self::I8, Self::F8E4m3]
+            .into_iter()
+            .find(|dtype| dtype.name() == name)
     }
 
     fn bytes(self) -> u64 {
@@ -87,7 +97,13 @@ impl Dtype {
             Self::F64 => 8,
             Self::F32 => 4,
             Self::F16 | Self::Bf16 => 2,
+            Self::I8 | Self::F8E4m3 => 1,
         }
+    }
+
+    /// Whether its numbers mean nothing without a scale.
+    pub(crate) fn is_scaled(self) -> bool {
+        matches!(self, Self::I8 | Self::F8E4m3)
     }
 }
 
@@ -225,7 +241,10 @@ fn entry(place: &str, name: &str, value: &Value) -> Result<Entry> {
     let dtype = value.get("dtype").and_then(Value::as_str).ok_or_else(|| wrong("lacks \"dtype\"".into()))?;
     let dtype = Dtype::parse(dtype).ok_or_else(|| {
         let shown: String = dtype.chars().take(40).collect();
-        Error::unsupported(place, format!("tensor {name:?} is {shown}; supported are F32, F16, BF16, F64"))
+        Error::unsupported(
+            place,
+            format!("tensor {name:?} is {shown}; supported are F32, F16, BF16, F64, and F8_E4M3 and I8 with scales"),
+        )
     })?;
     let list = |field: &str| -> Result<Vec<u64>> {
         let list = value.get(field).and_then(Value::as_array).ok_or_else(|| wrong(format!("lacks \"{field}\"")))?;

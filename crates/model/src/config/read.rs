@@ -89,9 +89,15 @@ fn refuse_variants(fields: &Fields) -> Result<()> {
     }
     if let Some(quantization) = fields.get("quantization_config") {
         let method = quantization.get("quant_method").unwrap_or(&Value::Null);
+        // Bytes with a scale a row: what the weights are is told by their files.
+        if method.as_str() == Some("fbgemm_fp8") {
+            return Ok(());
+        }
         return Err(unsupported(
             fields.place,
-            format!("the weights are quantised ({method}); import the unquantised model or its GGUF"),
+            format!(
+                "the weights are quantised ({method}); supported is \"fbgemm_fp8\"; else import the unquantised model or its GGUF"
+            ),
         ));
     }
     Ok(())

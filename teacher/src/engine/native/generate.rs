@@ -8,10 +8,11 @@
 
 mod lane;
 mod prompts;
+mod stops;
 
 use retort_artifact::soft_targets::{Position, Sequence};
 use retort_core::Result;
-use retort_llama::{Config, Room};
+use retort_llama::{Config, Room, Tokenizer};
 
 use super::limits;
 use crate::{
@@ -21,13 +22,16 @@ use crate::{
         pipeline::Pipeline,
         step::{Begin, Taken},
     },
+    work::completion_id,
 };
 use lane::Lane;
 use prompts::Prompts;
+use stops::Stops;
 
 pub(super) fn run(
     pipeline: &mut dyn Pipeline,
     config: &Config,
+    tokenizer: &Tokenizer,
     number_bytes: u64,
     texts: &[Text],
     order: &Generation,
@@ -45,15 +49,15 @@ pub(super) fn run(
     let room = Room { lanes: lanes as u32, slots: slots + u32::from(shared > 0), capacity };
     pipeline.begin(&Begin { capture: capture.clone(), sampler: Some(order.sampler), room })?;
 
-    let mut writing = Writing { order, ends: &config.eos_token_ids, sequences: Vec::new(), captured: 0 };
-    writing.sequences = prompts.sequences().iter().copied().map(Written::new).collect();
+    let sequences = prompts.sequences().iter().map(|of| Written::new(*of, tokenizer, &order.stop)).collect();
+    let mut writing = Writing { order, ends: &config.eos_token_ids, sequences, captured: 0 };
     let mut lanes: Vec<Lane> = (0..lanes).map(|lane| Lane::new(lane as u32, slots, shared)).collect();
     loop {
         let mut idle = true;
         for lane in &mut lanes {
             if lane.on_its_way() {
                 // Lanes take turns, so the oldest step is this one's.
-                lane.apply(pipeline.next()?, &mut writing);
+                lane.apply(pipeline.next()?, &mut writing)?;
                 watch(writing.captured)?;
             }
             if let Some(step) = lane.next(texts, &mut prompts, &writing) {
@@ -72,39 +76,47 @@ pub(super) fn run(
 struct Writing<'a> {
     order: &'a Generation,
     ends: &'a [u32],
-    sequences: Vec<Written>,
+    sequences: Vec<Written<'a>>,
     captured: u64,
 }
 
 /// One completion, as far as it is written.
-#[derive(Clone)]
-struct Written {
+struct Written<'a> {
     /// Index of its text.
     text: usize,
     completion: u32,
     tokens: Vec<u32>,
     positions: Vec<Position>,
     finish_reason: &'static str,
+    /// Where texts are to end it.
+    watched: Option<Stops<'a>>,
 }
 
 impl Writing<'_> {
     /// Adds a token; says whether the completion goes on.
-    fn push(&mut self, sequence: usize, taken: Taken) -> bool {
+    fn push(&mut self, sequence: usize, taken: Taken) -> Result<bool> {
         self.captured += 1;
         let written = &mut self.sequences[sequence];
         written.tokens.push(taken.token);
         written.positions.push(taken.position);
         if self.ends.contains(&taken.token) {
             written.finish_reason = "stop";
-            return false;
+            return Ok(false);
         }
-        written.tokens.len() < self.order.max_new_tokens as usize
+        if let Some(stops) = &mut written.watched
+            && stops.reached(taken.token)?
+        {
+            written.finish_reason = "stop";
+            return Ok(false);
+        }
+        Ok(written.tokens.len() < self.order.max_new_tokens as usize)
     }
 }
 
-impl Written {
-    fn new((text, completion): (usize, u32)) -> Self {
-        Self { text, completion, tokens: Vec::new(), positions: Vec::new(), finish_reason: "length" }
+impl<'a> Written<'a> {
+    fn new((text, completion): (usize, u32), tokenizer: &'a Tokenizer, stop: &'a [String]) -> Self {
+        let watched = (!stop.is_empty()).then(|| Stops::new(tokenizer, stop));
+        Self { text, completion, tokens: Vec::new(), positions: Vec::new(), finish_reason: "length", watched }
     }
 
     fn finish(&self, text: &Text) -> Sequence {
@@ -113,10 +125,7 @@ impl Written {
         target_mask.resize(token_ids.len() + self.tokens.len(), true);
         token_ids.extend(&self.tokens);
         Sequence {
-            row_id: match self.completion {
-                0 => text.row_id.clone(),
-                more => format!("{}#{}", text.row_id, more + 1),
-            },
+            row_id: completion_id(&text.row_id, self.completion),
             row: text.row,
             tags: text.tags.clone(),
             token_ids,

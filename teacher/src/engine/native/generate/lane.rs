@@ -2,6 +2,7 @@
 //!
 //! A step either begins prompts or adds a token to every sequence that is being written.
 
+use retort_core::Result;
 use retort_llama::{Piece as Run, Share};
 
 use super::{Writing, prompts::Prompts};
@@ -60,18 +61,18 @@ impl Lane {
     }
 
     /// Takes in what the step on its way has given.
-    pub(super) fn apply(&mut self, taken: Vec<Taken>, writing: &mut Writing) {
+    pub(super) fn apply(&mut self, taken: Vec<Taken>, writing: &mut Writing) -> Result<()> {
         let members = match self.flight.take() {
-            None => return,
+            None => return Ok(()),
             Some(Flight::Shared) => {
                 self.shared_done = true;
-                return;
+                return Ok(());
             }
             Some(Flight::Begin(members)) => members,
             Some(Flight::Write) => std::mem::take(&mut self.open),
         };
         for (member, taken) in members.into_iter().zip(taken) {
-            if writing.push(member.sequence, taken) {
+            if writing.push(member.sequence, taken)? {
                 self.open.push(member);
             } else {
                 self.free.push(member.slot);
@@ -79,6 +80,7 @@ impl Lane {
         }
         // The lowest free slot is the next to be taken.
         self.free.sort_unstable_by(|a, b| b.cmp(a));
+        Ok(())
     }
 
     /// The lane's next step; `None` when it has nothing left to do.
