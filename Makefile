@@ -113,9 +113,10 @@ bench-teacher: build $(TEACHER)/retort-import.json ## The teacher beside transfo
 	cargo build --workspace --locked --example teacher
 	$(BIN)/examples/teacher --model $(TEACHER) --cache $(RETORT_CACHE) $(BENCH_TEACHER)
 
-rehearse-405b: build $(TEACHER)/retort-import.json ## The 405B's structure over 16 stages on this machine, its width shrunk: score, generate, lose stages
+# The checkpoint, 430 MB, is kept for the next time.
+rehearse-405b: build ## The 405B's structure in 16 stages on this machine, its width shrunk: score, generate, lose a stage
 	cargo build --workspace --locked --example rehearse_405b
-	$(BIN)/examples/rehearse_405b $(RETORT_CACHE)/rehearsal && rm -r $(RETORT_CACHE)/rehearsal
+	$(BIN)/examples/rehearse_405b $(RETORT_CACHE)/rehearsal
 
 bench-shard-memory: setup ## Peak memory of writing and reading shards of 10 and 1,000 MB
 	cargo build --workspace --locked --example shard_memory

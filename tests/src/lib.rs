@@ -4,3 +4,4 @@ pub mod prompts;
 pub mod published;
 pub mod retort;
 pub mod teacher;
+pub mod ticks;

@@ -53,6 +53,11 @@ pub struct Running {
 
 impl Up {
     pub fn start(home: &Path, more: &[&str]) -> Self {
+        Self::start_on(home, 1, more)
+    }
+
+    /// As [`Up::start`], with workers that compute on this many cores each.
+    pub fn start_on(home: &Path, threads: usize, more: &[&str]) -> Self {
         let machine = MACHINE.lock().unwrap_or_else(std::sync::PoisonError::into_inner);
         let printed = tempfile::NamedTempFile::new().expect("a log");
         let log = printed.reopen().expect("a handle");
@@ -60,6 +65,7 @@ impl Up {
             .args(["up", "--listen", "127.0.0.1:0", "--broker-listen", "127.0.0.1:0", "--home"])
             .arg(home)
             .args(more)
+            .env("RETORT_THREADS", threads.to_string())
             .stdout(log.try_clone().expect("a handle"))
             .stderr(log)
             .spawn()
@@ -138,7 +144,8 @@ impl Up {
         self.wait(text, within, |up| fs::read_to_string(up.printed.path()).ok()?.contains(text).then_some(()));
     }
 
-    fn wait<T>(&mut self, what: &str, within: Duration, mut check: impl FnMut(&mut Self) -> Option<T>) -> T {
+    /// Asks `check` until it answers; a test that waits longer has failed.
+    pub fn wait<T>(&mut self, what: &str, within: Duration, mut check: impl FnMut(&mut Self) -> Option<T>) -> T {
         let deadline = Instant::now() + within;
         loop {
             if let Some(found) = check(self) {

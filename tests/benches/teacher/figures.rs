@@ -1,16 +1,10 @@
 //! Everything that was measured, as `figures.json` holds it.
 
+use retort_tests::ticks::Others;
 use serde::Serialize;
 use serde_json::{Value, json};
 
-use crate::{
-    Options,
-    bars::ratios,
-    machine::{Machine, Others},
-    measure::Measured,
-    memory::Memory,
-    side::Answer,
-};
+use crate::{Options, bars::ratios, machine::Machine, measure::Measured, memory::Memory, side::Answer};
 
 /// The median of some figures, and how far they lie apart.
 #[derive(Clone, Copy, Debug, Serialize)]

@@ -23,8 +23,9 @@ mod work;
 use std::path::PathBuf;
 
 use clap::{Args, Parser, Subcommand};
+use retort_tests::ticks::Ticks;
 
-use crate::machine::{Machine, Ticks};
+use crate::machine::Machine;
 
 pub type Failure = Box<dyn std::error::Error>;
 

@@ -2,10 +2,12 @@
 
 use std::fmt::Write as _;
 
+use retort_tests::ticks::Others;
+
 use crate::{
     bars::ratios,
     figures::{Spread, rates},
-    machine::{Machine, Others},
+    machine::Machine,
     measure::Measured,
     memory::Memory,
 };
