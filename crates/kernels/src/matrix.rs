@@ -230,7 +230,7 @@ fn to_e4m3(x: f32) -> u8 {
 /// Whether `magnitude` rounds to the byte `below` rather than to the one above it.
 fn nearer_below(below: usize, magnitude: f32) -> bool {
     let (down, up) = (magnitude - E4M3[below], E4M3[below + 1] - magnitude);
-    down < up || (down == up && below % 2 == 0)
+    down < up || (down == up && below.is_multiple_of(2))
 }
 
 #[cfg(test)]

@@ -154,16 +154,9 @@ impl Engine for Native {
         capture: &Capture,
         watch: Watch,
     ) -> Result<Vec<Sequence>> {
-        generate::run(
-            &mut *self.pipeline,
-            &self.config,
-            &self.tokenizer,
-            self.number_bytes,
-            texts,
-            order,
-            capture,
-            watch,
-        )
+        let about =
+            generate::About { config: &self.config, tokenizer: &self.tokenizer, number_bytes: self.number_bytes };
+        generate::run(&mut *self.pipeline, &about, texts, order, capture, watch)
     }
 
     fn score(&mut self, texts: &[Text], capture: &Capture, watch: Watch) -> Result<Vec<Sequence>> {

@@ -28,11 +28,17 @@ use lane::Lane;
 use prompts::Prompts;
 use stops::Stops;
 
+/// What is to be known of the teacher beside its layers.
+pub(super) struct About<'a> {
+    pub(super) config: &'a Config,
+    pub(super) tokenizer: &'a Tokenizer,
+    /// Of a key or value.
+    pub(super) number_bytes: u64,
+}
+
 pub(super) fn run(
     pipeline: &mut dyn Pipeline,
-    config: &Config,
-    tokenizer: &Tokenizer,
-    number_bytes: u64,
+    about: &About,
     texts: &[Text],
     order: &Generation,
     capture: &Capture,
@@ -40,7 +46,7 @@ pub(super) fn run(
 ) -> Result<Vec<Sequence>> {
     let mut prompts = Prompts::new(texts, order.completions);
     let capacity = prompts.longest() + order.max_new_tokens;
-    let most = limits::cache_rows(config, number_bytes, capacity as usize);
+    let most = limits::cache_rows(about.config, about.number_bytes, capacity as usize);
     let wanted = prompts.sequences().len();
     let lanes = pipeline.depth().min(wanted).min(most).max(1);
     let slots = wanted.min(most).div_ceil(lanes) as u32;
@@ -49,8 +55,8 @@ pub(super) fn run(
     let room = Room { lanes: lanes as u32, slots: slots + u32::from(shared > 0), capacity };
     pipeline.begin(&Begin { capture: capture.clone(), sampler: Some(order.sampler), room })?;
 
-    let sequences = prompts.sequences().iter().map(|of| Written::new(*of, tokenizer, &order.stop)).collect();
-    let mut writing = Writing { order, ends: &config.eos_token_ids, sequences, captured: 0 };
+    let sequences = prompts.sequences().iter().map(|of| Written::new(*of, about.tokenizer, &order.stop)).collect();
+    let mut writing = Writing { order, ends: &about.config.eos_token_ids, sequences, captured: 0 };
     let mut lanes: Vec<Lane> = (0..lanes).map(|lane| Lane::new(lane as u32, slots, shared)).collect();
     loop {
         let mut idle = true;
