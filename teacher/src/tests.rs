@@ -14,6 +14,7 @@ use retort_core::{
     spec::{Codec, HELD_OUT_CODEC, JobSpec, TeacherMode, parse_yaml},
     state::Split,
 };
+use retort_llama::Keep;
 use tch::{Device, Kind, Tensor};
 use tempfile::TempDir;
 
@@ -370,4 +371,72 @@ fn truncated_weights_and_a_foreign_tokenizer_are_named() {
     std::fs::write(&tokenizer, text.replace("\"w299\":299", "\"w299\":1299")).unwrap();
     let error = Native::load(dir.path(), &host()).err().unwrap();
     assert_eq!(error.code, Code::VocabularyMismatch);
+}
+
+#[test]
+fn both_arithmetics_say_the_same() {
+    let (dir, mut host) = teacher();
+    let on_torch = Arithmetic::Torch { devices: vec![Device::Cpu; 2], kind: Kind::Float, keep: Keep::Stored };
+    let mut torch = Native::load(dir.path(), &on_torch).unwrap();
+    let texts = texts(&host, &rows(7));
+    let greedy = |engine: &mut Native| engine.generate(&texts, &generation(0.0), &CAPTURE, &mut on).unwrap();
+    let (a, b) = (greedy(&mut host), greedy(&mut torch));
+    let given: Vec<Text> =
+        a.iter().zip(&texts).map(|(a, text)| Text { token_ids: a.token_ids.clone(), ..text.clone() }).collect();
+    let score = |engine: &mut Native| engine.score(&given, &CAPTURE, &mut on).unwrap();
+    let scored = score(&mut host).into_iter().zip(score(&mut torch));
+    for (a, b) in a.into_iter().zip(b).chain(scored) {
+        assert_eq!(a.token_ids, b.token_ids);
+        for (a, b) in a.positions.iter().zip(&b.positions) {
+            assert_alike(a, b, 1e-4);
+            assert_eq!(
+                a.tail.iter().map(|(id, count, _)| (id, count)).collect::<Vec<_>>(),
+                b.tail.iter().map(|(id, count, _)| (id, count)).collect::<Vec<_>>()
+            );
+        }
+    }
+}
+
+#[test]
+fn completions_of_a_prompt_differ_and_the_first_is_the_only_one() {
+    let (_dir, mut engine) = teacher();
+    let texts = texts(&engine, &rows(5));
+    let mut write = |completions| {
+        let order = Generation { completions, ..generation(1.0) };
+        engine.generate(&texts, &order, &CAPTURE, &mut on).unwrap()
+    };
+    let (one, three) = (write(1), write(3));
+    assert_eq!(three.len(), 15);
+    for (one, three) in one.iter().zip(three.chunks(3)) {
+        // Bit for bit: its prompt went through the layers with others, and was copied for them.
+        assert_eq!(&three[0], one);
+        assert_ne!(three[1].token_ids, one.token_ids);
+        assert_ne!(three[1].token_ids, three[2].token_ids);
+        let ids: Vec<&str> = three.iter().map(|sequence| sequence.row_id.as_str()).collect();
+        assert_eq!(ids, [one.row_id.clone(), format!("{}#2", one.row_id), format!("{}#3", one.row_id)]);
+    }
+}
+
+#[test]
+fn a_stop_text_is_the_end_of_its_completion() {
+    let (_dir, mut engine) = teacher();
+    let texts = texts(&engine, &rows(6));
+    let free = engine.generate(&texts, &generation(1.0), &CAPTURE, &mut on).unwrap();
+    // A word that some completion has in its middle.
+    let long = free.iter().find(|sequence| sequence.positions.len() > 4).unwrap();
+    let word = long.token_ids[long.token_ids.len() - 3];
+    let order = Generation { stop: vec![format!("w{word}")], ..generation(1.0) };
+    let stopped = engine.generate(&texts, &order, &CAPTURE, &mut on).unwrap();
+    let text = |ids: &[u32]| engine.tokenizer().decode(ids, true).unwrap();
+    for (free, stopped) in free.iter().zip(&stopped) {
+        assert!(free.token_ids.starts_with(&stopped.token_ids));
+        let start = free.target_mask.iter().position(|&target| target).unwrap();
+        let (short, whole) = (text(&stopped.token_ids[start..]), text(&free.token_ids[start..]));
+        if whole.contains(&order.stop[0]) {
+            assert!(short.contains(&order.stop[0]) && stopped.finish_reason == "stop", "{short}");
+            assert!(!text(&stopped.token_ids[start..stopped.token_ids.len() - 1]).contains(&order.stop[0]));
+        } else {
+            assert_eq!(stopped, free);
+        }
+    }
 }

@@ -91,3 +91,53 @@ fn logits_that_are_no_numbers_end_in_some_token() {
         assert!(tokens.iter().all(|&id| id < 300));
     }
 }
+
+#[test]
+fn a_row_in_memory_draws_as_a_row_of_a_tensor_does() {
+    let logits_bv = random_logits(24, 3000, 2.0);
+    let places = places(24);
+    let seen: Vec<u32> = (0..3000).step_by(2).collect();
+    let before: Vec<&[u32]> = vec![&seen; 24];
+    let rows: Vec<Vec<f32>> = (0..24).map(|row| Vec::try_from(logits_bv.get(row)).unwrap()).collect();
+    let plain = Sampler::new(1.0, 1.0, 3);
+    for sampler in [
+        Sampler { temperature: 0.0, ..plain },
+        plain,
+        Sampler { temperature: 0.7, top_p: 0.9, ..plain },
+        Sampler { top_k: 5, ..plain },
+        Sampler { top_k: 200, top_p: 0.5, ..plain },
+        Sampler { min_p: 0.2, ..plain },
+        Sampler { min_p: 0.001, top_k: 900, ..plain },
+        Sampler { repetition_penalty: 1.7, top_p: 0.8, ..plain },
+        Sampler { repetition_penalty: 3.0, temperature: 0.0, ..plain },
+    ] {
+        let together = sampler.next(&logits_bv, &places, &before).unwrap();
+        let row = |(row, place): (&Vec<f32>, &Place)| sampler.next_row(&Logits::new(row), *place, &seen);
+        let alone: Vec<u32> = rows.iter().zip(&places).map(row).collect();
+        // Where a uniform falls on the edge between two tokens the last bit of a sum may decide.
+        let same = together.iter().zip(&alone).filter(|(a, b)| a == b).count();
+        assert!(same >= 23, "{sampler:?}: {together:?} {alone:?}");
+    }
+}
+
+#[test]
+fn bounds_leave_only_what_they_say() {
+    let logits: Vec<f32> = (0..1000).map(|id| -(id as f32) * 0.01).collect();
+    let logits = Logits::new(&logits);
+    let draws = |sampler: Sampler, before: &[u32]| -> Vec<u32> {
+        (0..400).map(|position| sampler.next_row(&logits, Place { row: 1, position }, before)).collect()
+    };
+    let plain = Sampler::new(1.0, 1.0, 3);
+    let most = |sampler| draws(sampler, &[]).into_iter().max().unwrap();
+    assert!(most(plain) > 300);
+    assert!((15..20).contains(&most(Sampler { top_k: 20, ..plain })));
+    // exp(-0.01 id) >= 0.5 up to id 69.
+    assert!((55..70).contains(&most(Sampler { min_p: 0.5, ..plain })));
+    // Half of what top-k leaves.
+    assert!((6..11).contains(&most(Sampler { top_k: 20, top_p: 0.5, ..plain })));
+    // Logits below zero are multiplied: what was told before falls behind.
+    let told: Vec<u32> = (1..1000).collect();
+    let punished = draws(Sampler { repetition_penalty: 50.0, ..plain }, &told);
+    let first = punished.iter().filter(|&&id| id == 0).count();
+    assert!(first > 100 && draws(plain, &[]).iter().filter(|&&id| id == 0).count() < 30, "{first}");
+}

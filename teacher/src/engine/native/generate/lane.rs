@@ -129,7 +129,8 @@ impl Lane {
             let Some(slot) = self.free.pop() else { break };
             let text = &texts[follower.text];
             let start = text.token_ids.len() as u32 - 1;
-            if start > 0 {
+            // One that ended with its first token has left its slot, and its prompt in it.
+            if start > 0 && slot != follower.from {
                 step.shares.push(Share { from: follower.from, to: slot, positions: start });
             }
             begun.push(Open { sequence: follower.sequence, slot });
