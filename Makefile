@@ -3,7 +3,7 @@
 
 SHELL := /bin/bash
 .DEFAULT_GOAL := help
-.PHONY: help env setup build demo test test-rust test-parity test-python fuzz fuzz-build fuzz-corpus bench-fidelity bench-teacher rehearse-405b bench-shard-memory lint fmt clippy deny layers clean-demo
+.PHONY: help env setup build demo test test-rust test-parity test-python fuzz fuzz-build fuzz-corpus bench-fidelity bench-teacher rehearse-405b bench-shard-memory weights-quality lint fmt clippy deny layers clean-demo
 
 # Everything that is downloaded or built lives here, outside the checkout.
 export RETORT_CACHE ?= $(HOME)/.cache/retort
@@ -123,6 +123,10 @@ bench-shard-memory: setup ## Peak memory of writing and reading shards of 10 and
 	@for megabytes in 10 1000; do for what in write read; do \
 	  $(BIN)/examples/shard_memory $$what $(RETORT_CACHE)/shard-memory.parquet $$megabytes || exit 1; done; done; \
 	  rm $(RETORT_CACHE)/shard-memory.parquet
+
+weights-quality: build $(TEACHER)/retort-import.json ## What keeping a teacher's weights in bf16, int8 or fp8 costs
+	cargo build --workspace --locked --example weights_quality
+	$(BIN)/examples/weights_quality $(TEACHER)
 
 lint: fmt clippy layers deny ## Format, lints, dependency direction, licences
 

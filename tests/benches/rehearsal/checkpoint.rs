@@ -161,7 +161,8 @@ fn write(folder: &Path) -> Result<(), Failure> {
 fn cut(sizes: &[u64], files: usize) -> Vec<Range<usize>> {
     let last = sizes.len() - 1;
     let total: u64 = sizes[1..last].iter().sum();
-    let mut ranges = vec![0..1];
+    let mut ranges = Vec::with_capacity(files);
+    ranges.push(0..1);
     let (mut before, mut file) = (0, 0);
     for (at, size) in sizes.iter().enumerate().take(last).skip(1) {
         let own = before * (files as u64 - 2) / total;
