@@ -236,7 +236,7 @@ fn what_does_not_fit_is_refused_before_it_is_computed() {
         let hidden = Tensor::zeros([tokens as i64, 48], (Kind::Float, Device::Cpu));
         assert!(torch.forward(lane, hidden, &pieces).is_err(), "{pieces:?}");
     }
-    assert!(host.forward(0, &mut vec![0.0; 48], &[piece(Some(0), 5, 1)]).is_err(), "the slot holds nothing yet");
+    assert!(host.forward(0, &mut [0.0; 48], &[piece(Some(0), 5, 1)]).is_err(), "the slot holds nothing yet");
     assert!(host.embed(&[90]).is_err() && torch.embed(&[90]).is_err());
     assert!(host.share(0, &Share { from: 0, to: 1, positions: 5 }).is_err());
     assert!(Part::of_layers(model.config(), 4..6).is_err() && Part::of_layers(model.config(), 3..3).is_err());
