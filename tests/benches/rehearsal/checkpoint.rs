@@ -161,20 +161,18 @@ fn write(folder: &Path) -> Result<(), Failure> {
 fn cut(sizes: &[u64], files: usize) -> Vec<Range<usize>> {
     let last = sizes.len() - 1;
     let total: u64 = sizes[1..last].iter().sum();
-    let mut ranges = Vec::with_capacity(files);
-    ranges.push(0..1);
-    let (mut before, mut file) = (0, 0);
+    let mut begins = vec![0];
+    let (mut before, mut file) = (0, None);
     for (at, size) in sizes.iter().enumerate().take(last).skip(1) {
         let own = before * (files as u64 - 2) / total;
-        match ranges.last_mut() {
-            Some(range) if own == file && range.start > 0 => range.end = at + 1,
-            _ => ranges.push(at..at + 1),
+        if file != Some(own) {
+            begins.push(at);
         }
-        (before, file) = (before + size, own);
+        (before, file) = (before + size, Some(own));
     }
-    ranges.push(last..last + 1);
-    assert_eq!(ranges.len(), files, "every file has a tensor");
-    ranges
+    begins.extend([last, sizes.len()]);
+    assert_eq!(begins.len(), files + 1, "every file has a tensor");
+    begins.windows(2).map(|ends| ends[0]..ends[1]).collect()
 }
 
 /// Uniform numbers in bf16, of a size that keeps hidden states from vanishing or growing, and with it
