@@ -1,7 +1,7 @@
 //! `x w^T`: activations times weights, row by row the same bits in any company.
 //!
 //! A sum over a row's `k` numbers runs in eight lanes, one number in eight to each, in ascending order;
-//! then the lanes are added in a fixed order; after a run of them the sum so far goes to memory, so that
+//! then the lanes are added in a fixed order; every 768 numbers the sum so far goes to memory, so that
 //! the weights at hand stay in the first-level cache. Nothing in that depends on how many rows are computed
 //! together, on which thread, or in which tile, so a sequence's numbers are the same alone, in a batch,
 //! and in any stage of a group.
@@ -24,14 +24,11 @@ pub enum Into {
 
 const TILE_ROWS: usize = 3;
 const TILE_OUTPUTS: usize = 4;
-/// Outputs whose sums are gathered before they go to memory: a cache line. Rows of `out` often lie a
-/// power of two apart, where a few of them would push each other out of the cache.
-const GATHERED: usize = 16;
-/// Most products summed before a sum goes to memory.
-const RUN: usize = 640;
+/// Products summed before a sum goes to memory.
+const RUN: usize = 768;
 
 /// `out[i, j] (+)= x[i] . w[j] + bias[j]` for all rows `i` of `x` (`[m, k]`, rows `ldx` apart) and all
-/// rows `j` of `w`; `out` has rows `ldo` apart.
+/// rows `j` of `w`; `out` has rows `ldo` apart. `scratch` holds four rows of weights.
 ///
 /// # Panics
 /// Where a slice is shorter than its shape.
@@ -51,39 +48,30 @@ pub fn linear(
         return;
     }
     assert!(x.len() >= (m - 1) * ldx + k && out.len() >= (m - 1) * ldo + n && bias.is_none_or(|bias| bias.len() == n));
-    let mut widened = vec![0.0; if w.in_place(0).is_some() { 0 } else { TILE_OUTPUTS * k }];
-    let mut sums = vec![[0.0f32; GATHERED]; m];
-    for first in (0..n).step_by(GATHERED) {
-        let gathered = GATHERED.min(n - first);
-        for strip_first in (0..gathered).step_by(TILE_OUTPUTS) {
-            let row = first + strip_first;
-            let count = TILE_OUTPUTS.min(n - row);
-            let (weights, next) = match w.in_place(row) {
-                Some(weights) => (weights, w.in_place((row + TILE_OUTPUTS).min(n - 1)).unwrap_or(weights)),
-                None => {
-                    for (row, out) in (row..).zip(widened.chunks_exact_mut(k).take(count)) {
-                        w.read_row(row, out);
-                    }
-                    (widened.as_ptr(), widened.as_ptr())
+    let mut scratch = vec![0.0; if w.in_place(0).is_some() { 0 } else { TILE_OUTPUTS * k }];
+    let mut first = 0;
+    while first < n {
+        let count = TILE_OUTPUTS.min(n - first);
+        let (weights, next) = match w.in_place(first) {
+            Some(weights) => (weights, w.in_place((first + TILE_OUTPUTS).min(n - 1)).unwrap_or(weights)),
+            None => {
+                for (row, out) in scratch.chunks_exact_mut(k).take(count).enumerate() {
+                    w.read_row(first + row, out);
                 }
-            };
-            // SAFETY: `weights` has `count` rows of `k`, `sums` has `m` rows, and the assertion above has
-            // measured `x`.
-            unsafe {
-                let to = sums.as_mut_ptr().cast::<f32>().add(strip_first);
-                strip(x.as_ptr(), ldx, m, weights, k, count, k, next, to, GATHERED, false);
+                (scratch.as_ptr(), scratch.as_ptr())
+            }
+        };
+        let to = out[first..].as_mut_ptr();
+        // SAFETY: `weights` has `count` rows of `k`, and the assertion above has measured `x` and `out`.
+        unsafe { strip(x.as_ptr(), ldx, m, weights, k, count, k, next, to, ldo, matches!(into, Into::Add)) };
+        if let Some(bias) = bias {
+            for row in out[first..].chunks_mut(ldo).take(m) {
+                for (out, bias) in row.iter_mut().zip(&bias[first..first + count]) {
+                    *out += bias;
+                }
             }
         }
-        for (sums, out) in sums.iter().zip(out[first..].chunks_mut(ldo)) {
-            let out = &mut out[..gathered];
-            match into {
-                Into::Store => out.copy_from_slice(&sums[..gathered]),
-                Into::Add => out.iter_mut().zip(sums).for_each(|(out, sum)| *out += sum),
-            }
-            if let Some(bias) = bias {
-                out.iter_mut().zip(&bias[first..]).for_each(|(out, bias)| *out += bias);
-            }
-        }
+        first += count;
     }
 }
 
@@ -117,10 +105,9 @@ unsafe fn strip_on<L: Lanes>(
 ) {
     // SAFETY: as the caller of `strip` promises.
     unsafe {
-        let even = k.div_ceil(k.div_ceil(RUN).max(1)).next_multiple_of(8);
         let mut from = 0;
         while from < k {
-            let run = even.min(k - from);
+            let run = RUN.min(k - from);
             run_on::<L>(
                 x.add(from),
                 ldx,
