@@ -1,9 +1,15 @@
 //! Whether a group still holds: the first thing that was seen to be wrong, told to all who wait.
 
-use std::sync::{Arc, OnceLock};
+use std::{
+    sync::{Arc, OnceLock},
+    time::{Duration, Instant},
+};
 
 use retort_core::{Code, Error};
 use tokio_util::sync::CancellationToken;
+
+/// How long a reason may lag behind what it closes: longer than silence takes to be noticed.
+const TOLD_WITHIN: Duration = Duration::from_secs(10);
 
 /// Shared by everything that belongs to one life of a group at one stage.
 #[derive(Clone, Debug, Default)]
@@ -35,6 +41,16 @@ impl Health {
     /// As [`Health::error`], for one who knows that it must be broken.
     pub(super) fn why(&self) -> Error {
         self.error().unwrap_or_else(|| Error::new(Code::GroupBroken, "the group has come to its end"))
+    }
+
+    /// As [`Health::why`], on a thread that has seen a channel of the group close: that may be before the
+    /// one who closed it has said why.
+    pub(super) fn why_closed(&self) -> Error {
+        let deadline = Instant::now() + TOLD_WITHIN;
+        while self.error().is_none() && Instant::now() < deadline {
+            std::thread::park_timeout(Duration::from_millis(10));
+        }
+        self.why()
     }
 
     /// Waits until the group is broken.

@@ -108,12 +108,12 @@ impl Peer {
     }
 
     fn ask(&self, what: join_request::What) -> Result<()> {
-        self.requests.blocking_send(what).map_err(|_| self.health.why())
+        self.requests.blocking_send(what).map_err(|_| self.health.why_closed())
     }
 
     fn unexpected(&self, answer: Option<Answer>) -> Error {
         match answer {
-            None => self.health.why(),
+            None => self.health.why_closed(),
             Some(Answer::Refused(error)) => Error::new(error.code, format!("stage {}: {}", self.stage, error.message)),
             Some(other) => wrong(&format!("stage {} answers {other:?}, which nobody asked", self.stage)),
         }
