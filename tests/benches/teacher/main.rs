@@ -89,7 +89,13 @@ fn main() -> Result<(), Failure> {
 
 fn bench(options: &Options) -> Result<(), Failure> {
     let folder = options.cache.join("bench-teacher");
-    std::fs::create_dir_all(&folder)?;
+    // What a run that was killed left behind.
+    if let Err(error) = std::fs::remove_dir_all(folder.join("store"))
+        && error.kind() != std::io::ErrorKind::NotFound
+    {
+        return Err(error.into());
+    }
+    std::fs::create_dir_all(folder.join("store"))?;
     let machine = Machine::of(options)?;
     let before = Ticks::now()?;
     let measured = measure::run(options, &machine, &folder)?;

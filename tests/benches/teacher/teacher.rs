@@ -29,21 +29,23 @@ pub struct Teacher {
     runtime: tokio::runtime::Runtime,
     store: Store,
     shards: u32,
-    /// Kept while the engine may look at its files.
-    _endless: tempfile::TempDir,
+    /// Kept while the engine and the store use them.
+    _folders: [tempfile::TempDir; 2],
 }
 
 impl Teacher {
     pub fn load(model: &Path, dtype: &str, threads: usize, store: &Path) -> Result<Self, Failure> {
         tch::set_num_threads(i32::try_from(threads)?);
         let endless = endless(model)?;
+        // Its own, so that no key is taken.
+        let folder = tempfile::tempdir_in(store)?;
         let kind = retort_llama::dtype_from_flag(dtype, Device::Cpu)?;
         Ok(Self {
             engine: Native::load(endless.path(), Device::Cpu, kind)?,
             runtime: tokio::runtime::Builder::new_current_thread().enable_all().build()?,
-            store: Store::open(&store.display().to_string())?,
+            store: Store::open(&folder.path().display().to_string())?,
             shards: 0,
-            _endless: endless,
+            _folders: [endless, folder],
         })
     }
 
@@ -64,7 +66,7 @@ impl Teacher {
             self.engine.score(&texts, &capture, &mut |_| Ok(()))?
         } else {
             let sampler = Sampler { temperature: 0.0, top_p: 1.0, seed: SEED };
-            let order = Generation { sampler, max_new_tokens: u32::try_from(request.new_tokens)? };
+            let order = Generation { sampler, max_new_tokens: u32::try_from(request.new_tokens)?, completions: 1 };
             self.engine.generate(&texts, &order, &capture, &mut |_| Ok(()))?
         };
         let computed = started.elapsed().as_secs_f64();
