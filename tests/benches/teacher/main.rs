@@ -20,7 +20,7 @@ mod table;
 mod teacher;
 mod work;
 
-use std::path::PathBuf;
+use std::{path::PathBuf, process::ExitCode};
 
 use clap::{Args, Parser, Subcommand};
 use retort_tests::ticks::Ticks;
@@ -79,18 +79,31 @@ enum Command {
     Answer(answering::Options),
 }
 
-fn main() -> Result<(), Failure> {
+fn main() -> ExitCode {
     let cli = Cli::parse();
-    match (cli.command, cli.options) {
+    let done = match (cli.command, cli.options) {
         (Some(Command::Answer(options)), _) => answering::run(&options),
         (None, Some(options)) => bench(&options),
-        (None, None) => Err("name a model: --model DIR".into()),
-    }
+        (None, None) => Err("name a model and a cache: --model DIR --cache DIR".into()),
+    };
+    done.map_or_else(
+        |error| {
+            eprintln!("teacher: {error}");
+            ExitCode::FAILURE
+        },
+        |()| ExitCode::SUCCESS,
+    )
 }
 
 fn bench(options: &Options) -> Result<(), Failure> {
     let folder = options.cache.join("bench-teacher");
-    std::fs::create_dir_all(&folder)?;
+    // What a run that was killed left behind.
+    if let Err(error) = std::fs::remove_dir_all(folder.join("store"))
+        && error.kind() != std::io::ErrorKind::NotFound
+    {
+        return Err(error.into());
+    }
+    std::fs::create_dir_all(folder.join("store"))?;
     let machine = Machine::of(options)?;
     let before = Ticks::now()?;
     let measured = measure::run(options, &machine, &folder)?;
