@@ -28,7 +28,7 @@ const TILE_OUTPUTS: usize = 4;
 const RUN: usize = 768;
 
 /// `out[i, j] (+)= x[i] . w[j] + bias[j]` for all rows `i` of `x` (`[m, k]`, rows `ldx` apart) and all
-/// rows `j` of `w`; `out` has rows `ldo` apart. `scratch` holds four rows of weights.
+/// rows `j` of `w`; `out` has rows `ldo` apart.
 ///
 /// # Panics
 /// Where a slice is shorter than its shape.
