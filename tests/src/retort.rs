@@ -117,6 +117,25 @@ impl Up {
         });
     }
 
+    /// As [`Up::kill`], at a moment when this worker holds a task claimed since now: it is stopped, its log
+    /// read, and it runs on until that log ends inside a task.
+    pub fn kill_at_work(&mut self, name: &str) {
+        let path = self.home.join("logs").join(format!("{name}.log"));
+        let read = || fs::read_to_string(&path).unwrap_or_default();
+        let seen = read().len();
+        self.wait(&format!("a task of {name}"), Duration::from_secs(60), |up| {
+            up.signal_process(name, Signal::STOP);
+            let log = read();
+            let told = log[seen..].lines().rev().find(|line| line.contains("task{"));
+            if told.is_some_and(|line| line.contains("claimed")) {
+                return Some(());
+            }
+            up.signal_process(name, Signal::CONT);
+            None
+        });
+        self.kill(name);
+    }
+
     /// Sends a signal to one of the processes.
     pub fn signal_process(&self, name: &str, signal: Signal) {
         kill_process(Pid::from_raw(self.processes()[name]).expect("a pid"), signal).expect("signalled");

@@ -15,11 +15,10 @@ use retort_tests::{
 
 const PATIENCE: Duration = Duration::from_secs(300);
 
-/// Kills `name` once `when` holds for an event of the job, and again after every third shard until it was
-/// killed `kills` times; then follows the job to its end.
+/// Kills `name` once `when` holds for an event of the job, and follows the job to its end.
 async fn survives(
     name: &str,
-    kills: u32,
+    kill: fn(&mut Up, &str),
     when: impl Fn(&proto::JobEvent) -> bool,
 ) -> (proto::Job, Vec<proto::JobEvent>) {
     let folder = tempfile::tempdir().unwrap();
@@ -35,11 +34,7 @@ async fn survives(
         proto::JobState::Running as i32,
         "the job must still run when {name} is killed"
     );
-    up.kill(name);
-    for kill in 1..kills {
-        up.follow(&job, PATIENCE, |_, event| shards_published(event) >= 3 + 3 * kill).await;
-        up.kill(name);
-    }
+    kill(&mut up, name);
     let events = up.follow(&job, PATIENCE, |_, _| false).await;
 
     let end = up.jobs().await.get_job(proto::GetJobRequest { name: job.clone() }).await.unwrap().into_inner();
@@ -54,25 +49,26 @@ fn shards_published(event: &proto::JobEvent) -> u32 {
 
 #[tokio::test(flavor = "multi_thread")]
 async fn the_teacher() {
-    // Between two shards it holds none, and nothing is redone: so it is killed more than once.
-    let (job, _) = survives("teacher-1", 4, |event| shards_published(event) >= 3).await;
+    // A task whose result was just accepted is held and not redone: so it is killed three times.
+    let three_times = |up: &mut Up, name: &str| (0..3).for_each(|_| up.kill_at_work(name));
+    let (job, _) = survives("teacher-1", three_times, |event| shards_published(event) >= 3).await;
     let redone = job.report.unwrap().redone;
     assert!(redone.iter().any(|one| one.task.contains("shard-")), "the report names the shard redone: {redone:?}");
 }
 
 #[tokio::test(flavor = "multi_thread")]
 async fn the_student() {
-    let (job, _) = survives("student-1", 1, |event| matches!(event.what, Some(What::CheckpointSaved(_)))).await;
+    let (job, _) = survives("student-1", Up::kill, |event| matches!(event.what, Some(What::CheckpointSaved(_)))).await;
     let redone = job.report.unwrap().redone;
     assert!(redone.iter().any(|one| one.task.ends_with("train")), "the report names the train run: {redone:?}");
 }
 
 #[tokio::test(flavor = "multi_thread")]
 async fn the_broker() {
-    survives("broker", 1, |event| shards_published(event) >= 3).await;
+    survives("broker", Up::kill, |event| shards_published(event) >= 3).await;
 }
 
 #[tokio::test(flavor = "multi_thread")]
 async fn the_orchestrator() {
-    survives("orchestrator", 1, |event| shards_published(event) >= 3).await;
+    survives("orchestrator", Up::kill, |event| shards_published(event) >= 3).await;
 }
