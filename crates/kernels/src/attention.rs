@@ -7,7 +7,7 @@
 
 use crate::{
     lanes::{Lanes, on_lanes},
-    product::strip,
+    product::Panels,
 };
 
 /// Keys of a block.
@@ -44,6 +44,7 @@ pub struct Asked<'a> {
 #[derive(Default)]
 pub struct Scratch {
     queries: Vec<f32>,
+    panels: Panels,
     scores: Vec<f32>,
     sums: Vec<f32>,
     mixed: Vec<f32>,
@@ -66,6 +67,7 @@ impl Scratch {
             let from = position * asked.stride + asked.offset;
             self.queries.extend(asked.queries[from..from + heads * d].iter().map(|x| x * scale));
         }
+        self.panels.pack(&self.queries, d, rows, d);
         self.scores.resize(rows * KEYS, 0.0);
         self.mixed.clear();
         self.mixed.resize(rows * d, 0.0);
@@ -95,12 +97,7 @@ impl Scratch {
         // SAFETY: `attend` has measured keys and values up to the last position, and made the scratch.
         unsafe {
             let first = kept.keys.as_ptr().add(block * kept.stride + kept.offset);
-            for key in (0..keys).step_by(4) {
-                let outputs = 4.min(keys - key);
-                let at = first.add(key * kept.stride);
-                let to = self.scores.as_mut_ptr().add(key);
-                strip(self.queries.as_ptr(), d, rows, at, kept.stride, outputs, d, at, to, KEYS, false);
-            }
+            self.panels.against(first, kept.stride, keys, false, self.scores.as_mut_ptr(), KEYS);
         }
         for row in 0..rows {
             let position = asked.first + row / heads;
@@ -198,18 +195,23 @@ unsafe fn mix_on<L: Lanes>(
     unsafe {
         let mut row = 0;
         while row < rows {
-            let here = 3.min(rows - row);
+            let here = if rows - row >= 6 { 6 } else { 3.min(rows - row) };
             let (weights, out) = (weights.add(row * ldw), out.add(row * d));
             let mut column = 0;
             while column < d {
                 let (values, out) = (values.add(column), out.add(column));
-                match (here, d - column) {
-                    (3, 32..) => mix_tile::<L, 3, 4>(weights, ldw, values, ldv, count, d, out),
-                    (2, 32..) => mix_tile::<L, 2, 4>(weights, ldw, values, ldv, count, d, out),
-                    (1, 32..) => mix_tile::<L, 1, 4>(weights, ldw, values, ldv, count, d, out),
-                    (_, 8..32) => {
-                        for row in 0..here {
-                            mix_tile::<L, 1, 1>(weights.add(row * ldw), ldw, values, ldv, count, d, out.add(row * d));
+                let wide = match d - column {
+                    16.. => 16,
+                    8..16 => 8,
+                    rest => rest,
+                };
+                match (here, wide) {
+                    (6, 16) => mix_tile::<L, 6, 2>(weights, ldw, values, ldv, count, d, out),
+                    (3, 16) => mix_tile::<L, 3, 2>(weights, ldw, values, ldv, count, d, out),
+                    (_, 8..) => {
+                        for (row, column) in (0..here).flat_map(|row| (0..wide).step_by(8).map(move |at| (row, at))) {
+                            let (weights, values) = (weights.add(row * ldw), values.add(column));
+                            mix_tile::<L, 1, 1>(weights, ldw, values, ldv, count, d, out.add(row * d + column));
                         }
                     }
                     (_, rest) => {
@@ -224,11 +226,7 @@ unsafe fn mix_on<L: Lanes>(
                         }
                     }
                 }
-                column += match d - column {
-                    32.. => 32,
-                    8..32 => 8,
-                    rest => rest,
-                };
+                column += wide;
             }
             row += here;
         }
@@ -236,6 +234,8 @@ unsafe fn mix_on<L: Lanes>(
 }
 
 #[inline(always)]
+// Indices keep the sums in registers; iterators over rows of them do not.
+#[allow(clippy::needless_range_loop)]
 unsafe fn mix_tile<L: Lanes, const M: usize, const N: usize>(
     weights: *const f32,
     ldw: usize,
@@ -248,26 +248,26 @@ unsafe fn mix_tile<L: Lanes, const M: usize, const N: usize>(
     // SAFETY: as the caller promises.
     unsafe {
         let mut sums = [[L::splat(0.0); N]; M];
-        for (row, sums) in sums.iter_mut().enumerate() {
-            for (column, sum) in sums.iter_mut().enumerate() {
-                *sum = L::load(out.add(row * d + column * 8));
+        for row in 0..M {
+            for column in 0..N {
+                sums[row][column] = L::load(out.add(row * d + column * 8));
             }
         }
         for s in 0..count {
             let mut numbers = [L::splat(0.0); N];
-            for (column, numbers) in numbers.iter_mut().enumerate() {
-                *numbers = L::load(values.add(s * ldv + column * 8));
+            for column in 0..N {
+                numbers[column] = L::load(values.add(s * ldv + column * 8));
             }
-            for (row, sums) in sums.iter_mut().enumerate() {
+            for row in 0..M {
                 let weight = L::splat(*weights.add(row * ldw + s));
-                for (sum, value) in sums.iter_mut().zip(numbers) {
-                    *sum = L::fma(weight, value, *sum);
+                for column in 0..N {
+                    sums[row][column] = L::fma(weight, numbers[column], sums[row][column]);
                 }
             }
         }
-        for (row, sums) in sums.iter().enumerate() {
-            for (column, sum) in sums.iter().enumerate() {
-                L::store(out.add(row * d + column * 8), *sum);
+        for row in 0..M {
+            for column in 0..N {
+                L::store(out.add(row * d + column * 8), sums[row][column]);
             }
         }
     }

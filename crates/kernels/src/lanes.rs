@@ -28,6 +28,8 @@ pub(crate) trait Lanes: Copy {
     unsafe fn at_least(a: Self::V, b: Self::V) -> u32;
     /// Sums of four vectors' lanes: `((0 + 1) + (2 + 3)) + ((4 + 5) + (6 + 7))` of each.
     unsafe fn sums(x: [Self::V; 4]) -> [f32; 4];
+    /// Lane by lane: numbers `i` of the four vectors go side by side to `to + i * stride`, for all eight.
+    unsafe fn store_quads(to: *mut f32, stride: usize, x: [Self::V; 4]);
     /// Asks for the cache line of an address, which may be any.
     unsafe fn prefetch(at: *const u8);
 
@@ -129,6 +131,14 @@ impl Lanes for Plain {
     }
 
     #[inline(always)]
+    unsafe fn store_quads(to: *mut f32, stride: usize, x: [[f32; 8]; 4]) {
+        for lane in 0..8 {
+            let quad: [f32; 4] = std::array::from_fn(|of| x[of][lane]);
+            unsafe { to.add(lane * stride).cast::<[f32; 4]>().write_unaligned(quad) };
+        }
+    }
+
+    #[inline(always)]
     unsafe fn prefetch(_: *const u8) {}
 }
 
@@ -222,6 +232,25 @@ mod avx2 {
                 let mut out = [0.0; 4];
                 _mm_storeu_ps(out.as_mut_ptr(), sums);
                 out
+            }
+        }
+
+        #[inline(always)]
+        unsafe fn store_quads(to: *mut f32, stride: usize, [a, b, c, d]: [__m256; 4]) {
+            unsafe {
+                let (ab_low, ab_high) = (_mm256_unpacklo_ps(a, b), _mm256_unpackhi_ps(a, b));
+                let (cd_low, cd_high) = (_mm256_unpacklo_ps(c, d), _mm256_unpackhi_ps(c, d));
+                // Each holds lane i's quad, and lane i + 4's above it.
+                let quads = [
+                    _mm256_shuffle_ps::<0x44>(ab_low, cd_low),
+                    _mm256_shuffle_ps::<0xee>(ab_low, cd_low),
+                    _mm256_shuffle_ps::<0x44>(ab_high, cd_high),
+                    _mm256_shuffle_ps::<0xee>(ab_high, cd_high),
+                ];
+                for (lane, both) in quads.into_iter().enumerate() {
+                    _mm_storeu_ps(to.add(lane * stride), _mm256_castps256_ps128(both));
+                    _mm_storeu_ps(to.add((lane + 4) * stride), _mm256_extractf128_ps::<1>(both));
+                }
             }
         }
 

@@ -15,6 +15,6 @@ mod softmax;
 
 pub use attention::{Asked, Kept, POSITIONS, Scratch};
 pub use matrix::{Bytes, Matrix, Storage};
-pub use product::{Into, linear};
+pub use product::{Into, Panels};
 pub use rows::{rms_norm, rotate, swiglu};
 pub use softmax::{BLOCK, Logits};

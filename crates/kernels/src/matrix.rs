@@ -1,6 +1,6 @@
 //! Weights as they lie in a file: mapped, read in place, turned into f32 a few rows at a time.
 
-use std::sync::Arc;
+use std::{ops::Range, sync::Arc};
 
 use half::{bf16, f16};
 
@@ -98,21 +98,22 @@ impl Matrix {
         &self.storage
     }
 
-    /// The bytes of one row.
-    fn row(&self, row: usize) -> &[u8] {
-        let width = self.columns * self.storage.number_bytes();
-        &self.bytes.as_slice()[row * width..(row + 1) * width]
-    }
-
-    /// Where numbers of `rows` can be read as f32 without a copy.
-    pub(crate) fn in_place(&self, row: usize) -> Option<*const f32> {
+    /// Where the rows can be read as f32 without a copy, one right after another.
+    pub(crate) fn in_place(&self) -> Option<*const f32> {
         // Reads are unaligned, and the machine's own byte order is the file's.
-        (cfg!(target_endian = "little") && self.storage == Storage::F32).then(|| self.row(row).as_ptr().cast())
+        (cfg!(target_endian = "little") && self.storage == Storage::F32).then(|| self.bytes.as_slice().as_ptr().cast())
     }
 
     /// One row in f32.
     pub fn read_row(&self, row: usize, out: &mut [f32]) {
-        let bytes = self.row(row);
+        self.read(row, 0..self.columns, out);
+    }
+
+    /// Some columns of one row in f32.
+    pub(crate) fn read(&self, row: usize, columns: Range<usize>, out: &mut [f32]) {
+        let width = self.storage.number_bytes();
+        let first = row * self.columns * width;
+        let bytes = &self.bytes.as_slice()[first + columns.start * width..first + columns.end * width];
         match &self.storage {
             Storage::F32 => copy(bytes, out, f32::from_le_bytes),
             Storage::Bf16 => widen_bf16(bytes, out),

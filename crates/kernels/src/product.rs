@@ -1,14 +1,16 @@
 //! `x w^T`: activations times weights, row by row the same bits in any company.
 //!
-//! A sum over a row's `k` numbers runs in eight lanes, one number in eight to each, in ascending order;
-//! then the lanes are added in a fixed order; every 768 numbers the sum so far goes to memory, so that
-//! the weights at hand stay in the first-level cache. Nothing in that depends on how many rows are computed
-//! together, on which thread, or in which tile, so a sequence's numbers are the same alone, in a batch,
-//! and in any stage of a group.
+//! A sum over a row's `k` numbers runs in ascending order, one fused multiply-add after another; every 768
+//! numbers the sum so far goes to memory, so that what is at hand stays in the first two levels of cache.
+//! Nothing in that depends on how many rows are computed together, on which thread, or in which tile, so a
+//! sequence's numbers are the same alone, in a batch, and in any stage of a group.
 //!
-//! Tiles are three rows of activations by four of weights: twelve sums in registers, seven loads for
-//! twelve multiplications. Weights that are not f32 are widened four rows at a time, into a scratch
-//! that stays in the first-level cache while all activations of the caller pass by it.
+//! Activations are packed into panels, 16 rows side by side for each of the `k` numbers; weights are read
+//! where they lie, one number at a time to all lanes. A tile is 16 rows by six outputs: twelve sums in
+//! registers, eight loads for twelve multiplications, and nothing to add up across lanes at the end (the
+//! shape is that of Goto and van de Geijn, "Anatomy of High-Performance Matrix Multiplication", 2008, with
+//! the small operand packed instead of the large one). Weights that are not f32 are widened twelve rows at
+//! a time, into a scratch that stays near while all panels pass by it.
 
 use crate::{
     lanes::{Lanes, on_lanes},
@@ -22,206 +24,261 @@ pub enum Into {
     Add,
 }
 
-const TILE_ROWS: usize = 3;
-const TILE_OUTPUTS: usize = 4;
+/// Rows of a whole panel; the last panel of a matrix has 8 or 16, dead ones full of zeros.
+const PANEL: usize = 16;
+/// Outputs whose weights are at hand together.
+const STRIP: usize = 12;
 /// Products summed before a sum goes to memory.
 const RUN: usize = 768;
 
-/// `out[i, j] (+)= x[i] . w[j] + bias[j]` for all rows `i` of `x` (`[m, k]`, rows `ldx` apart) and all
-/// rows `j` of `w`; `out` has rows `ldo` apart.
-///
-/// # Panics
-/// Where a slice is shorter than its shape.
-#[allow(clippy::too_many_arguments)]
-pub fn linear(
-    x: &[f32],
-    ldx: usize,
-    m: usize,
-    w: &Matrix,
-    bias: Option<&[f32]>,
-    into: Into,
-    out: &mut [f32],
-    ldo: usize,
-) {
-    let (n, k) = (w.rows(), w.columns());
-    if m == 0 || n == 0 {
-        return;
+/// Rows of activations, packed for [`Panels::product`]. Used again, it takes no new memory.
+#[derive(Default)]
+pub struct Panels {
+    /// Panel after panel, each `[columns, its rows]`.
+    lines: Vec<Line>,
+    rows: usize,
+    columns: usize,
+}
+
+/// A cache line: loads of eight never cross one.
+#[derive(Clone, Copy, Default)]
+#[repr(C, align(64))]
+struct Line([f32; 16]);
+
+/// Up to [`STRIP`] rows of weights over one run; where there are fewer, the last stands again for the rest.
+#[derive(Clone, Copy)]
+struct Strip {
+    weights: [*const f32; STRIP],
+    outputs: usize,
+    /// Where the next strip's rows lie, or any addresses.
+    next: *const f32,
+    next_stride: usize,
+}
+
+/// Where sums go: rows `stride` apart.
+#[derive(Clone, Copy)]
+struct Target {
+    to: *mut f32,
+    stride: usize,
+    add: bool,
+}
+
+impl Panels {
+    /// Packs `rows` rows of `columns` numbers that begin `stride` apart.
+    ///
+    /// # Panics
+    /// Where `x` is shorter than that.
+    pub fn pack(&mut self, x: &[f32], stride: usize, rows: usize, columns: usize) {
+        assert!(rows == 0 || x.len() >= (rows - 1) * stride + columns, "{} numbers for {rows} rows", x.len());
+        (self.rows, self.columns) = (rows, columns);
+        self.lines.resize((rows.next_multiple_of(8) * columns).div_ceil(16), Line::default());
+        // SAFETY: measured above; the lines hold each row's numbers, those of dead rows too.
+        unsafe { pack(x.as_ptr(), stride, rows, columns, self.lines.as_mut_ptr().cast()) }
     }
-    assert!(x.len() >= (m - 1) * ldx + k && out.len() >= (m - 1) * ldo + n && bias.is_none_or(|bias| bias.len() == n));
-    let mut scratch = vec![0.0; if w.in_place(0).is_some() { 0 } else { TILE_OUTPUTS * k }];
-    let mut first = 0;
-    while first < n {
-        let count = TILE_OUTPUTS.min(n - first);
-        let (weights, next) = match w.in_place(first) {
-            Some(weights) => (weights, w.in_place((first + TILE_OUTPUTS).min(n - 1)).unwrap_or(weights)),
-            None => {
-                for (row, out) in scratch.chunks_exact_mut(k).take(count).enumerate() {
-                    w.read_row(first + row, out);
-                }
-                (scratch.as_ptr(), scratch.as_ptr())
-            }
-        };
-        let to = out[first..].as_mut_ptr();
-        // SAFETY: `weights` has `count` rows of `k`, and the assertion above has measured `x` and `out`.
-        unsafe { strip(x.as_ptr(), ldx, m, weights, k, count, k, next, to, ldo, matches!(into, Into::Add)) };
+
+    /// `out[i, j] (+)= x[i] . w[j] + bias[j]` for all packed rows `i` and all rows `j` of `w`; `out` has
+    /// rows `stride` apart.
+    ///
+    /// # Panics
+    /// Where the shapes do not fit, or a slice is shorter than its shape.
+    pub fn product(&self, w: &Matrix, bias: Option<&[f32]>, into: Into, out: &mut [f32], stride: usize) {
+        let (n, k) = (w.rows(), w.columns());
+        assert!(k == self.columns && bias.is_none_or(|bias| bias.len() == n), "{k} columns, not {}", self.columns);
+        if self.rows == 0 || n == 0 {
+            return;
+        }
+        assert!(out.len() >= (self.rows - 1) * stride + n, "{} numbers for {} rows", out.len(), self.rows);
+        match w.in_place() {
+            // SAFETY: `w` has `n` rows of `k`, and the assertion above has measured `out`.
+            Some(weights) => unsafe {
+                self.against(weights, k, n, matches!(into, Into::Add), out.as_mut_ptr(), stride);
+            },
+            None => self.widened(w, matches!(into, Into::Add), out, stride),
+        }
         if let Some(bias) = bias {
-            for row in out[first..].chunks_mut(ldo).take(m) {
-                for (out, bias) in row.iter_mut().zip(&bias[first..first + count]) {
-                    *out += bias;
+            for row in out.chunks_mut(stride).take(self.rows) {
+                row.iter_mut().zip(bias).for_each(|(out, bias)| *out += bias);
+            }
+        }
+    }
+
+    /// Against `n` rows of weights `ldw` apart.
+    ///
+    /// # Safety
+    /// `w` must be good for `n` rows of as many numbers as there are columns, `to` for a row of `n` for each
+    /// packed row.
+    pub(crate) unsafe fn against(&self, w: *const f32, ldw: usize, n: usize, add: bool, to: *mut f32, stride: usize) {
+        for from in (0..self.columns).step_by(RUN) {
+            for first in (0..n).step_by(STRIP) {
+                // SAFETY: as the caller promises.
+                unsafe {
+                    let outputs = STRIP.min(n - first);
+                    let weights = std::array::from_fn(|row| w.add((first + row.min(outputs - 1)) * ldw + from));
+                    let next = w.wrapping_add((first + STRIP) * ldw + from);
+                    let strip = Strip { weights, outputs, next, next_stride: ldw };
+                    self.strip(from, strip, Target { to: to.add(first), stride, add: add || from > 0 });
                 }
             }
         }
-        first += count;
+    }
+
+    /// As [`Panels::against`], for weights that cannot be read in place.
+    fn widened(&self, w: &Matrix, add: bool, out: &mut [f32], stride: usize) {
+        let mut scratch = vec![0.0; STRIP * RUN.min(self.columns)];
+        for from in (0..self.columns).step_by(RUN) {
+            let run = from..self.columns.min(from + RUN);
+            for first in (0..w.rows()).step_by(STRIP) {
+                let outputs = STRIP.min(w.rows() - first);
+                for (row, wide) in scratch.chunks_exact_mut(run.len()).take(outputs).enumerate() {
+                    w.read(first + row, run.clone(), wide);
+                }
+                let weights = std::array::from_fn(|row| scratch[row.min(outputs - 1) * run.len()..].as_ptr());
+                let strip = Strip { weights, outputs, next: scratch.as_ptr(), next_stride: 0 };
+                let target = Target { to: out[first..].as_mut_ptr(), stride, add: add || from > 0 };
+                // SAFETY: the scratch has `outputs` rows of the run, and `product` has measured `out`.
+                unsafe { self.strip(from, strip, target) };
+            }
+        }
+    }
+
+    /// All rows against a strip, over the run that begins at column `from`.
+    unsafe fn strip(&self, from: usize, strip: Strip, target: Target) {
+        let run = RUN.min(self.columns - from);
+        // SAFETY: as the callers promise.
+        unsafe { all_panels(self.lines.as_ptr().cast(), self.rows, self.columns, from, run, strip, target) }
     }
 }
 
 on_lanes! {
-    /// All `m` rows of `x` against up to four rows of weights `ldw` apart: sums of `k` products into
-    /// `to`, whose rows are `ldo` apart. `next` is where the next weights lie, or any address.
-    ///
-    /// # Safety
-    /// `x` must be good for `m` rows of `k`, `w` for `outputs` rows of `k`, `to` for `m` rows of
-    /// `outputs`.
-    pub(crate) unsafe fn strip(
-        x: *const f32, ldx: usize, m: usize, w: *const f32, ldw: usize, outputs: usize, k: usize,
-        next: *const f32, to: *mut f32, ldo: usize, add: bool,
-    ) = strip_on
+    unsafe fn pack(x: *const f32, stride: usize, rows: usize, columns: usize, to: *mut f32) = pack_on
 }
 
 #[inline(always)]
-#[allow(clippy::too_many_arguments)]
-unsafe fn strip_on<L: Lanes>(
-    x: *const f32,
-    ldx: usize,
-    m: usize,
-    w: *const f32,
-    ldw: usize,
-    outputs: usize,
-    k: usize,
-    next: *const f32,
-    to: *mut f32,
-    ldo: usize,
-    add: bool,
-) {
-    // SAFETY: as the caller of `strip` promises.
+unsafe fn pack_on<L: Lanes>(x: *const f32, stride: usize, rows: usize, columns: usize, to: *mut f32) {
+    // SAFETY: as the caller promises.
     unsafe {
-        let mut from = 0;
-        while from < k {
-            let run = RUN.min(k - from);
-            run_on::<L>(
-                x.add(from),
-                ldx,
-                m,
-                w.add(from),
-                ldw,
-                outputs,
-                run,
-                next.wrapping_add(from),
-                to,
-                ldo,
-                add || from > 0,
-            );
-            from += run;
+        for first in (0..rows).step_by(8) {
+            let panel = first - first % PANEL;
+            let width = PANEL.min((rows - panel).next_multiple_of(8));
+            let to = to.add(panel * columns + first - panel);
+            let x = x.add(first * stride);
+            let live = 8.min(rows - first);
+            let whole = if live == 8 { columns - columns % 8 } else { 0 };
+            for column in (0..whole).step_by(8) {
+                for half in [0, 4] {
+                    let four = std::array::from_fn(|row| L::load(x.add((half + row) * stride + column)));
+                    L::store_quads(to.add(column * width + half), width, four);
+                }
+            }
+            for column in whole..columns {
+                for row in 0..8 {
+                    let number = if row < live { *x.add(row * stride + column) } else { 0.0 };
+                    *to.add(column * width + row) = number;
+                }
+            }
         }
     }
 }
 
+on_lanes! {
+    unsafe fn all_panels(
+        x: *const f32, rows: usize, columns: usize, from: usize, run: usize, strip: Strip, target: Target,
+    ) = all_panels_on
+}
+
 #[inline(always)]
-#[allow(clippy::too_many_arguments)]
-unsafe fn run_on<L: Lanes>(
+unsafe fn all_panels_on<L: Lanes>(
     x: *const f32,
-    ldx: usize,
-    m: usize,
-    w: *const f32,
-    ldw: usize,
-    outputs: usize,
-    k: usize,
-    next: *const f32,
-    to: *mut f32,
-    ldo: usize,
-    add: bool,
+    rows: usize,
+    columns: usize,
+    from: usize,
+    run: usize,
+    strip: Strip,
+    target: Target,
 ) {
-    // SAFETY: as the caller of `strip` promises.
+    // SAFETY: as the callers of `strip` promise.
     unsafe {
-        // The next weights are asked for, a line of each row with each tile.
-        let tiles = m.div_ceil(TILE_ROWS);
-        let share = (k * 4).div_ceil(64).div_ceil(tiles);
-        let mut line = 0;
-        let mut row = 0;
-        while row < m {
-            for at in line..line + share {
-                for output in 0..TILE_OUTPUTS {
-                    L::prefetch(next.wrapping_add(output * ldw + at * 16).cast());
+        // The next weights are asked for, a few lines of each row with each panel.
+        let lines = (run * 4).div_ceil(64).div_ceil(rows.div_ceil(PANEL));
+        for (panel, first) in (0..rows).step_by(PANEL).enumerate() {
+            for line in panel * lines..(panel + 1) * lines {
+                for row in 0..STRIP {
+                    L::prefetch(strip.next.wrapping_add(row * strip.next_stride + line * 16).cast());
                 }
             }
-            line += share;
-            let (x, to) = (x.add(row * ldx), to.add(row * ldo));
-            match (m - row, outputs) {
-                (1, 4) => tile::<L, 1, 4>(x, ldx, w, ldw, k, to, ldo, add),
-                (2, 4) => tile::<L, 2, 4>(x, ldx, w, ldw, k, to, ldo, add),
-                (_, 4) => tile::<L, 3, 4>(x, ldx, w, ldw, k, to, ldo, add),
-                (rows, _) => {
-                    for row in 0..rows.min(TILE_ROWS) {
-                        for output in 0..outputs {
-                            let (x, w) = (x.add(row * ldx), w.add(output * ldw));
-                            tile::<L, 1, 1>(x, ldx, w, ldw, k, to.add(row * ldo + output), ldo, add);
-                        }
-                    }
+            let live = PANEL.min(rows - first);
+            let width = live.next_multiple_of(8);
+            let x = x.add(first * columns + from * width);
+            let target = Target { to: target.to.add(first * target.stride), ..target };
+            let mut sums = [[[0.0; 8]; 2]; STRIP];
+            let [a, b, c, d, e, f, g, h, i, j, k, l] = strip.weights;
+            if width == PANEL {
+                let (left, right) = sums.split_at_mut(6);
+                tile::<L, 2, 6>(x, run, [a, b, c, d, e, f], left);
+                if strip.outputs > 6 {
+                    tile::<L, 2, 6>(x, run, [g, h, i, j, k, l], right);
+                }
+            } else {
+                tile::<L, 1, STRIP>(x, run, strip.weights, &mut sums);
+            }
+            for (eight, row) in (0..live).step_by(8).enumerate() {
+                for output in (0..strip.outputs).step_by(4) {
+                    let four = std::array::from_fn(|one| L::load(sums[output + one][eight].as_ptr()));
+                    let to = target.to.add(row * target.stride + output);
+                    put::<L>(four, 8.min(live - row), 4.min(strip.outputs - output), Target { to, ..target });
                 }
             }
-            row += TILE_ROWS;
         }
     }
 }
 
-/// `M` rows against `N` (up to four) rows of weights.
+/// `V` times eight packed rows against `N` rows of weights: `sums[output][v]`.
 #[inline(always)]
 // Indices keep the sums in registers; iterators over rows of them do not.
-#[allow(clippy::too_many_arguments, clippy::needless_range_loop)]
-unsafe fn tile<L: Lanes, const M: usize, const N: usize>(
+#[allow(clippy::needless_range_loop)]
+unsafe fn tile<L: Lanes, const V: usize, const N: usize>(
     x: *const f32,
-    ldx: usize,
-    w: *const f32,
-    ldw: usize,
-    k: usize,
-    to: *mut f32,
-    ldo: usize,
-    add: bool,
+    run: usize,
+    w: [*const f32; N],
+    out: &mut [[[f32; 8]; 2]],
 ) {
-    // SAFETY: as the caller of `strip` promises.
+    // SAFETY: as the callers of `strip` promise.
     unsafe {
-        let mut sums = [[L::splat(0.0); N]; M];
-        let whole = k - k % 8;
-        let mut at = 0;
-        while at < whole {
-            let mut rows = [L::splat(0.0); M];
-            for (row, numbers) in rows.iter_mut().enumerate() {
-                *numbers = L::load(x.add(row * ldx + at));
+        let mut sums = [[L::splat(0.0); V]; N];
+        for at in 0..run {
+            let mut eights = [L::splat(0.0); V];
+            for v in 0..V {
+                eights[v] = L::load(x.add((at * V + v) * 8));
             }
             for output in 0..N {
-                let weights = L::load(w.add(output * ldw + at));
-                for row in 0..M {
-                    sums[row][output] = L::fma(rows[row], weights, sums[row][output]);
-                }
-            }
-            at += 8;
-        }
-        if whole < k {
-            for output in 0..N {
-                let weights = L::load_part(w.add(output * ldw + whole), k - whole, 0.0);
-                for (row, sums) in sums.iter_mut().enumerate() {
-                    sums[output] =
-                        L::fma(L::load_part(x.add(row * ldx + whole), k - whole, 0.0), weights, sums[output]);
+                let weight = L::splat(*w[output].add(at));
+                for v in 0..V {
+                    sums[output][v] = L::fma(eights[v], weight, sums[output][v]);
                 }
             }
         }
-        for (row, sums) in sums.iter().enumerate() {
-            let mut four = [L::splat(0.0); 4];
-            four[..N].copy_from_slice(sums);
-            let four = L::sums(four);
-            for (output, sum) in four.iter().enumerate().take(N) {
-                let to = to.add(row * ldo + output);
-                *to = if add { *to + sum } else { *sum };
+        for output in 0..N {
+            for v in 0..V {
+                L::store(out[output][v].as_mut_ptr(), sums[output][v]);
+            }
+        }
+    }
+}
+
+/// Sums of four outputs, of eight rows, to where they go: so many rows and outputs of them.
+#[inline(always)]
+unsafe fn put<L: Lanes>(sums: [L::V; 4], rows: usize, outputs: usize, target: Target) {
+    // SAFETY: as the callers of `strip` promise.
+    unsafe {
+        if rows == 8 && outputs == 4 && !target.add {
+            return L::store_quads(target.to, target.stride, sums);
+        }
+        let mut quads = [[0.0; 4]; 8];
+        L::store_quads(quads.as_mut_ptr().cast(), 4, sums);
+        for (row, quad) in quads.iter().enumerate().take(rows) {
+            for (output, sum) in quad.iter().enumerate().take(outputs) {
+                let to = target.to.add(row * target.stride + output);
+                *to = if target.add { *to + sum } else { *sum };
             }
         }
     }

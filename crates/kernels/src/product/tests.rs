@@ -8,19 +8,25 @@ fn numbers(count: usize, step: usize) -> Vec<f32> {
 
 fn run(x: &[f32], m: usize, w: &Matrix, bias: Option<&[f32]>) -> Vec<f32> {
     let mut out = vec![0.0; m * w.rows()];
-    linear(x, w.columns(), m, w, bias, Into::Store, &mut out, w.rows());
+    packed(x, m, w.columns()).product(w, bias, Into::Store, &mut out, w.rows());
     out
+}
+
+fn packed(x: &[f32], m: usize, k: usize) -> Panels {
+    let mut panels = Panels::default();
+    panels.pack(x, k, m, k);
+    panels
 }
 
 proptest! {
     #[test]
-    fn sums_are_those_of_the_definition(m in 1usize..12, n in 1usize..11, k in 1usize..1700) {
+    fn sums_are_those_of_the_definition(m in 1usize..60, n in 1usize..30, k in 1usize..1700) {
         let (x, w) = (numbers(m * k, 37), numbers(n * k, 53));
         let bias = numbers(n, 17);
         let matrix = Matrix::from_f32(&w, n, k).unwrap();
         let mut out = numbers(m * n, 71);
         let before = out.clone();
-        linear(&x, k, m, &matrix, Some(&bias), Into::Add, &mut out, n);
+        packed(&x, m, k).product(&matrix, Some(&bias), Into::Add, &mut out, n);
         for i in 0..m {
             for j in 0..n {
                 let products = x[i * k..(i + 1) * k].iter().zip(&w[j * k..(j + 1) * k]);
@@ -32,7 +38,7 @@ proptest! {
     }
 
     #[test]
-    fn a_row_is_the_same_bits_in_any_company(m in 2usize..9, n in 1usize..9, k in 1usize..900) {
+    fn a_row_is_the_same_bits_in_any_company(m in 2usize..60, n in 1usize..30, k in 1usize..900) {
         let x = numbers(m * k, 41);
         let matrix = Matrix::from_f32(&numbers(n * k, 29), n, k).unwrap();
         let together = run(&x, m, &matrix, None);
@@ -43,13 +49,19 @@ proptest! {
 
     /// The lanes that this processor has, against plain Rust.
     #[test]
-    fn every_processor_gives_the_same_bits(m in 1usize..8, outputs in 1usize..5, k in 1usize..900) {
+    fn every_processor_gives_the_same_bits(m in 1usize..60, outputs in 1usize..=STRIP, k in 1usize..RUN) {
         let (x, w) = (numbers(m * k, 43), numbers(outputs * k, 31));
+        let panels = packed(&x, m, k);
+        let weights = std::array::from_fn(|row| w[row.min(outputs - 1) * k..].as_ptr());
+        let strip = Strip { weights, outputs, next: w.as_ptr(), next_stride: k };
         let (mut here, mut plain) = (vec![0.0f32; m * outputs], vec![0.0f32; m * outputs]);
+        let to = |out: &mut [f32]| Target { to: out.as_mut_ptr(), stride: outputs, add: false };
+        let mut lines = vec![Line::default(); panels.lines.len()];
         // SAFETY: the vectors are as long as the shapes say.
         unsafe {
-            strip(x.as_ptr(), k, m, w.as_ptr(), k, outputs, k, w.as_ptr(), here.as_mut_ptr(), outputs, false);
-            strip_on::<crate::lanes::Plain>(x.as_ptr(), k, m, w.as_ptr(), k, outputs, k, w.as_ptr(), plain.as_mut_ptr(), outputs, false);
+            panels.strip(0, strip, to(&mut here));
+            pack_on::<crate::lanes::Plain>(x.as_ptr(), k, m, k, lines.as_mut_ptr().cast());
+            all_panels_on::<crate::lanes::Plain>(lines.as_ptr().cast(), m, k, 0, k, strip, to(&mut plain));
         }
         prop_assert_eq!(here, plain);
     }

@@ -10,14 +10,16 @@
 use std::path::Path;
 
 use rayon::prelude::*;
-use retort_kernels::{Asked, Into, Kept, Matrix, POSITIONS, Scratch, linear, rms_norm, rotate, swiglu};
+use retort_kernels::{Asked, Into, Kept, Matrix, POSITIONS, Panels, Scratch, rms_norm, rotate, swiglu};
 
 use super::{Keep, Part, Piece, Room, Share, check, check_share};
 use crate::{Config, Error, Result, rope::Frequencies, weights::Folder};
 
 /// Rows of a block: their hidden states and what the feed-forward makes of them stay in the
 /// second-level cache.
-const ROWS: usize = 48;
+const ROWS: usize = 96;
+/// Rows whose logits one thread holds together.
+const HEAD_ROWS: usize = 48;
 
 /// A part whose weights are mapped.
 pub struct HostPart {
@@ -31,6 +33,16 @@ pub struct HostPart {
     threads: rayon::ThreadPool,
     room: Room,
     bytes_read: u64,
+    between: Between,
+}
+
+/// What the two passes of a layer hand each other, for all tokens of a step: kept for the next step.
+#[derive(Default)]
+struct Between {
+    query: Vec<f32>,
+    key: Vec<f32>,
+    value: Vec<f32>,
+    mixed: Vec<f32>,
 }
 
 struct Layer {
@@ -68,6 +80,7 @@ struct Angles {
 #[derive(Default)]
 struct Rows {
     normed: Vec<f32>,
+    panels: Panels,
     gate: Vec<f32>,
     up: Vec<f32>,
 }
@@ -138,7 +151,19 @@ impl HostPart {
             .build()
             .map_err(|error| Error::Device(format!("cannot start threads for arithmetic: {error}")))?;
         let room = Room { lanes: 0, slots: 0, capacity: 0 };
-        Ok(Self { config, part, embedding_vh, layers, norm_h, head_vh, frequencies, threads, room, bytes_read })
+        Ok(Self {
+            config,
+            part,
+            embedding_vh,
+            layers,
+            norm_h,
+            head_vh,
+            frequencies,
+            threads,
+            room,
+            bytes_read,
+            between: Between::default(),
+        })
     }
 
     pub fn config(&self) -> &Config {
@@ -215,10 +240,11 @@ impl HostPart {
         let epsilon = config.rms_norm_eps as f32;
         let angles = self.frequencies.angles(pieces);
         let window = config.sliding_window.map(|window| window as usize);
-        let mut query = vec![0.0; tokens * widths.q];
-        let mut key = vec![0.0; tokens * widths.k];
-        let mut value = vec![0.0; tokens * widths.k];
-        let mut mixed = vec![0.0; tokens * widths.q];
+        let mut between = std::mem::take(&mut self.between);
+        let Between { query, key, value, mixed } = &mut between;
+        for (numbers, width) in [(&mut *query, widths.q), (key, widths.k), (value, widths.k), (mixed, widths.q)] {
+            numbers.resize(tokens * width, 0.0);
+        }
         let rows = tokens.div_ceil(self.threads.current_num_threads()).clamp(1, ROWS);
         self.threads.install(|| {
             for at in 0..self.layers.len() {
@@ -244,8 +270,8 @@ impl HostPart {
                             rotate(key, cos, sin);
                         }
                     });
-                layer.keep(lane, pieces, widths.k, &key, &value);
-                layer.attend(lane, pieces, &widths, d, window, (&query, &key, &value), &mut mixed);
+                layer.keep(lane, pieces, widths.k, key, value);
+                layer.attend(lane, pieces, &widths, d, window, (query, key, value), mixed);
             }
             let Some(last) = self.layers.last() else { return };
             hidden_nh.par_chunks_mut(rows * h).zip(mixed.par_chunks(rows * widths.q)).for_each_init(
@@ -255,6 +281,7 @@ impl HostPart {
                 },
             );
         });
+        self.between = between;
         Ok(())
     }
 
@@ -274,17 +301,21 @@ impl HostPart {
             return Err(Error::Invalid(format!("row {beyond} of {} hidden states", hidden_nh.len() / h)));
         }
         let epsilon = self.config.rms_norm_eps as f32;
-        let rows = at.len().div_ceil(self.threads.current_num_threads()).clamp(1, ROWS);
-        let block = |scratch: &mut (Vec<f32>, Vec<f32>, Vec<f32>), (block, at): (usize, &[usize])| -> Vec<T> {
-            let (hidden, normed, logits) = scratch;
+        let rows = at.len().div_ceil(self.threads.current_num_threads()).clamp(1, HEAD_ROWS);
+        let block = |scratch: &mut (Vec<f32>, Vec<f32>, Panels, Vec<f32>), (block, at): (usize, &[usize])| -> Vec<T> {
+            let (hidden, normed, panels, logits) = scratch;
             hidden.clear();
             at.iter().for_each(|&at| hidden.extend_from_slice(&hidden_nh[at * h..(at + 1) * h]));
             normed.resize(hidden.len(), 0.0);
             rms_norm(hidden, &self.norm_h, epsilon, normed);
-            logits.resize(at.len() * v, 0.0);
-            linear(normed, h, at.len(), head_vh, None, Into::Store, logits, v);
-            let each = logits.chunks_exact(v).take(at.len()).enumerate();
-            each.map(|(row, logits)| take(block * rows + row, logits)).collect()
+            // A vocabulary is often a multiple of a large power of two: rows that far apart would all fall
+            // on the same few lines of the cache.
+            let stride = v + 16;
+            logits.resize(at.len() * stride, 0.0);
+            panels.pack(normed, h, at.len(), h);
+            panels.product(head_vh, None, Into::Store, logits, stride);
+            let each = logits.chunks_exact(stride).take(at.len()).enumerate();
+            each.map(|(row, logits)| take(block * rows + row, &logits[..v])).collect()
         };
         Ok(self.threads.install(|| {
             let blocks = at.par_chunks(rows).enumerate();
@@ -315,22 +346,28 @@ impl Layer {
     ) {
         scratch.normed.resize(hidden.len(), 0.0);
         rms_norm(hidden, &self.input_norm_h, epsilon, &mut scratch.normed);
-        self.query.forward(&scratch.normed, Into::Store, query);
-        self.key.forward(&scratch.normed, Into::Store, key);
-        self.value.forward(&scratch.normed, Into::Store, value);
+        let panels = &mut scratch.panels;
+        self.query.pack(panels, &scratch.normed);
+        self.query.forward(panels, Into::Store, query);
+        self.key.forward(panels, Into::Store, key);
+        self.value.forward(panels, Into::Store, value);
     }
 
     fn after_attention(&self, scratch: &mut Rows, hidden: &mut [f32], mixed: &[f32], epsilon: f32) {
-        self.output.forward(mixed, Into::Add, hidden);
+        let panels = &mut scratch.panels;
+        self.output.pack(panels, mixed);
+        self.output.forward(panels, Into::Add, hidden);
         scratch.normed.resize(hidden.len(), 0.0);
         rms_norm(hidden, &self.post_norm_h, epsilon, &mut scratch.normed);
         let inner = hidden.len() / self.post_norm_h.len() * self.gate.weight.rows();
         scratch.gate.resize(inner, 0.0);
         scratch.up.resize(inner, 0.0);
-        self.gate.forward(&scratch.normed, Into::Store, &mut scratch.gate);
-        self.up.forward(&scratch.normed, Into::Store, &mut scratch.up);
+        self.gate.pack(panels, &scratch.normed);
+        self.gate.forward(panels, Into::Store, &mut scratch.gate);
+        self.up.forward(panels, Into::Store, &mut scratch.up);
         swiglu(&mut scratch.gate, &scratch.up);
-        self.down.forward(&scratch.gate, Into::Add, hidden);
+        self.down.pack(panels, &scratch.gate);
+        self.down.forward(panels, Into::Add, hidden);
     }
 
     /// New keys and values into their slots.
@@ -406,9 +443,14 @@ impl Layer {
 }
 
 impl Linear {
-    fn forward(&self, x: &[f32], into: Into, out: &mut [f32]) {
+    /// Packs what the weights are to be multiplied with.
+    fn pack(&self, panels: &mut Panels, x: &[f32]) {
         let k = self.weight.columns();
-        linear(x, k, x.len() / k, &self.weight, self.bias.as_deref(), into, out, self.weight.rows());
+        panels.pack(x, k, x.len() / k, k);
+    }
+
+    fn forward(&self, x: &Panels, into: Into, out: &mut [f32]) {
+        x.product(&self.weight, self.bias.as_deref(), into, out, self.weight.rows());
     }
 }
 
