@@ -3,7 +3,7 @@
 use async_trait::async_trait;
 use retort_core::{Error, Result};
 use retort_proto::claimed::Task;
-use retort_worker::{Attempt, Handler, TaskContext};
+use retort_worker::{Attempt, Handler, Rest, TaskContext};
 
 use crate::{evaluate, settings::Settings, train};
 
@@ -21,13 +21,14 @@ impl Student {
 
 #[async_trait]
 impl Handler for Student {
-    async fn run(&mut self, attempt: Attempt, cx: &TaskContext) -> Result<()> {
+    async fn run(&mut self, attempt: Attempt, cx: &TaskContext) -> Result<Rest> {
         match &attempt.work {
-            Task::Train(task) => train::run(&attempt, task, cx, &self.settings).await,
-            Task::Evaluate(task) => evaluate::run(&attempt, task, cx, &self.settings).await,
+            Task::Train(task) => train::run(&attempt, task, cx, &self.settings).await?,
+            Task::Evaluate(task) => evaluate::run(&attempt, task, cx, &self.settings).await?,
             Task::Shard(_) => {
-                Err(Error::internal(format!("{} is a teacher's task, on a student's topic", attempt.task)))
+                return Err(Error::internal(format!("{} is a teacher's task, on a student's topic", attempt.task)));
             }
         }
+        Ok(Rest::Nothing)
     }
 }

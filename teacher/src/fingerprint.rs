@@ -8,7 +8,7 @@ use std::{
 
 use retort_core::{Error, Result};
 
-use crate::torch::model;
+use crate::{reading, torch::model};
 
 /// Name, size and time of change of every file in a model's folder. Two equal fingerprints mean
 /// that nothing was replaced meanwhile.
@@ -40,7 +40,7 @@ impl Fingerprint {
         if let Some((_, sha256)) = known().iter().find(|(fingerprint, _)| fingerprint == self) {
             return Ok(sha256.clone());
         }
-        let sha256 = retort_llama::folder_sha256(&self.dir).map_err(model)?;
+        let sha256 = retort_llama::folder_sha256(&self.dir, reading::progress(&self.dir)).map_err(model)?;
         let mut known = known();
         known.retain(|(fingerprint, _)| fingerprint.dir != self.dir);
         // A process serves few teachers; the bound keeps a strange one from growing without end.

@@ -12,13 +12,13 @@ use retort_core::{
     clock::{Clock as _, SystemClock},
 };
 use retort_proto::{self as proto, claimed::Task, worker_event::What};
-use retort_worker::{Attempt, Handler, ModelThread, TaskContext};
+use retort_worker::{Attempt, Handler, ModelThread, Rest, TaskContext};
 use tokio::sync::watch;
 
 use crate::{
     engine::{Capabilities, native::Loaded},
     group::{Group, Layers, Parts, Pulse},
-    shard::{Order, compute, faithful},
+    shard::{Captured, Order, capture, faithful},
     stage::Arithmetic,
     work,
 };
@@ -83,8 +83,8 @@ impl Teacher {
         named.await?
     }
 
-    /// The shard and the seconds it took, without loading the teacher.
-    async fn compute(&self, order: Order, cx: &TaskContext) -> Result<(Encoded, f64)> {
+    /// What the teacher says of the shard's rows, and the seconds it took, without loading the teacher.
+    async fn compute(&self, order: Order, cx: &TaskContext) -> Result<(Captured, f64)> {
         let (progress, seen) = watch::channel(Progress::default());
         let inside = cx.clone();
         let work = self.models.call(move |models| {
@@ -95,10 +95,9 @@ impl Teacher {
                 progress.send_replace(Progress { target_tokens, seconds: started.elapsed().as_secs_f64() });
                 inside.check()
             };
-            let encoded = compute(engine, &order, &mut watch);
+            let captured = capture(engine, &order, &mut watch);
             models.report();
-            let encoded = encoded?;
-            Ok((encoded, started.elapsed().as_secs_f64()))
+            Ok((captured?, started.elapsed().as_secs_f64()))
         });
         tokio::pin!(work);
         let mut tick = tokio::time::interval(PROGRESS_EVERY);
@@ -129,7 +128,7 @@ impl Handler for Teacher {
         }
     }
 
-    async fn run(&mut self, attempt: Attempt, cx: &TaskContext) -> Result<()> {
+    async fn run(&mut self, attempt: Attempt, cx: &TaskContext) -> Result<Rest> {
         let Task::Shard(shard) = &attempt.work else {
             return Err(Error::new(
                 Code::RequestInvalid,
@@ -141,41 +140,57 @@ impl Handler for Teacher {
         let (order, teacher, work_sha256) = self.name(order).await?;
         let (order, found) = reuse(cx, order, teacher, &work_sha256).await?;
         if let Some(ready) = found {
-            return cx.emit(What::ShardReady(ready)).await;
+            cx.emit(What::ShardReady(ready)).await?;
+            return Ok(Rest::Nothing);
         }
-        let (encoded, seconds) = self.compute(order.clone(), cx).await?;
-        if let Err(error) = faithful(&order, &encoded) {
-            cx.check()?;
-            return Err(set_aside(&cx.store, &order, &encoded, error).await);
-        }
-        let key = paths::shard(attempt.job.as_str(), shard.shard, attempt.epoch);
-        cx.check()?;
-        publish(cx, &key, &encoded).await?;
-        tracing::info!(
-            target_tokens = encoded.target_tokens,
-            bytes = encoded.bytes.len(),
-            tokens_per_second = encoded.target_tokens as f64 / seconds.max(1e-9),
-            head_mass = encoded.fidelity.head_mass,
-            "shard written"
-        );
-        cx.emit(What::ShardReady(proto::ShardReady {
-            key,
-            sha256: encoded.sha256,
-            bytes: encoded.bytes.len() as u64,
-            rows: encoded.rows,
-            target_tokens: encoded.target_tokens,
-            seconds,
-            fidelity: Some(proto::Fidelity {
-                head_mass: encoded.fidelity.head_mass,
-                mean_abs_error: encoded.fidelity.mean_abs_error,
-                argmax_agreement: encoded.fidelity.argmax_agreement,
-                kl: encoded.fidelity.kl,
-            }),
-            work_sha256,
-            reused: false,
-        }))
-        .await
+        let (captured, seconds) = self.compute(order.clone(), cx).await?;
+        let (cx, epoch) = (cx.clone(), attempt.epoch);
+        Ok(Rest::After(Box::pin(async move { finish(&cx, epoch, order, captured, seconds, work_sha256).await })))
     }
+}
+
+/// What comes after the model: encodes, checks, stores and reports.
+async fn finish(
+    cx: &TaskContext,
+    epoch: u64,
+    order: Order,
+    captured: Captured,
+    seconds: f64,
+    work_sha256: String,
+) -> Result<()> {
+    let encoded = tokio::task::spawn_blocking(move || captured.encode());
+    let encoded = encoded.await.map_err(|error| Error::internal(format!("encoding a shard failed: {error}")))??;
+    if let Err(error) = faithful(&order, &encoded) {
+        cx.check()?;
+        return Err(set_aside(&cx.store, &order, &encoded, error).await);
+    }
+    let key = paths::shard(&order.job, order.shard, epoch);
+    cx.check()?;
+    publish(cx, &key, &encoded).await?;
+    tracing::info!(
+        target_tokens = encoded.target_tokens,
+        bytes = encoded.bytes.len(),
+        tokens_per_second = encoded.target_tokens as f64 / seconds.max(1e-9),
+        head_mass = encoded.fidelity.head_mass,
+        "shard written"
+    );
+    cx.emit(What::ShardReady(proto::ShardReady {
+        key,
+        sha256: encoded.sha256,
+        bytes: encoded.bytes.len() as u64,
+        rows: encoded.rows,
+        target_tokens: encoded.target_tokens,
+        seconds,
+        fidelity: Some(proto::Fidelity {
+            head_mass: encoded.fidelity.head_mass,
+            mean_abs_error: encoded.fidelity.mean_abs_error,
+            argmax_agreement: encoded.fidelity.argmax_agreement,
+            kl: encoded.fidelity.kl,
+        }),
+        work_sha256,
+        reused: false,
+    }))
+    .await
 }
 
 /// The same work as some job has published it, verified as a student would; `None` when there is none

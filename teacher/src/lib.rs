@@ -1,7 +1,7 @@
 //! The teacher worker: turns shards of a prompt set into completions with soft targets.
 //!
 //! A shard is a pure function of its rows, the teacher, the parameters and the seed: see
-//! [`shard::compute`]. Around it, [`Teacher`] claims, publishes and reports through
+//! [`shard::capture`]. Around it, [`Teacher`] claims, publishes and reports through
 //! [`retort_worker`].
 
 pub mod capture;
@@ -11,6 +11,7 @@ pub mod engine;
 mod fingerprint;
 pub mod group;
 mod handler;
+mod reading;
 pub mod sampling;
 pub mod shard;
 pub mod stage;

@@ -4,7 +4,7 @@ use std::{ops::Range, path::PathBuf, sync::Arc};
 
 use retort_artifact::{
     prompts::Row,
-    soft_targets::{self, Encoded, Header, SCHEMA_VERSION, TailLogprobs},
+    soft_targets::{self, Encoded, Header, SCHEMA_VERSION, Sequence, TailLogprobs},
 };
 use retort_core::{
     Code, Error, Result,
@@ -153,12 +153,25 @@ impl Order {
     }
 }
 
-/// Computes and encodes a shard. The same order and teacher give the same bytes.
+/// What a teacher said of a shard's rows, not yet encoded.
+pub struct Captured {
+    header: Header,
+    sequences: Vec<Sequence>,
+}
+
+impl Captured {
+    /// The same order and teacher give the same bytes.
+    pub fn encode(&self) -> Result<Encoded> {
+        soft_targets::encode(&self.header, &self.sequences)
+    }
+}
+
+/// Computes a shard.
 ///
 /// Every row is rendered and measured before the first is computed, so a row that does not fit is
 /// refused (prompt-too-long) before it costs anything. Whether the stored numbers are what the teacher
 /// said, [`faithful`] tells.
-pub fn compute(engine: &mut dyn Engine, order: &Order, watch: Watch) -> Result<Encoded> {
+pub fn capture(engine: &mut dyn Engine, order: &Order, watch: Watch) -> Result<Captured> {
     let able = engine.capabilities().clone();
     let capture = order.capture();
     let sampling = &order.spec.teacher.sampling;
@@ -193,7 +206,7 @@ pub fn compute(engine: &mut dyn Engine, order: &Order, watch: Watch) -> Result<E
     } else {
         engine.score(&texts, &capture, watch)?
     };
-    soft_targets::encode(&order.header(&able)?, &sequences)
+    Ok(Captured { header: order.header(&able)?, sequences })
 }
 
 /// Mean error of a stored log-probability above which a shard is not what the teacher said, nats.

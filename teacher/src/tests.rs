@@ -7,7 +7,7 @@ use std::{ops::Range, path::Path, sync::Arc};
 
 use retort_artifact::{
     prompts::{Message, Role, Row},
-    soft_targets::{self, Limits, Position, Sequence},
+    soft_targets::{self, Encoded, Limits, Position, Sequence},
 };
 use retort_core::{
     Code, Error, Result,
@@ -21,11 +21,11 @@ use tempfile::TempDir;
 use crate::{
     capture::Capture,
     engine::{
-        Engine, Generation, Text,
+        Engine, Generation, Text, Watch,
         native::{Loaded, Native},
     },
     sampling::Sampler,
-    shard::{Order, compute},
+    shard::{self, Order},
     stage::Arithmetic,
     text,
 };
@@ -33,6 +33,11 @@ use crate::{
 /// What a CPU computes with.
 fn host() -> Arithmetic {
     Arithmetic::on(Device::Cpu, Kind::Float, None)
+}
+
+/// A shard from its rows to its bytes, as the worker makes it.
+pub(crate) fn compute(engine: &mut dyn Engine, order: &Order, watch: Watch) -> Result<Encoded> {
+    shard::capture(engine, order, watch)?.encode()
 }
 
 fn teacher() -> (TempDir, Native) {
@@ -136,7 +141,7 @@ fn the_file_says_what_it_is() {
     assert_eq!(header.soft_targets.codec, CAPTURE.codec);
     assert_eq!((header.split.as_str(), header.mode.as_str(), header.dtype.as_str()), ("train", "generate", "f32"));
     assert_eq!(header.sampling_json, r#"{"temperature":1.0,"top_p":0.9,"max_new_tokens":24}"#);
-    assert_eq!(header.teacher_sha256, retort_llama::folder_sha256(dir.path()).unwrap());
+    assert_eq!(header.teacher_sha256, retort_llama::folder_sha256(dir.path(), |_, _| {}).unwrap());
     assert_eq!(header.tokenizer_sha256, engine.tokenizer().tokenizer_sha256());
     for (sequence, line) in shard.sequences.iter().zip(1..4) {
         assert_eq!(sequence.row, line);

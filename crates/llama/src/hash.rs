@@ -5,13 +5,15 @@
 
 use std::{
     path::Path,
-    sync::atomic::{AtomicUsize, Ordering},
+    sync::atomic::{AtomicU64, AtomicUsize, Ordering},
 };
 
 use sha2::{Digest, Sha256};
 
 use crate::{Error, Result, weights::Folder};
 
+/// Bytes read between two looks at how far it is.
+const READ: usize = 16 << 20;
 /// Bytes of each place that [`folder_print`] looks at, and how many places a tensor has.
 const PRINT: (usize, usize) = (64, 4);
 
@@ -27,8 +29,9 @@ pub struct TensorHash {
 
 /// SHA-256, in hexadecimal, over a folder's tensors in the order of their names: name, dtype, shape and
 /// the SHA-256 of their bytes. Splitting a checkpoint into several files, or padding its header, keeps it.
-pub fn folder_sha256(dir: &Path) -> Result<String> {
-    let tensors = tensor_hashes(dir, |_| true)?;
+/// `progress` is as in [`tensor_hashes`].
+pub fn folder_sha256(dir: &Path, progress: impl Fn(u64, u64) + Sync) -> Result<String> {
+    let tensors = tensor_hashes(dir, |_| true, progress)?;
     Ok(tensors_sha256(tensors.iter().map(|tensor| (tensor.name.as_str(), tensor.shape.as_str(), &tensor.sha256[..]))))
 }
 
@@ -45,10 +48,26 @@ pub fn tensors_sha256<'a>(tensors: impl IntoIterator<Item = (&'a str, &'a str, &
     hex(&hasher.finalize())
 }
 
-/// The hashes of a folder's `wanted` tensors, by name; no other tensor is read.
-pub fn tensor_hashes(dir: &Path, wanted: impl Fn(&str) -> bool) -> Result<Vec<TensorHash>> {
+/// The hashes of a folder's `wanted` tensors, by name; no other tensor is read. `progress` hears, from any
+/// thread, how many bytes are read of how many.
+pub fn tensor_hashes(
+    dir: &Path,
+    wanted: impl Fn(&str) -> bool,
+    progress: impl Fn(u64, u64) + Sync,
+) -> Result<Vec<TensorHash>> {
     let folder = Folder::open(dir)?;
     let names: Vec<&str> = folder.names().filter(|name| wanted(name)).collect();
+    let total = names.iter().filter_map(|name| folder.get(name)).map(|(_, bytes, _)| bytes.len() as u64).sum();
+    let read = AtomicU64::new(0);
+    let sha256 = |bytes: &[u8]| {
+        let mut hasher = Sha256::new();
+        for bytes in bytes.chunks(READ) {
+            hasher.update(bytes);
+            let before = read.fetch_add(bytes.len() as u64, Ordering::Relaxed);
+            progress(before + bytes.len() as u64, total);
+        }
+        hasher.finalize().into()
+    };
     let threads = std::thread::available_parallelism().map_or(1, usize::from).min(names.len()).min(16);
     let next = AtomicUsize::new(0);
     let work = || {
@@ -56,7 +75,7 @@ pub fn tensor_hashes(dir: &Path, wanted: impl Fn(&str) -> bool) -> Result<Vec<Te
         while let Some(name) = names.get(next.fetch_add(1, Ordering::Relaxed)) {
             let Some((entry, bytes, _)) = folder.get(name) else { continue };
             let shape = format!("{} {:?}", entry.dtype.name(), entry.shape);
-            done.push(TensorHash { name: (*name).to_owned(), shape, sha256: Sha256::digest(bytes).into() });
+            done.push(TensorHash { name: (*name).to_owned(), shape, sha256: sha256(bytes) });
         }
         done
     };

@@ -11,7 +11,8 @@
 //!   less than a lease costs nothing: heartbeats go on asking.
 //! - A fenced attempt emits nothing.
 //!
-//! A worker holds one task at a time. Models live on a [`ModelThread`]; nothing async blocks.
+//! A worker works on one task at a time; what is left of it once its model is free (encoding, upload, the
+//! event) goes on while the next is worked on, and then it holds two. Models live on a [`ModelThread`]; nothing async blocks.
 
 mod args;
 mod attempt;
@@ -31,23 +32,32 @@ pub use context::{Stop, StopSwitch, TaskContext};
 pub use model_thread::ModelThread;
 pub use run::{run, run_until, start};
 
+use futures::future::BoxFuture;
 use retort_core::{Error, Result};
 
 /// What a worker does with a claimed task.
 ///
-/// `run` emits the task's result through [`TaskContext::emit`] before it answers `Ok`. It watches
+/// `run`, or the rest that it leaves, emits the task's result through [`TaskContext::emit`] before it
+/// answers `Ok`. It watches
 /// [`TaskContext::cancelled`] and returns soon after it fires; whatever it then answers is not
 /// reported. An `Err` is reported as `TaskFailed`, retryable as [`retort_core::Error::is_retryable`]
 /// says.
 #[async_trait::async_trait]
 pub trait Handler: Send {
-    async fn run(&mut self, attempt: Attempt, cx: &TaskContext) -> Result<()>;
+    async fn run(&mut self, attempt: Attempt, cx: &TaskContext) -> Result<Rest>;
 
     /// Waits until the handler can take no more work, and says why; most always can. The worker then
     /// ends with this error, after the task it holds.
     async fn defunct(&mut self) -> Error {
         std::future::pending().await
     }
+}
+
+/// What of a task is still to be done when its handler can take the next one.
+pub enum Rest {
+    Nothing,
+    /// Runs beside the next task, on the async threads: what computes for long goes elsewhere.
+    After(BoxFuture<'static, Result<()>>),
 }
 
 #[cfg(test)]

@@ -8,7 +8,7 @@ use retort_core::{Code, Error};
 use retort_proto::{self as proto, claim_task_response::Answer, worker_event::What};
 use stand_ins::{Bench, claimed, not_claimable, progress, retry_after};
 
-use crate::{Attempt, Handler, TaskContext};
+use crate::{Attempt, Handler, Rest, TaskContext};
 
 /// What a handler of a test does.
 enum Does {
@@ -19,22 +19,32 @@ enum Does {
     /// Never looks at its context.
     Ignore,
     Take(Duration),
+    /// Is free at once; the rest takes as long.
+    Leave(Duration),
 }
 
 #[async_trait::async_trait]
 impl Handler for Does {
-    async fn run(&mut self, _: Attempt, cx: &TaskContext) -> retort_core::Result<()> {
+    async fn run(&mut self, _: Attempt, cx: &TaskContext) -> retort_core::Result<Rest> {
         match self {
             Self::Succeed => {}
             Self::Fail(code) => return Err(Error::new(*code, "the test wants it so")),
             Self::WorkOn => {
                 cx.cancelled.cancelled().await;
-                return cx.check();
+                return cx.check().map(|()| Rest::Nothing);
             }
             Self::Ignore => std::future::pending().await,
             Self::Take(time) => tokio::time::sleep(*time).await,
+            Self::Leave(time) => {
+                let (cx, time) = (cx.clone(), *time);
+                return Ok(Rest::After(Box::pin(async move {
+                    tokio::time::sleep(time).await;
+                    cx.emit(progress(1)).await
+                })));
+            }
         }
-        cx.emit(progress(1)).await
+        cx.emit(progress(1)).await?;
+        Ok(Rest::Nothing)
     }
 }
 
@@ -52,6 +62,41 @@ async fn a_task_is_claimed_done_reported_and_only_then_committed() {
     bench.deliver_and_stop_when_done(1);
     bench.run(Does::Succeed).await.unwrap();
     assert_eq!(bench.log(), ["claim", "event shard_progress epoch 7", "commit 0"]);
+}
+
+#[tokio::test(start_paused = true)]
+async fn what_is_left_of_a_task_goes_on_beside_the_next_and_no_third_begins() {
+    let bench = Bench::new();
+    bench.answer_claims([claimed(7, 15.0), claimed(8, 15.0), claimed(9, 15.0)]);
+    bench.deliver_and_stop_when_done(3);
+    bench.run(Does::Leave(Duration::from_secs(20))).await.unwrap();
+    assert_eq!(
+        bench.log(),
+        [
+            "claim",
+            "claim",
+            "event shard_progress epoch 7",
+            "commit 0",
+            "claim",
+            "event shard_progress epoch 8",
+            "commit 1",
+            "event shard_progress epoch 9",
+            "commit 2"
+        ]
+    );
+    assert!(bench.heartbeats() > 6, "a lease is kept while the rest goes on: {}", bench.heartbeats());
+}
+
+#[tokio::test(start_paused = true)]
+async fn stopping_hands_back_a_task_whose_rest_takes_too_long() {
+    let bench = Bench::new();
+    bench.answer_claims([claimed(7, 15.0)]);
+    bench.deliver(1);
+    bench.stop_after(Duration::from_secs(2));
+    bench.run(Does::Leave(Duration::from_secs(600))).await.unwrap();
+    let events = bench.events();
+    let (code, retryable) = failure(events[0].what.as_ref().unwrap()).unwrap();
+    assert_eq!((events.len(), code, retryable), (1, "worker-stopped", true));
 }
 
 #[tokio::test(start_paused = true)]

@@ -1,7 +1,9 @@
-//! One task after another, each from its record to its commit.
+//! One task after another, each from its record to its commit; what a task needs besides its handler goes
+//! on beside the next.
 
 use std::{sync::Arc, time::Duration};
 
+use futures::future::BoxFuture;
 use retort_artifact::Store;
 use retort_core::{Code, Error, Kind, Result, id::WorkerId, task_group::TaskGroup, wire::error_to_proto};
 use retort_proto::{self as proto, claim_task_response::Answer, worker_event::What};
@@ -10,7 +12,7 @@ use tokio_util::sync::CancellationToken;
 use tracing::Instrument as _;
 
 use crate::{
-    Attempt, Handler, Stop, StopSwitch, TaskContext,
+    Attempt, Handler, Rest, Stop, StopSwitch, TaskContext,
     context::PromptSetCache,
     lease,
     ports::{Events, Orchestrator, Tasks},
@@ -30,13 +32,19 @@ const PATIENCE: Duration = Duration::from_secs(60);
 /// not burnt within a second.
 const COOL_OFF: (Duration, Duration) = (Duration::from_secs(1), Duration::from_secs(30));
 
+/// Takes records, one at a time; what a task still needs once its handler is free goes on beside the next.
 pub(crate) struct WorkLoop<T, H> {
+    desk: Desk<T>,
+    handler: H,
+}
+
+/// All that an attempt needs besides its handler.
+struct Desk<T> {
     worker_id: WorkerId,
     tasks: T,
     orchestrator: Arc<dyn Orchestrator>,
     events: Arc<dyn Events>,
     store: Store,
-    handler: H,
     prompt_sets: PromptSetCache,
 }
 
@@ -52,6 +60,19 @@ enum Outcome {
     Left,
 }
 
+/// What became of a record as far as the handler goes.
+enum Begun<'a> {
+    Over(Outcome),
+    /// The handler is free; this is what is left.
+    Later(BoxFuture<'a, Outcome>),
+}
+
+/// The record whose end is still to come while the next is worked on, if there is one.
+struct Last<'a, D> {
+    running: Option<BoxFuture<'a, (D, Outcome)>>,
+    over: Option<(D, Outcome)>,
+}
+
 impl<T: Tasks, H: Handler> WorkLoop<T, H> {
     pub(crate) fn new(
         worker_id: WorkerId,
@@ -61,75 +82,124 @@ impl<T: Tasks, H: Handler> WorkLoop<T, H> {
         store: Store,
         handler: H,
     ) -> Self {
-        Self { worker_id, tasks, orchestrator, events, store, handler, prompt_sets: PromptSetCache::default() }
+        let desk = Desk { worker_id, tasks, orchestrator, events, store, prompt_sets: PromptSetCache::default() };
+        Self { desk, handler }
     }
 
     /// Until `shutdown`; `Err` only when the task topic can no longer be read, or the handler has come to
     /// its end.
-    pub(crate) async fn run(mut self, shutdown: &CancellationToken) -> Result<()> {
-        let mut cool_off = Backoff::new(COOL_OFF.0, COOL_OFF.1);
-        let mut intake = retry::network();
-        let mut ended = Ok(());
-        while !shutdown.is_cancelled() {
-            let next = tokio::select! {
-                biased;
-                () = shutdown.cancelled() => break,
-                why = self.handler.defunct() => {
-                    ended = Err(why);
-                    break;
-                }
-                next = self.tasks.next() => next,
-            };
-            let delivery = match next {
-                Ok(delivery) => delivery,
-                Err(error) if error.kind() == Kind::Unavailable => {
-                    tracing::warn!(code = %error.code, "no tasks can be read, trying again: {}", error.chain());
-                    pause(intake.wait(), shutdown).await;
-                    continue;
-                }
-                Err(error) => return Err(error),
-            };
-            intake.reset();
-            let message = self.tasks.message(&delivery).clone();
-            let span = task_span(&message.job_id, &message.task_id);
-            let outcome = loop {
-                match self.settle(&message, shutdown).await {
-                    Outcome::Again => {}
-                    other => break other,
-                }
-            };
-            if matches!(outcome, Outcome::Left) {
-                break;
-            }
-            self.commit(&delivery, shutdown).instrument(span).await;
-            match outcome {
-                Outcome::SettledBadly => tokio::select! {
-                    () = pause(cool_off.wait(), shutdown) => {}
-                    _ = self.handler.defunct() => {}
-                },
-                _ => cool_off.reset(),
-            }
-        }
-        if tokio::time::timeout(LEAVING, self.tasks.close()).await.is_err() {
+    pub(crate) async fn run(self, shutdown: &CancellationToken) -> Result<()> {
+        let Self { desk, mut handler } = self;
+        let ended = desk.serve(&mut handler, shutdown).await;
+        if tokio::time::timeout(LEAVING, desk.tasks.close()).await.is_err() {
             tracing::debug!("the broker did not answer; it will notice by itself that this worker is gone");
         }
         ended
     }
+}
 
-    /// Claims with the record, and does what the claim gave: mostly another task than the record names.
-    async fn settle(&mut self, message: &proto::TaskMessage, shutdown: &CancellationToken) -> Outcome {
-        let named = task_span(&message.job_id, &message.task_id);
-        match self.claim(&message.task_id, shutdown).instrument(named).await {
-            Claim::Mine(claimed, at) => {
-                let span = task_span(&claimed.job_id, &claimed.task_id);
-                self.attempt(*claimed, at, shutdown).instrument(span).await
+impl<T: Tasks> Desk<T> {
+    async fn serve(&self, handler: &mut impl Handler, shutdown: &CancellationToken) -> Result<()> {
+        let mut cool_off = Backoff::new(COOL_OFF.0, COOL_OFF.1);
+        let mut intake = retry::network();
+        let mut last = Last { running: None, over: None };
+        let mut again = None;
+        let mut ended = Ok(());
+        'records: while !shutdown.is_cancelled() {
+            let next = match again.take() {
+                Some(delivery) => Ok(Some(delivery)),
+                None => tokio::select! {
+                    biased;
+                    () = shutdown.cancelled() => break,
+                    why = handler.defunct() => {
+                        ended = Err(why);
+                        break;
+                    }
+                    () = last.ended() => Ok(None),
+                    next = self.tasks.next() => next.map(Some),
+                },
+            };
+            let mine = match next {
+                Ok(None) => None,
+                Ok(Some(delivery)) => {
+                    intake.reset();
+                    let begun = last.beside(self.begin(&delivery, handler, shutdown)).await;
+                    // Only one is on its way to its end.
+                    last.end().await;
+                    match begun {
+                        Begun::Over(outcome) => {
+                            self.commit(&delivery, &outcome, shutdown).await;
+                            Some((delivery, outcome))
+                        }
+                        Begun::Later(rest) => {
+                            last.running = Some(Box::pin(async move {
+                                let outcome = rest.await;
+                                self.commit(&delivery, &outcome, shutdown).await;
+                                (delivery, outcome)
+                            }));
+                            None
+                        }
+                    }
+                }
+                Err(error) if error.kind() == Kind::Unavailable => {
+                    tracing::warn!(code = %error.code, "no tasks can be read, trying again: {}", error.chain());
+                    last.beside(pause(intake.wait(), shutdown)).await;
+                    None
+                }
+                Err(error) => {
+                    ended = Err(error);
+                    break;
+                }
+            };
+            for (delivery, outcome) in last.over.take().into_iter().chain(mine) {
+                match outcome {
+                    Outcome::Settled => cool_off.reset(),
+                    Outcome::SettledBadly => tokio::select! {
+                        () = last.beside(pause(cool_off.wait(), shutdown)) => {}
+                        _ = handler.defunct() => {}
+                    },
+                    Outcome::Again => again = Some(delivery),
+                    Outcome::Left => break 'records,
+                }
             }
-            Claim::Nothing => Outcome::Settled,
-            Claim::Stopping => Outcome::Left,
+        }
+        // Told to stop, or left with nothing to stop it, it has its own time to come to an end.
+        last.end().await;
+        ended
+    }
+
+    /// Claims with the record, and does what the claim gave, mostly another task than the record names, as
+    /// far as it needs the handler.
+    async fn begin<'a>(
+        &'a self,
+        delivery: &T::Delivery,
+        handler: &mut impl Handler,
+        shutdown: &'a CancellationToken,
+    ) -> Begun<'a> {
+        let message = self.tasks.message(delivery);
+        let named = task_span(&message.job_id, &message.task_id);
+        loop {
+            let begun = match self.claim(&message.task_id, shutdown).instrument(named.clone()).await {
+                Claim::Mine(claimed, at) => {
+                    let span = task_span(&claimed.job_id, &claimed.task_id);
+                    self.attempt(*claimed, at, handler, shutdown).instrument(span).await
+                }
+                Claim::Nothing => Begun::Over(Outcome::Settled),
+                Claim::Stopping => Begun::Over(Outcome::Left),
+            };
+            if !matches!(begun, Begun::Over(Outcome::Again)) {
+                return begun;
+            }
         }
     }
 
-    async fn attempt(&mut self, claimed: proto::Claimed, claimed_at: Instant, shutdown: &CancellationToken) -> Outcome {
+    async fn attempt<'a>(
+        &'a self,
+        claimed: proto::Claimed,
+        claimed_at: Instant,
+        handler: &mut impl Handler,
+        shutdown: &'a CancellationToken,
+    ) -> Begun<'a> {
         let stop = StopSwitch::default();
         let cx = TaskContext::new(
             &claimed,
@@ -152,36 +222,32 @@ impl<T: Tasks, H: Handler> WorkLoop<T, H> {
         background.spawn("heartbeat", keeper.in_current_span());
 
         let result = match Attempt::try_from(claimed) {
-            Ok(attempt) => self.work(attempt, &cx, &stop, shutdown).await,
+            Ok(attempt) => until_stopped(handler.run(attempt, &cx), &stop, shutdown).await,
             Err(error) => Err(error),
         };
-        let outcome = self.report(result, &cx, &stop, shutdown).await;
+        let held = Held { cx, stop, background };
+        match result {
+            Ok(Rest::After(rest)) => Begun::Later(Box::pin(
+                async move {
+                    let result = until_stopped(rest, &held.stop, shutdown).await;
+                    self.settle(result, held, shutdown).await
+                }
+                .in_current_span(),
+            )),
+            Ok(Rest::Nothing) => Begun::Over(self.settle(Ok(()), held, shutdown).await),
+            Err(error) => Begun::Over(self.settle(Err(error), held, shutdown).await),
+        }
+    }
+
+    /// Reports what came of an attempt, and lets go of its lease.
+    async fn settle(&self, result: Result<()>, held: Held, shutdown: &CancellationToken) -> Outcome {
+        let outcome = self.report(result, &held.cx, &held.stop, shutdown).await;
         // The keeper ends with the switch; a result that was reported needs no lease any more.
-        stop.token().cancel();
-        if let Err(error) = background.join().await {
+        held.stop.token().cancel();
+        if let Err(error) = held.background.join().await {
             tracing::error!("the heartbeat failed: {}", error.chain());
         }
         outcome
-    }
-
-    /// Runs the handler; after `shutdown` it has [`HANDLER_GRACE`] to come to an end.
-    async fn work(
-        &mut self,
-        attempt: Attempt,
-        cx: &TaskContext,
-        stop: &StopSwitch,
-        shutdown: &CancellationToken,
-    ) -> Result<()> {
-        let handler = self.handler.run(attempt, cx);
-        tokio::pin!(handler);
-        tokio::select! {
-            result = &mut handler => return result,
-            () = shutdown.cancelled() => stop.stop(Stop::WorkerStopping),
-        }
-        match tokio::time::timeout(HANDLER_GRACE, handler).await {
-            Ok(result) => result,
-            Err(_) => Err(Stop::WorkerStopping.error()),
-        }
     }
 
     /// Emits what must be known of `result` and says what to do with the record.
@@ -305,7 +371,10 @@ impl<T: Tasks, H: Handler> WorkLoop<T, H> {
 
     /// Tries for a while; a record whose commit is lost is delivered again, and its claim then
     /// answers that there is nothing to do.
-    async fn commit(&self, delivery: &T::Delivery, shutdown: &CancellationToken) {
+    async fn commit(&self, delivery: &T::Delivery, outcome: &Outcome, shutdown: &CancellationToken) {
+        if matches!(outcome, Outcome::Again | Outcome::Left) {
+            return;
+        }
         let mut backoff = retry::network();
         for _ in 0..8 {
             let limit = if shutdown.is_cancelled() { GOODBYE } else { Duration::from_secs(10) };
@@ -320,6 +389,62 @@ impl<T: Tasks, H: Handler> WorkLoop<T, H> {
             }
             pause(backoff.wait(), shutdown).await;
         }
+    }
+}
+
+/// What an attempt has until it is over.
+struct Held {
+    cx: TaskContext,
+    stop: StopSwitch,
+    background: TaskGroup,
+}
+
+impl<D> Last<'_, D> {
+    /// `work`, while the last record comes to its end beside it.
+    async fn beside<R>(&mut self, work: impl Future<Output = R>) -> R {
+        tokio::pin!(work);
+        loop {
+            tokio::select! {
+                biased;
+                done = &mut work => return done,
+                () = self.ended() => {}
+            }
+        }
+    }
+
+    /// Until the last record has come to its end just now; for ever where there is none on its way.
+    async fn ended(&mut self) {
+        match &mut self.running {
+            Some(running) => {
+                self.over = Some(running.await);
+                self.running = None;
+            }
+            None => std::future::pending().await,
+        }
+    }
+
+    /// Until no record is on its way.
+    async fn end(&mut self) {
+        if self.running.is_some() {
+            self.ended().await;
+        }
+    }
+}
+
+/// Waits for `work`; after `shutdown` it has [`HANDLER_GRACE`] to come to an end.
+async fn until_stopped<R>(
+    work: impl Future<Output = Result<R>>,
+    stop: &StopSwitch,
+    shutdown: &CancellationToken,
+) -> Result<R> {
+    tokio::pin!(work);
+    tokio::select! {
+        result = &mut work => return result,
+        () = shutdown.cancelled() => stop.stop(Stop::WorkerStopping),
+    }
+    match tokio::time::timeout(HANDLER_GRACE, work).await {
+        Ok(result) => result,
+        Err(_) => Err(Stop::WorkerStopping.error()),
     }
 }
 

@@ -204,7 +204,7 @@ impl World {
         );
         let threads = Threads { beside_teacher: None, alone: None };
         let settings = Settings { device: Device::Cpu, kind: Kind::Float, work_dir: self.work_dir(), threads };
-        Student::new(settings).run(attempt.clone(), &cx).await
+        Student::new(settings).run(attempt.clone(), &cx).await.map(drop)
     }
 
     pub(super) fn work_dir(&self) -> PathBuf {

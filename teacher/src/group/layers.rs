@@ -12,6 +12,7 @@ use super::{
 };
 use crate::{
     engine::native::config_sha256,
+    reading,
     stage::{
         Arithmetic, Stage,
         step::{Activations, Begin, Output, Step},
@@ -87,7 +88,7 @@ impl Computer for Layers {
         let used: HashSet<String> = stage.config().tensors().into_iter().map(|(name, _)| name).collect();
         // Tensors that no layer uses are part of the weights' name all the same; stage 0 reads them.
         let wanted = |name: &str| own.contains(name) || (part.embeds && !used.contains(name));
-        let tensors: Vec<TensorHash> = tensor_hashes(model, wanted).map_err(llama)?;
+        let tensors: Vec<TensorHash> = tensor_hashes(model, wanted, reading::progress(model)).map_err(llama)?;
         let bytes_read = stage.held().bytes_read;
         self.stage = Some(stage);
         Ok(Loaded { bytes_read, tensors })

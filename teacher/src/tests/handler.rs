@@ -7,18 +7,13 @@ use retort_artifact::{Store, paths, prompts, sha256_hex};
 use retort_core::{Code, Error, Result, id::WorkerId, wire::job_spec_to_proto};
 use retort_proto::{self as proto, worker_event::What};
 use retort_worker::{
-    Attempt, Handler as _, Stop, StopSwitch, TaskContext,
+    Attempt, Handler as _, Rest, Stop, StopSwitch, TaskContext,
     ports::{Events, Orchestrator},
 };
 use tch::{Device, Kind};
 
-use super::{SAMPLED, rows, spec, tiny};
-use crate::{
-    Teacher,
-    handler::set_aside,
-    shard::{compute, faithful},
-    stage::Arithmetic,
-};
+use super::{SAMPLED, compute, rows, spec, tiny};
+use crate::{Teacher, handler::set_aside, shard::faithful, stage::Arithmetic};
 
 const JOB: &str = "0190a5b4c6d87e8fa0b1c2d3e4f50617";
 
@@ -103,7 +98,10 @@ impl World {
         let (published, seen) = (Arc::clone(&self.published), Arc::clone(&self.seen));
         let worker = WorkerId::generate("teacher");
         let cx = TaskContext::new(&claimed, worker, self.store.clone(), published, seen, stop);
-        self.teacher.run(Attempt::try_from(claimed)?, &cx).await
+        match self.teacher.run(Attempt::try_from(claimed)?, &cx).await? {
+            Rest::Nothing => Ok(()),
+            Rest::After(rest) => rest.await,
+        }
     }
 
     fn ready(&self) -> Vec<proto::ShardReady> {

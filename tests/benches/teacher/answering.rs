@@ -33,7 +33,7 @@ pub fn run(options: &Options) -> Result<(), Failure> {
             Err(error) => return refuse(error),
         },
         "roof" => match Roof::of(model, dtype, *threads) {
-            Ok(roof) => Box::new(move |request| roof.work(request)),
+            Ok(mut roof) => Box::new(move |request| roof.work(request)),
             Err(error) => return refuse(error),
         },
         other => return Err(format!("{other:?} is no side of ours: retort or roof").into()),

@@ -7,9 +7,8 @@ use tch::{Device, Kind};
 use super::*;
 use crate::{
     engine::native::{Loaded as Models, Native},
-    shard::compute,
     stage::Arithmetic,
-    tests::{order, rows, spec, tiny},
+    tests::{compute, order, rows, spec, tiny},
 };
 
 const GENERATE: &str =
