@@ -4,11 +4,16 @@ use std::{io::Write as _, path::PathBuf};
 
 use serde_json::{Value, json};
 
-use crate::{Failure, roof::Roof, teacher::Teacher, work::Request};
+use crate::{
+    Failure,
+    roof::Roof,
+    teacher::Teacher,
+    work::{RETORT, RETORT_2, RETORT_16, ROOF, Request},
+};
 
 #[derive(clap::Args)]
 pub struct Options {
-    /// retort or roof
+    /// retort, retort-2, retort-16 or roof
     side: String,
     model: PathBuf,
     /// f32 or bf16
@@ -28,15 +33,22 @@ pub struct Done {
 pub fn run(options: &Options) -> Result<(), Failure> {
     let Options { model, dtype, threads, store, .. } = options;
     let mut work: Box<dyn FnMut(&Request) -> Result<Done, Failure>> = match options.side.as_str() {
-        "retort" => match Teacher::load(model, dtype, *threads, store) {
-            Ok(mut teacher) => Box::new(move |request| teacher.work(request)),
-            Err(error) => return refuse(error),
-        },
-        "roof" => match Roof::of(model, dtype, *threads) {
+        RETORT | RETORT_2 | RETORT_16 => {
+            let stages = match options.side.as_str() {
+                RETORT_2 => 2,
+                RETORT_16 => 16,
+                _ => 1,
+            };
+            match Teacher::load(model, dtype, *threads, stages, store) {
+                Ok(mut teacher) => Box::new(move |request| teacher.work(request)),
+                Err(error) => return refuse(error),
+            }
+        }
+        ROOF => match Roof::of(model, dtype, *threads) {
             Ok(mut roof) => Box::new(move |request| roof.work(request)),
             Err(error) => return refuse(error),
         },
-        other => return Err(format!("{other:?} is no side of ours: retort or roof").into()),
+        other => return Err(format!("{other:?} is no side of ours: retort, retort-2, retort-16 or roof").into()),
     };
     let version = format!("retort {}, libtorch {}", env!("CARGO_PKG_VERSION"), torch_version());
     say(&json!({ "ready": { "version": version, "dtype": dtype, "threads": threads } }))?;

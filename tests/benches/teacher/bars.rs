@@ -5,13 +5,16 @@ use serde::Serialize;
 use crate::{
     figures::{Spread, rates},
     measure::Measured,
-    work::{GENERATE_16, GENERATE_64, GENERATE_64_TOP, PRODUCTS, RETORT, ROOF, SCORE, TRANSFORMERS, VLLM, Work},
+    work::{
+        GENERATE_16, GENERATE_64, GENERATE_64_TOP, PRODUCTS, RETORT, RETORT_2, RETORT_16, ROOF, SCORE, TRANSFORMERS,
+        VLLM, Work,
+    },
 };
 
 type Cell = (&'static str, Work);
 
 /// Ours over theirs, and the least it should be, where something was promised.
-const COMPARISONS: [(&str, Cell, Cell, Option<f64>); 6] = [
+const COMPARISONS: [(&str, Cell, Cell, Option<f64>); 9] = [
     ("score: retort / transformers", (RETORT, SCORE), (TRANSFORMERS, SCORE), Some(1.5)),
     ("score: retort / vLLM", (RETORT, SCORE), (VLLM, SCORE), Some(4.5)),
     ("score: retort / matrix products alone", (RETORT, SCORE), (ROOF, PRODUCTS), Some(0.8)),
@@ -21,6 +24,14 @@ const COMPARISONS: [(&str, Cell, Cell, Option<f64>); 6] = [
         "generate: retort with capture / transformers, text alone",
         (RETORT, GENERATE_64_TOP),
         (TRANSFORMERS, GENERATE_16),
+        None,
+    ),
+    ("score: two stages of one thread / one process of two", (RETORT_2, SCORE), (RETORT, SCORE), Some(0.9)),
+    ("score: 16 stages of one thread on the same cores / one process", (RETORT_16, SCORE), (RETORT, SCORE), None),
+    (
+        "generate: two stages of one thread / one process of two",
+        (RETORT_2, GENERATE_64_TOP),
+        (RETORT, GENERATE_64_TOP),
         None,
     ),
 ];

@@ -16,6 +16,7 @@ mod measure;
 mod memory;
 mod roof;
 mod side;
+mod stages;
 mod table;
 mod teacher;
 mod work;
@@ -77,12 +78,16 @@ enum Command {
     /// One side of ours, asked on standard input: retort, or roof (the matrix products alone)
     #[command(hide = true)]
     Answer(answering::Options),
+    /// A stage of a teacher group, for the side that has one
+    #[command(hide = true)]
+    Stage(stages::Options),
 }
 
 fn main() -> ExitCode {
     let cli = Cli::parse();
     let done = match (cli.command, cli.options) {
         (Some(Command::Answer(options)), _) => answering::run(&options),
+        (Some(Command::Stage(options)), _) => stages::serve(&options),
         (None, Some(options)) => bench(&options),
         (None, None) => Err("name a model and a cache: --model DIR --cache DIR".into()),
     };

@@ -11,7 +11,7 @@ use crate::{
     Failure, Options,
     machine::Machine,
     side::{About, Answer, Side},
-    work::{RETORT, ROOF, ROUND, SIDES, TRANSFORMERS, VLLM, Work},
+    work::{RETORT, RETORT_2, RETORT_16, ROOF, ROUND, SIDES, TRANSFORMERS, VLLM, Work},
 };
 
 /// OpenMP's threads go on spinning for 0.2 s after their work; the next side shall have the cores to itself.
@@ -75,7 +75,7 @@ pub fn start(name: &str, options: &Options, machine: &Machine, folder: &Path) ->
         return Err("as asked".to_owned());
     }
     let mut command = match name {
-        RETORT | ROOF => {
+        RETORT | RETORT_2 | RETORT_16 | ROOF => {
             let mut command = Command::new(std::env::current_exe().map_err(|error| error.to_string())?);
             command.args(["answer", name]).arg(&options.model).arg(machine.dtype);
             command.arg(machine.threads.to_string()).arg(folder.join("store"));

@@ -12,39 +12,58 @@ use retort_artifact::{
 use retort_core::spec::{Codec, SoftTargets};
 use retort_teacher::{
     capture::Capture,
-    engine::{Engine as _, Generation, Text, native::Native},
+    engine::{Capabilities, Engine as _, Generation, Text, native::Loaded},
     sampling::Sampler,
     stage::Arithmetic,
 };
 use serde_json::{Value, json};
 use tch::Device;
 
-use crate::{Failure, answering::Done, work::Request};
+use crate::{
+    Failure,
+    answering::Done,
+    stages::{Kept, Stages},
+    work::Request,
+};
 
 /// Samples of the tail beside the head.
 const DRAWS: u32 = 16;
 const SEED: u64 = 1;
 
 pub struct Teacher {
-    engine: Native,
+    models: Loaded,
     runtime: tokio::runtime::Runtime,
     store: Store,
     shards: u32,
-    /// Kept while the engine may look at its files.
-    _endless: tempfile::TempDir,
+    /// Looked at with each piece of work.
+    endless: tempfile::TempDir,
+    /// Where the layers are spread over processes.
+    _group: Option<Kept>,
 }
 
 impl Teacher {
-    pub fn load(model: &Path, dtype: &str, threads: usize, store: &Path) -> Result<Self, Failure> {
-        tch::set_num_threads(i32::try_from(threads)?);
+    /// `stages` is how many processes its layers are spread over; the threads are divided among them.
+    pub fn load(model: &Path, dtype: &str, threads: usize, stages: usize, store: &Path) -> Result<Self, Failure> {
         let endless = endless(model)?;
-        let kind = retort_llama::dtype_from_flag(dtype, Device::Cpu)?;
+        let (mut models, group) = match stages {
+            1 => {
+                tch::set_num_threads(i32::try_from(threads)?);
+                let kind = retort_llama::dtype_from_flag(dtype, Device::Cpu)?;
+                (Loaded::new(Arithmetic::on(Device::Cpu, kind, Some(threads))), None)
+            }
+            _ => {
+                let Stages { models, group } = Stages::start(stages, dtype, threads)?;
+                (models, Some(group))
+            }
+        };
+        models.get(endless.path())?;
         Ok(Self {
-            engine: Native::load(endless.path(), &Arithmetic::on(Device::Cpu, kind, Some(threads)))?,
+            models,
             runtime: tokio::runtime::Builder::new_current_thread().enable_all().build()?,
             store: Store::open(&store.display().to_string())?,
             shards: 0,
-            _endless: endless,
+            endless,
+            _group: group,
         })
     }
 
@@ -56,13 +75,14 @@ impl Teacher {
         let texts: Vec<Text> = (0u64..).zip(&request.token_ids).map(|(row, ids)| text(row, ids, given)).collect();
         let codec = Codec::HeadDraws { head: request.head, draws: DRAWS };
         let capture = Capture { codec, temperatures: vec![], seed: SEED };
-        let header = self.header(codec, &request.work);
+        let engine = self.models.get(self.endless.path())?;
+        let header = header(engine.capabilities(), codec, &request.work, self.shards);
         let key = paths::shard(&header.job, self.shards, 1);
         self.shards += 1;
 
         let started = Instant::now();
         let sequences = if given {
-            self.engine.score(&texts, &capture, &mut |_| Ok(()))?
+            engine.score(&texts, &capture, &mut |_| Ok(()))?
         } else {
             let sampler = Sampler::new(0.0, 1.0, SEED);
             let order = Generation {
@@ -71,7 +91,7 @@ impl Teacher {
                 completions: 1,
                 stop: vec![],
             };
-            self.engine.generate(&texts, &order, &capture, &mut |_| Ok(()))?
+            engine.generate(&texts, &order, &capture, &mut |_| Ok(()))?
         };
         let computed = started.elapsed().as_secs_f64();
         let encoded = encode(&header, &sequences)?;
@@ -100,30 +120,29 @@ impl Teacher {
         }
         Ok(())
     }
+}
 
-    fn header(&self, codec: Codec, mode: &str) -> Header {
-        let able = self.engine.capabilities();
-        Header {
-            schema_version: SCHEMA_VERSION,
-            job: "0".repeat(32),
-            shard: self.shards,
-            epoch: 1,
-            work_sha256: "0".repeat(64),
-            split: "train".to_owned(),
-            engine: able.engine.to_owned(),
-            engine_version: able.engine_version.to_owned(),
-            dtype: able.dtype.to_owned(),
-            teacher_sha256: able.teacher_sha256.clone(),
-            tokenizer_sha256: able.tokenizer_sha256.clone(),
-            chat_template_sha256: able.chat_template_sha256.clone(),
-            vocab_size: able.vocab_size,
-            soft_targets: SoftTargets::of(codec),
-            tail_logprobs: TailLogprobs::Mean(0.0),
-            seed: SEED,
-            prompt_set_sha256: "0".repeat(64),
-            mode: mode.to_owned(),
-            sampling_json: "{}".to_owned(),
-        }
+fn header(able: &Capabilities, codec: Codec, mode: &str, shard: u32) -> Header {
+    Header {
+        schema_version: SCHEMA_VERSION,
+        job: "0".repeat(32),
+        shard,
+        epoch: 1,
+        work_sha256: "0".repeat(64),
+        split: "train".to_owned(),
+        engine: able.engine.to_owned(),
+        engine_version: able.engine_version.to_owned(),
+        dtype: able.dtype.to_owned(),
+        teacher_sha256: able.teacher_sha256.clone(),
+        tokenizer_sha256: able.tokenizer_sha256.clone(),
+        chat_template_sha256: able.chat_template_sha256.clone(),
+        vocab_size: able.vocab_size,
+        soft_targets: SoftTargets::of(codec),
+        tail_logprobs: TailLogprobs::Mean(0.0),
+        seed: SEED,
+        prompt_set_sha256: "0".repeat(64),
+        mode: mode.to_owned(),
+        sampling_json: "{}".to_owned(),
     }
 }
 

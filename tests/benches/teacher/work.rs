@@ -25,19 +25,26 @@ pub const GENERATE_64_TOP: Work = Work { head: 64, ..GENERATE_64 };
 
 pub const TRANSFORMERS: &str = "transformers";
 pub const RETORT: &str = "retort";
+/// A teacher group of two stages, which share the threads.
+pub const RETORT_2: &str = "retort-2";
+/// One of 16 stages, one thread each where there are fewer than 32.
+pub const RETORT_16: &str = "retort-16";
 pub const VLLM: &str = "vllm";
 pub const ROOF: &str = "roof";
 /// Every side. One that is not here cannot be left out.
-pub const SIDES: [&str; 4] = [TRANSFORMERS, RETORT, VLLM, ROOF];
+pub const SIDES: [&str; 6] = [TRANSFORMERS, RETORT, RETORT_2, RETORT_16, VLLM, ROOF];
 
 /// One round: who does what, in this order.
-pub const ROUND: [(&str, Work); 8] = [
+pub const ROUND: [(&str, Work); 11] = [
     (TRANSFORMERS, SCORE),
     (RETORT, SCORE),
+    (RETORT_2, SCORE),
+    (RETORT_16, SCORE),
     (VLLM, SCORE),
     (ROOF, PRODUCTS),
     (TRANSFORMERS, GENERATE_16),
     (RETORT, GENERATE_64_TOP),
+    (RETORT_2, GENERATE_64_TOP),
     (VLLM, GENERATE_64),
     (VLLM, GENERATE_64_TOP),
 ];
