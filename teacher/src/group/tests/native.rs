@@ -2,6 +2,7 @@
 
 use std::collections::BTreeMap;
 
+use retort_artifact::soft_targets::{self, Encoded};
 use tch::{Device, Kind};
 
 use super::*;
@@ -15,25 +16,22 @@ const GENERATE: &str =
     "  sampling: {temperature: 1.0, top_p: 0.9, max_new_tokens: 24}\n  soft_targets: {head: 12, draws: 20}\n";
 const SCORE: &str = "  mode: score\n  soft_targets: {head: 12, draws: 20}\n";
 
-fn arithmetic() -> Arithmetic {
-    Arithmetic::on(Device::Cpu, Kind::Float, Some(1))
+fn arithmetic(kind: Kind) -> Arithmetic {
+    Arithmetic::on(Device::Cpu, kind, Some(1))
 }
 
-fn layers() -> Layers {
-    Layers::new(arithmetic())
-}
-
-/// Bytes and SHA-256 of the shard, computed by a group of this many stages, and what each stage read.
-fn in_group(stages: usize, dir: &Path, order: &crate::shard::Order) -> (String, Vec<u64>) {
+/// The shard, computed by a group of this many stages, and how many bytes each stage read.
+fn in_group(stages: usize, dir: &Path, order: &crate::shard::Order, kind: Kind) -> (Encoded, Vec<u64>) {
+    let layers = move || Layers::new(arithmetic(kind));
     let peers = addresses(stages);
     let members: Vec<_> = (1..stages)
-        .map(|stage| member_of(place(&peers, stage), || Box::new(layers()), CancellationToken::new()))
+        .map(|stage| member_of(place(&peers, stage), move || Box::new(layers()), CancellationToken::new()))
         .collect();
     let runtime = tokio::runtime::Builder::new_multi_thread().worker_threads(1).enable_all().build().unwrap();
     let formed = runtime.block_on(Formed::new(place(&peers, 0), "f32", &CancellationToken::new())).unwrap();
     let mut group = Group::new(formed.parts, Box::new(layers()));
     let bytes_read = group.load(dir).unwrap().bytes_read.clone();
-    let mut models = Models::in_group(group, arithmetic());
+    let mut models = Models::in_group(group, arithmetic(kind));
     let engine = models.get(dir).unwrap();
     let encoded = compute(engine, order, &mut |_| Ok(())).unwrap();
     models.report();
@@ -41,21 +39,45 @@ fn in_group(stages: usize, dir: &Path, order: &crate::shard::Order) -> (String, 
     for member in members {
         member.recv_timeout(WAIT).unwrap().unwrap_err();
     }
-    (encoded.sha256, bytes_read)
+    (encoded, bytes_read)
 }
 
 #[test]
 fn a_groups_shard_is_the_single_process_s() {
     let folder = tempfile::tempdir().unwrap();
     tiny::write(folder.path(), 3);
-    let mut alone = Native::load(folder.path(), &arithmetic()).unwrap();
+    let mut alone = Native::load(folder.path(), &arithmetic(Kind::Float)).unwrap();
     for what in [SCORE, GENERATE] {
         let order = order(spec(folder.path(), what), rows(40), 0..40);
         let expected = compute(&mut alone, &order, &mut |_| Ok(())).unwrap();
         for stages in [2, 3] {
-            let (sha256, _) = in_group(stages, folder.path(), &order);
-            assert_eq!(sha256, expected.sha256, "{stages} stages, {what}");
+            let (encoded, _) = in_group(stages, folder.path(), &order, Kind::Float);
+            assert_eq!(encoded.sha256, expected.sha256, "{stages} stages, {what}");
         }
+    }
+}
+
+/// What docs/teacher-groups.md says of bf16.
+#[test]
+fn in_bf16_a_group_agrees_with_the_single_process_to_rounding() {
+    let folder = tempfile::tempdir().unwrap();
+    tiny::write(folder.path(), 3);
+    let mut alone = Native::load(folder.path(), &arithmetic(Kind::BFloat16)).unwrap();
+    let order = order(spec(folder.path(), SCORE), rows(40), 0..40);
+    let expected = compute(&mut alone, &order, &mut |_| Ok(())).unwrap();
+    let masses = |encoded: &Encoded| -> Vec<f32> {
+        let shard = soft_targets::decode(encoded.bytes.clone(), Default::default()).unwrap();
+        let sequences = shard.sequences.iter();
+        // Of the likeliest token at each target; the likeliest comes first.
+        sequences.flat_map(|s| (0..s.targets.len()).map(|p| s.targets.masses[s.targets.range(p)][0])).collect()
+    };
+    let expected = masses(&expected);
+    for stages in [2, 3] {
+        let (encoded, _) = in_group(stages, folder.path(), &order, Kind::BFloat16);
+        let found = masses(&encoded);
+        assert_eq!(found.len(), expected.len());
+        let furthest = expected.iter().zip(&found).map(|(a, b)| (a.ln() - b.ln()).abs()).fold(0.0, f32::max);
+        assert!(furthest < 0.05, "{stages} stages: {furthest} nats");
     }
 }
 
@@ -64,7 +86,7 @@ fn each_stage_reads_its_own_tensors_and_no_others() {
     let folder = tempfile::tempdir().unwrap();
     tiny::write(folder.path(), 3);
     let order = order(spec(folder.path(), SCORE), rows(3), 0..3);
-    let (_, bytes_read) = in_group(3, folder.path(), &order);
+    let (_, bytes_read) = in_group(3, folder.path(), &order, Kind::Float);
     let config = retort_llama::Config::from_dir(folder.path()).unwrap();
     let sizes: BTreeMap<String, u64> =
         config.tensors().into_iter().map(|(name, shape)| (name, 4 * shape.iter().product::<i64>() as u64)).collect();
