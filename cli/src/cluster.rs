@@ -49,12 +49,34 @@ pub struct ClusterArgs {
     /// Number format of the workers: auto, f32, bf16
     #[arg(long, value_name = "DTYPE", value_parser = ["auto", "f32", "bf16"])]
     pub dtype: Option<String>,
+    /// How teachers keep the weights of projections in memory: stored, bf16, int8, fp8
+    #[arg(long, value_name = "HOW", value_parser = ["stored", "bf16", "int8", "fp8"])]
+    pub weights: Option<String>,
     /// Folder of retort-broker, retort-orchestrator, retort-teacher and retort-student [default: that of this program]
     #[arg(long, env = "RETORT_PROGRAMS", value_name = "DIR")]
     pub programs: Option<PathBuf>,
     /// How long a process may take to be ready, seconds
     #[arg(long, value_name = "SECONDS", default_value_t = 60, value_parser = clap::value_parser!(u64).range(1..=3600))]
     pub ready_timeout: u64,
+}
+
+impl ClusterArgs {
+    /// The flags that decide what is computed and where it goes, as they were given.
+    pub fn given(&self) -> String {
+        let numbers =
+            [("teachers", self.teachers), ("teacher-stages", self.teacher_stages), ("students", self.students)];
+        let numbers = numbers.into_iter().filter(|(_, n)| *n != 1).map(|(flag, n)| (flag, n.to_string()));
+        let texts = [
+            ("store", &self.store),
+            ("brokers", &self.brokers),
+            ("device", &self.device),
+            ("dtype", &self.dtype),
+            ("weights", &self.weights),
+        ];
+        let texts = texts.into_iter().filter_map(|(flag, text)| Some((flag, text.clone()?)));
+        let flags: String = texts.chain(numbers).map(|(flag, value)| format!(" --{flag} {value}")).collect();
+        if self.no_broker { format!(" --no-broker{flags}") } else { flags }
+    }
 }
 
 /// Whether the device is there, only a worker can say.
@@ -198,7 +220,11 @@ async fn bring_up(
     };
     let mut workers = Vec::new();
     for n in 1..=args.teachers {
-        let stage = |name: String| worker(name, &programs.teacher, &purpose.teacher_pool, None);
+        let stage = |name: String| {
+            let mut program = worker(name, &programs.teacher, &purpose.teacher_pool, None);
+            program.args.extend(args.weights.iter().flat_map(|how| ["--weights".to_owned(), how.clone()]));
+            program
+        };
         match args.teacher_stages {
             1 => workers.push(stage(format!("teacher-{n}"))),
             stages => workers.extend(group::stages(n, stages, stage)?),

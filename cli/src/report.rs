@@ -231,6 +231,7 @@ fn percent(share: f64) -> String {
 fn perplexity(value: f64) -> String {
     match value {
         v if !v.is_finite() => "-".to_owned(),
+        v if v >= 1e9 => format!("{v:.2e}"),
         v if v >= 10_000.0 => count(v.round() as u64),
         v => format!("{v:.2}"),
     }

@@ -158,7 +158,9 @@ def _head(rows, format, head, ids, entries, maxima, tail_mass):
         scale = np.where(rest > 0, scale, 1)
         whole = top_mass + rest * scale
         every = np.where(wanted > LEAST_MASS, wanted / whole, 1)
-    wrong = (head.sizes > 0) & (np.abs(whole - wanted) > COARSE_TOLERANCE * wanted + LEAST_MASS)
+    # The largest is kept to a part in 256 of itself, which is a larger part of a small mass.
+    coarse = np.maximum(COARSE_TOLERANCE, np.minimum(np.expm1(np.abs(maxima.astype(np.float64)) / 256), 0.2))
+    wrong = (head.sizes > 0) & (np.abs(whole - wanted) > coarse * wanted + LEAST_MASS)
     rows.check(wrong, lambda n: f"its head's masses sum to {whole[n]:.6f}, its tail has {tail_mass[n]:.6f}")
     factor = np.where(top, 1, scale[head.of]) * every[head.of]
     return mass * factor, logprobs + np.log(factor)

@@ -59,6 +59,7 @@ pub use member::serve;
 pub use place::{GroupArgs, LeaderWorkerSet, Place};
 pub use stats_command::{StatsArgs, show_stats};
 pub use tls::TlsArgs;
+pub(crate) use wire::MAX_CONTEXT;
 
 use frames::Work;
 use health::Health;

@@ -1,6 +1,7 @@
 use std::{path::PathBuf, process::ExitCode};
 
 use clap::{CommandFactory as _, FromArgMatches as _, Parser, Subcommand};
+use retort_artifact::Store;
 use retort_core::{Code, Error, Result};
 use retort_llama::Keep;
 use retort_process::{LogArgs, exit_with};
@@ -23,8 +24,8 @@ struct Cli {
     #[command(flatten)]
     group: GroupArgs,
     /// Cores used for arithmetic; all of them when not given
-    #[arg(long, env = "RETORT_THREADS", global = true, value_name = "N")]
-    threads: Option<usize>,
+    #[arg(long, env = "RETORT_THREADS", global = true, value_name = "N", value_parser = clap::value_parser!(u16).range(1..=4096))]
+    threads: Option<u16>,
     /// How to keep the weights of projections: stored, bf16, int8 or fp8; arithmetic stays as --dtype says
     #[arg(long, env = "RETORT_WEIGHTS", default_value = "stored", value_name = "HOW")]
     weights: String,
@@ -86,15 +87,16 @@ fn main() -> ExitCode {
         Err(error) => error.exit(),
     };
     log.init();
+    let threads = cli.threads.map(usize::from);
     let done = match cli.command {
-        Some(Command::Chat(args)) => talk(args, cli.threads),
+        Some(Command::Chat(args)) => talk(args, threads),
         Some(Command::Stats(args)) => runtime().and_then(|runtime| runtime.block_on(group::show_stats(&args))),
         // The optional group is `None` even when its flags are given: it holds another group.
         None => WorkerArgs::from_arg_matches(&matches)
             .map_err(|_| Error::new(Code::RequestInvalid, "--store is missing; see retort-teacher --help"))
             .and_then(|args| match Place::new(&cli.group, &LeaderWorkerSet::from_env())? {
-                None => serve(args, cli.threads, &cli.weights),
-                Some(place) => stage(args, cli.threads, &cli.weights, place),
+                None => serve(args, threads, &cli.weights),
+                Some(place) => stage(args, threads, &cli.weights, place),
             }),
     };
     match done {
@@ -118,6 +120,8 @@ fn stage(args: WorkerArgs, threads: Option<usize>, weights: &str, place: Place) 
     let runtime = runtime()?;
     let done = runtime.block_on(async {
         let shutdown = retort_worker::start(&args)?;
+        // Said before the others are waited for.
+        Store::open(&args.store)?;
         if !place.is_first() {
             let make = move || {
                 if let Some(threads) = threads {
@@ -171,7 +175,8 @@ fn arithmetic(args: &WorkerArgs, threads: Option<usize>, weights: &str) -> Resul
     let (devices, kind) = (devices(&args.device)?, &args.dtype);
     let wrong = |error: retort_llama::Error| Error::new(Code::DeviceUnavailable, error.to_string());
     let kind = retort_llama::dtype_from_flag(kind, devices[0]).map_err(wrong)?;
-    let keep = Keep::from_flag(weights).map_err(wrong)?;
+    let keep =
+        Keep::from_flag(weights).map_err(|error| Error::new(Code::RequestInvalid, format!("--weights: {error}")))?;
     let arithmetic = match devices[..] {
         [device] => Arithmetic::on(device, kind, threads),
         _ => Arithmetic::Torch { devices, kind, keep },

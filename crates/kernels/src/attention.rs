@@ -2,7 +2,7 @@
 //! "FlashAttention", 2022): no matrix of positions by positions is ever kept.
 //!
 //! Blocks of keys begin at multiples of [`KEYS`] whatever is asked, and a key that a query must not see
-//! adds exactly nothing to its sums. So a position's result is the same bits whether its prompt came
+//! adds exactly nothing to its sums (of finite numbers; the teacher refuses others). So a position's result is the same bits whether its prompt came
 //! whole, in pieces, or behind a shared beginning.
 
 use crate::{

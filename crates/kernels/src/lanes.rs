@@ -56,7 +56,7 @@ pub(crate) trait Lanes: Copy {
         }
     }
 
-    /// e^x within two units in the last place, for x up to 88; 0 far below.
+    /// e^x within two units in the last place, for x from -87.3 to 88; at the ends of that range beyond it.
     #[inline(always)]
     unsafe fn exp(x: Self::V) -> Self::V {
         // x = n ln 2 + r with |r| <= ln 2 / 2, and a polynomial of degree 6 for e^r (Cephes, expf).

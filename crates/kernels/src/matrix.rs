@@ -100,7 +100,7 @@ impl Matrix {
 
     /// Where the rows can be read as f32 without a copy, one right after another.
     pub(crate) fn in_place(&self) -> Option<*const f32> {
-        // Reads are unaligned, and the machine's own byte order is the file's.
+        // Whoever reads does so unaligned; the machine's own byte order is the file's.
         (cfg!(target_endian = "little") && self.storage == Storage::F32).then(|| self.bytes.as_slice().as_ptr().cast())
     }
 
@@ -130,18 +130,19 @@ impl Matrix {
     }
 
     /// The nearest matrix of bf16 numbers.
-    pub fn to_bf16(&self) -> Option<Self> {
-        let mut bytes = Vec::with_capacity(self.rows.checked_mul(self.columns)?.checked_mul(2)?);
+    pub fn to_bf16(&self) -> Self {
+        let mut bytes = Vec::with_capacity(self.rows * self.columns * 2);
         let mut numbers = vec![0.0; self.columns];
         for row in 0..self.rows {
             self.read_row(row, &mut numbers);
             bytes.extend(numbers.iter().flat_map(|&x| bf16::from_f32(x).to_le_bytes()));
         }
-        Self::new(Bytes::from_vec(bytes), Storage::Bf16, self.rows, self.columns)
+        Self { bytes: Bytes::from_vec(bytes), storage: Storage::Bf16, ..*self }
     }
 
-    /// The nearest matrix of signed bytes, each row scaled so that its largest number is 127.
-    pub fn to_int8(&self) -> Option<Self> {
+    /// The nearest matrix of signed bytes, each row scaled so that its largest number is 127. `Err` has the
+    /// row of a number that is not finite, which no byte says.
+    pub fn to_int8(&self) -> Result<Self, usize> {
         self.requantise(
             127.0,
             |x| x.round_ties_even().clamp(-127.0, 127.0) as i8 as u8,
@@ -149,8 +150,9 @@ impl Matrix {
         )
     }
 
-    /// The nearest matrix of e4m3 bytes, each row scaled so that its largest number is 448.
-    pub fn to_f8_e4m3(&self) -> Option<Self> {
+    /// The nearest matrix of e4m3 bytes, each row scaled so that its largest number is 448. `Err` as of
+    /// [`Matrix::to_int8`].
+    pub fn to_f8_e4m3(&self) -> Result<Self, usize> {
         self.requantise(E4M3_MAX, to_e4m3, |scales| Storage::F8E4m3 { scales })
     }
 
@@ -159,18 +161,21 @@ impl Matrix {
         most: f32,
         to_byte: impl Fn(f32) -> u8,
         storage: impl Fn(Vec<f32>) -> Storage,
-    ) -> Option<Self> {
-        let mut bytes = Vec::with_capacity(self.rows.checked_mul(self.columns)?);
+    ) -> Result<Self, usize> {
+        let mut bytes = Vec::with_capacity(self.rows * self.columns);
         let mut scales = Vec::with_capacity(self.rows);
         let mut numbers = vec![0.0; self.columns];
         for row in 0..self.rows {
             self.read_row(row, &mut numbers);
+            if !numbers.iter().all(|x| x.is_finite()) {
+                return Err(row);
+            }
             let largest = numbers.iter().fold(0.0f32, |most, x| most.max(x.abs()));
             let scale = if largest > 0.0 { largest / most } else { 1.0 };
             scales.push(scale);
             bytes.extend(numbers.iter().map(|x| to_byte(x / scale)));
         }
-        Self::new(Bytes::from_vec(bytes), storage(scales), self.rows, self.columns)
+        Ok(Self { bytes: Bytes::from_vec(bytes), storage: storage(scales), ..*self })
     }
 }
 
@@ -293,6 +298,14 @@ mod tests {
                     assert!((a - b).abs() <= largest * error * 1.001, "{a} {b}");
                 }
             }
+        }
+    }
+
+    #[test]
+    fn what_is_not_finite_is_not_made_narrow() {
+        for bad in [f32::NAN, f32::INFINITY] {
+            let matrix = Matrix::from_f32(&[1.0, 2.0, 3.0, bad], 2, 2).unwrap();
+            assert_eq!((matrix.to_int8().err(), matrix.to_f8_e4m3().err()), (Some(1), Some(1)));
         }
     }
 }

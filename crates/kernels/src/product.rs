@@ -251,7 +251,8 @@ unsafe fn tile<L: Lanes, const V: usize, const N: usize>(
                 eights[v] = L::load(x.add((at * V + v) * 8));
             }
             for output in 0..N {
-                let weight = L::splat(*w[output].add(at));
+                // Weights lie where their file has them.
+                let weight = L::splat(w[output].add(at).read_unaligned());
                 for v in 0..V {
                     sums[output][v] = L::fma(eights[v], weight, sums[output][v]);
                 }

@@ -72,7 +72,7 @@ impl Keep {
             "bf16" => Ok(Self::Bf16),
             "int8" => Ok(Self::Int8),
             "fp8" => Ok(Self::F8E4m3),
-            _ => Err(Error::Device(format!("{flag:?} is no way to keep weights: say stored, bf16, int8 or fp8"))),
+            _ => Err(Error::Invalid(format!("{flag:?} is no way to keep weights: say stored, bf16, int8 or fp8"))),
         }
     }
 

@@ -2,6 +2,8 @@
 
 use std::{
     collections::{BTreeMap, BTreeSet},
+    fs::File,
+    io::Read as _,
     path::{Component, Path},
 };
 
@@ -168,11 +170,12 @@ impl Folder {
 
     fn open_sharded(dir: &Path, index: &Path) -> Result<Self> {
         let wrong = |reason: String| Error::malformed(index.display(), reason);
-        let size = std::fs::metadata(index).map_err(|error| Error::io(index, error))?.len();
-        if size > MAX_INDEX_BYTES {
-            return Err(wrong(format!("{size} bytes is too large for an index; at most {MAX_INDEX_BYTES}")));
+        let file = File::open(index).map_err(|error| Error::io(index, error))?;
+        let mut text = Vec::new();
+        file.take(MAX_INDEX_BYTES + 1).read_to_end(&mut text).map_err(|error| Error::io(index, error))?;
+        if text.len() as u64 > MAX_INDEX_BYTES {
+            return Err(wrong(format!("is too large for an index; at most {MAX_INDEX_BYTES} bytes")));
         }
-        let text = std::fs::read(index).map_err(|error| Error::io(index, error))?;
         let value: Value = serde_json::from_slice(&text).map_err(|error| wrong(error.to_string()))?;
         let map = value
             .get("weight_map")

@@ -21,6 +21,8 @@ enum Does {
     Take(Duration),
     /// Is free at once; the rest takes as long.
     Leave(Duration),
+    /// Is free at once; the rest fails after as long.
+    LeaveToFail(Duration, Code),
 }
 
 #[async_trait::async_trait]
@@ -35,6 +37,13 @@ impl Handler for Does {
             }
             Self::Ignore => std::future::pending().await,
             Self::Take(time) => tokio::time::sleep(*time).await,
+            Self::LeaveToFail(time, code) => {
+                let (time, code) = (*time, *code);
+                return Ok(Rest::After(Box::pin(async move {
+                    tokio::time::sleep(time).await;
+                    Err(Error::new(code, "the test wants it so"))
+                })));
+            }
             Self::Leave(time) => {
                 let (cx, time) = (cx.clone(), *time);
                 return Ok(Rest::After(Box::pin(async move {
@@ -85,6 +94,34 @@ async fn what_is_left_of_a_task_goes_on_beside_the_next_and_no_third_begins() {
         ]
     );
     assert!(bench.heartbeats() > 6, "a lease is kept while the rest goes on: {}", bench.heartbeats());
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_rest_that_fails_is_reported_and_the_surroundings_get_time() {
+    let bench = Bench::new();
+    bench.answer_claims((0..5).map(|epoch| claimed(epoch, 15.0)));
+    bench.deliver_and_stop_when_done(5);
+    let started = tokio::time::Instant::now();
+    bench.run(Does::LeaveToFail(Duration::from_secs(1), Code::DiskFull)).await.unwrap();
+    let told: Vec<_> =
+        bench.events().iter().filter_map(|event| failure(event.what.as_ref()?).map(|f| f.0.to_owned())).collect();
+    assert_eq!(told, ["disk-full"; 5]);
+    let commits = bench.log().iter().filter(|line| line.starts_with("commit")).count();
+    assert_eq!(commits, 5);
+    // Five seconds of rests one after another, were it not for the pauses of 1, 2 and 4 seconds beside them.
+    assert!(started.elapsed() >= Duration::from_secs(7), "{:?}", started.elapsed());
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_rest_whose_lease_was_taken_says_nothing_and_the_next_goes_on() {
+    let bench = Bench::new();
+    bench.answer_claims([claimed(7, 15.0), claimed(8, 15.0)]);
+    // The first heartbeat is the first task's.
+    bench.answer_heartbeats([Err(Code::AttemptFenced)]);
+    bench.deliver_and_stop_when_done(2);
+    bench.run(Does::Leave(Duration::from_secs(30))).await.unwrap();
+    let epochs: Vec<u64> = bench.events().iter().map(|event| event.epoch).collect();
+    assert_eq!(epochs, [8]);
 }
 
 #[tokio::test(start_paused = true)]

@@ -23,6 +23,8 @@ use crate::{
 const HANDLER_GRACE: Duration = Duration::from_millis(2500);
 /// While stopping, the last event may take this long, and so may the commit.
 const GOODBYE: Duration = Duration::from_millis(1000);
+/// A worker whose handler has come to its end waits this long for what is left of the task before.
+const LAST_REST: Duration = Duration::from_secs(10);
 /// While stopping, leaving the consumer group may take this long.
 const LEAVING: Duration = Duration::from_millis(400);
 /// A task that another worker keeps alive for longer than this is left to it: should that worker die
@@ -108,6 +110,8 @@ impl<T: Tasks> Desk<T> {
         'records: while !shutdown.is_cancelled() {
             let next = match again.take() {
                 Some(delivery) => Ok(Some(delivery)),
+                // It came to its end during a pause.
+                None if last.over.is_some() => Ok(None),
                 None => tokio::select! {
                     biased;
                     () = shutdown.cancelled() => break,
@@ -163,8 +167,10 @@ impl<T: Tasks> Desk<T> {
                 }
             }
         }
-        // Told to stop, or left with nothing to stop it, it has its own time to come to an end.
-        last.end().await;
+        // Told to stop, it has its own time to come to an end; else this is it.
+        if tokio::time::timeout(LAST_REST, last.end()).await.is_err() {
+            tracing::warn!("a task was not reported in time; it is given again once its lease has run out");
+        }
         ended
     }
 

@@ -18,7 +18,7 @@ use super::{Capabilities, Engine, Generation, Text, Watch};
 use crate::{
     capture::Capture,
     fingerprint::Fingerprint,
-    group::Group,
+    group::{Group, MAX_CONTEXT},
     stage::{
         Arithmetic, Stage,
         pipeline::{Local, Pipeline},
@@ -61,7 +61,9 @@ impl Native {
             let tensors = group.load(dir)?.tensors.iter();
             tensors_sha256(tensors.map(|(name, (shape, sha256))| (name.as_str(), shape.as_str(), sha256.as_slice())))
         };
-        let capabilities = Self::capabilities(dir, teacher_sha256, &tokenizer, &config, arithmetic)?;
+        let mut capabilities = Self::capabilities(dir, teacher_sha256, &tokenizer, &config, arithmetic)?;
+        // What a step on its way between stages may hold.
+        capabilities.context = capabilities.context.min(MAX_CONTEXT);
         let number_bytes = arithmetic.number_bytes() as u64;
         Ok(Self { pipeline: Box::new(group), config, number_bytes, tokenizer, capabilities })
     }

@@ -84,7 +84,7 @@ pub(super) fn closed(place: &Place, stage: usize, status: Option<&Status>) -> Er
         None => "it closed the connection".to_owned(),
         Some(status) => format!("the connection broke ({})", status.message()),
     };
-    lost(place, stage, &format!("{how}; its process has ended, or the network to it"))
+    lost(place, stage, &format!("{how}; its process has ended, or the network to it is down"))
 }
 
 /// `stage` has said nothing for [`SILENCE`].

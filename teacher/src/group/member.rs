@@ -83,13 +83,15 @@ pub async fn serve(
 }
 
 pub(super) async fn listen(place: &Place) -> Result<TcpListener> {
-    TcpListener::bind(&place.listen).await.map_err(|error| {
+    let listener = TcpListener::bind(&place.listen).await.map_err(|error| {
         let code = match error.kind() {
             std::io::ErrorKind::AddrInUse => Code::PortInUse,
             _ => Code::RequestInvalid,
         };
         Error::new(code, format!("cannot listen on {}: {error}; give another with --listen HOST:PORT", place.listen))
-    })
+    })?;
+    tracing::info!(stage = place.stage, listen = place.listen, group = place.group, "listening for the other stages");
+    Ok(listener)
 }
 
 /// The server task of a stage.

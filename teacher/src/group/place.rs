@@ -108,6 +108,9 @@ impl Place {
         if stages == 1 {
             return Ok(None);
         }
+        if group.is_empty() {
+            return Err(invalid("--group is empty; all stages of a group are told one name".into()));
+        }
         let peers = if args.peers.is_empty() { pods(set, stages, args.listen.as_deref())? } else { args.peers.clone() };
         if peers.len() != stages {
             return Err(invalid(format!(
@@ -116,7 +119,9 @@ impl Place {
             )));
         }
         for peer in &peers {
-            host_and_port(peer)?;
+            if host_and_port(peer)?.1 == 0 {
+                return Err(invalid(format!("--peers names {peer}; the others must know the port")));
+            }
         }
         if let Some(twice) = peers.iter().enumerate().find(|(at, peer)| peers[..*at].contains(peer)) {
             return Err(invalid(format!("--peers names {} twice; every stage has its own", twice.1)));
@@ -172,6 +177,10 @@ impl Place {
     /// `stage 1 of group "g" at 10.0.0.2:7475`, for errors.
     pub(super) fn name(&self, stage: usize) -> String {
         let address = self.peers.get(stage).map_or("?", String::as_str);
+        // Whoever asks for figures knows an address and nothing else.
+        if self.group.is_empty() {
+            return format!("a stage at {address} (each says in its log where it listens)");
+        }
         format!("stage {stage} of group {:?} at {address}", self.group)
     }
 }

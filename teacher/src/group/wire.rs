@@ -16,11 +16,13 @@ use crate::{
     stage::step::{Ask, Begin, Piece, Step, Taken},
 };
 
-/// Most tokens of one step.
-pub(super) const MAX_STEP_TOKENS: usize = 1 << 16;
+/// Most tokens of one step: a prompt of [`MAX_CONTEXT`], and what goes along with it.
+pub(super) const MAX_STEP_TOKENS: usize = 1 << 18;
+/// Longest text of a group, tokens.
+pub(crate) const MAX_CONTEXT: u32 = 1 << 17;
 /// Most lanes, and most slots of all lanes together.
 const MAX_LANES: u32 = 1 << 10;
-const MAX_SLOTS: u64 = 1 << 20;
+const MAX_SLOTS: u64 = 1 << 16;
 
 pub(super) fn begin_to_proto(run: u64, begin: &Begin) -> proto::BeginRun {
     let soft_targets =
@@ -45,7 +47,9 @@ pub(super) fn begin_to_proto(run: u64, begin: &Begin) -> proto::BeginRun {
 
 pub(super) fn begin_from_proto(begin: proto::BeginRun) -> Result<(u64, Begin)> {
     let soft_targets = begin.soft_targets.ok_or_else(|| wrong("a run begins without saying what to capture"))?;
-    let SoftTargets { codec, temperatures, .. } = soft_targets_from_proto(soft_targets)?;
+    let soft_targets = soft_targets_from_proto(soft_targets)?;
+    soft_targets.check().map_err(|error| wrong(&error.message))?;
+    let SoftTargets { codec, temperatures, .. } = soft_targets;
     let slots = u64::from(begin.lanes) * u64::from(begin.slots);
     if begin.lanes > MAX_LANES || slots > MAX_SLOTS {
         return Err(wrong(&format!(
@@ -61,6 +65,17 @@ pub(super) fn begin_from_proto(begin: proto::BeginRun) -> Result<(u64, Begin)> {
         repetition_penalty: sampler.repetition_penalty,
         seed: sampler.seed,
     });
+    let sane = |sampler: &Sampler| {
+        (0.0..=f64::MAX).contains(&sampler.temperature)
+            && sampler.top_p > 0.0
+            && sampler.top_p <= 1.0
+            && (0.0..=1.0).contains(&sampler.min_p)
+            && sampler.repetition_penalty > 0.0
+            && sampler.repetition_penalty.is_finite()
+    };
+    if !sampler.as_ref().is_none_or(sane) {
+        return Err(wrong("a run samples in a way that no job may ask for"));
+    }
     let room = Room { lanes: begin.lanes, slots: begin.slots, capacity: begin.capacity };
     let capture = Capture { codec, temperatures, seed: begin.seed };
     Ok((begin.run, Begin { capture, sampler, room }))

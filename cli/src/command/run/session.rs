@@ -165,9 +165,10 @@ impl Session<'_> {
     fn farewell(&self, place: &Place) -> String {
         if place.cluster.is_some() {
             format!(
-                "stopping; finished work is kept. To go on: retort run {} --home {}",
+                "stopping; finished work is kept. To go on: retort run {} --home {}{}",
                 self.args.spec.display(),
-                self.home.path().display()
+                self.home.path().display(),
+                self.args.cluster.given()
             )
         } else {
             "the job goes on where it runs; `retort job list` shows it, `retort job cancel` stops it".to_owned()

@@ -117,6 +117,9 @@ impl Weight {
         };
         let wide_oi = wide_oi.f_to_kind(Kind::Float)?;
         let largest_o1 = wide_oi.f_abs()?.f_amax([1i64].as_slice(), true)?;
+        if !bool::try_from(largest_o1.f_isfinite()?.f_all()?)? {
+            return Err(Error::Invalid("a weight that is not finite cannot be kept in bytes".into()));
+        }
         let one_o1 = largest_o1.f_ones_like()?;
         let scale_o1 = largest_o1.f_div_scalar(most)?.f_where_self(&largest_o1.f_gt(0.0)?, &one_o1)?;
         let scaled_oi = wide_oi.f_div(&scale_o1)?;

@@ -10,7 +10,7 @@
 use std::path::Path;
 
 use rayon::prelude::*;
-use retort_kernels::{Asked, Into, Kept, Matrix, POSITIONS, Panels, Scratch, rms_norm, rotate, swiglu};
+use retort_kernels::{Asked, Into, Kept, Matrix, POSITIONS, Panels, Scratch, Storage, rms_norm, rotate, swiglu};
 
 use super::{Keep, Part, Piece, Room, Share, check, check_share};
 use crate::{Config, Error, Result, rope::Frequencies, weights::Folder};
@@ -109,13 +109,18 @@ impl HostPart {
         let needed = |name: String| vector(name.clone())?.ok_or_else(|| missing(&name));
         let kept = |name: &str| {
             let stored = folder.matrix(name)?;
-            let kept = match keep {
-                Keep::Stored => Some(stored),
-                Keep::Bf16 => stored.to_bf16(),
-                Keep::Int8 => stored.to_int8(),
-                Keep::F8E4m3 => stored.to_f8_e4m3(),
+            let kept = match (keep, stored.storage()) {
+                // Narrow already: what the checkpoint says is not rounded once more.
+                (Keep::Stored, _) | (_, Storage::Int8 { .. } | Storage::F8E4m3 { .. }) => Ok(stored),
+                (Keep::Bf16, Storage::Bf16 | Storage::F16) => Ok(stored),
+                (Keep::Bf16, Storage::F32) => Ok(stored.to_bf16()),
+                (Keep::Int8, _) => stored.to_int8(),
+                (Keep::F8E4m3, _) => stored.to_f8_e4m3(),
             };
-            kept.ok_or_else(|| Error::Invalid(format!("tensor {name:?} is too large for memory")))
+            kept.map_err(|row| {
+                let reason = format!("row {row} of tensor {name:?} holds a number that is not finite");
+                Error::malformed(folder.place(), reason)
+            })
         };
         let layer = |layer: usize| {
             let linear = |name: &str| {

@@ -62,7 +62,10 @@ impl TorchPart {
         let layers = part.layers.clone().map(|layer| {
             let device = device_of(layer);
             let narrow = |weight: Weight, name: &str| {
-                if name.ends_with("proj.weight") { weight.keep(keep) } else { Ok(weight) }
+                if !name.ends_with("proj.weight") {
+                    return Ok(weight);
+                }
+                weight.keep(keep).map_err(|error| Error::malformed(folder.place(), format!("tensor {name:?}: {error}")))
             };
             let find = |name: &str| on(device, name)?.map(|weight| narrow(weight, name)).transpose();
             Ok(Layer { block: Block::assemble(layer as i64, &find)?, device, lanes: Vec::new() })

@@ -106,7 +106,9 @@ impl Position<'_> {
         let most = bound.min(BELOW_TOP * top_mass / best_rest);
         let scale = if rest > 0.0 { ((wanted - top_mass) / rest).min(most).max(1.0 / bound) } else { 1.0 };
         let whole = top_mass + rest * scale;
-        if (whole - wanted).abs() > COARSE_TOLERANCE * wanted + LEAST_MASS {
+        // The largest is kept to a part in 256 of itself, which is a larger part of a small mass.
+        let coarse = COARSE_TOLERANCE.max((max.abs() / 256.0).exp_m1().min(0.2));
+        if (whole - wanted).abs() > coarse * wanted + LEAST_MASS {
             return Err(format!("its head's masses sum to {whole}, its tail has {}", self.tail_mass));
         }
         let all = if wanted > LEAST_MASS { wanted / whole } else { 1.0 };
