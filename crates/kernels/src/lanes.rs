@@ -133,7 +133,7 @@ impl Lanes for Plain {
     #[inline(always)]
     unsafe fn store_quads(to: *mut f32, stride: usize, x: [[f32; 8]; 4]) {
         for lane in 0..8 {
-            let quad: [f32; 4] = std::array::from_fn(|of| x[of][lane]);
+            let quad = x.map(|numbers| numbers[lane]);
             unsafe { to.add(lane * stride).cast::<[f32; 4]>().write_unaligned(quad) };
         }
     }
