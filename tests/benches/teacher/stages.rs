@@ -3,9 +3,10 @@
 
 use std::{
     net::TcpListener,
-    process::{Command, Stdio},
+    process::{Child, Command, Stdio},
 };
 
+use retort_core::{Code, Error};
 use retort_teacher::{
     engine::native::Loaded,
     group::{self, Formed, Group, GroupArgs, Keeper, Layers, LeaderWorkerSet, Place},
@@ -38,9 +39,23 @@ pub struct Stages {
 
 /// What keeps a group alive, for as long as it is.
 pub struct Kept {
-    _keeper: Keeper,
+    keeper: Option<Keeper>,
     /// Its tasks carry the heartbeats.
-    _runtime: tokio::runtime::Runtime,
+    runtime: tokio::runtime::Runtime,
+    others: Vec<Child>,
+}
+
+impl Drop for Kept {
+    /// Ends the group, and waits for its processes: the time they took is then this one's children's, and the
+    /// bench does not take it for somebody else's.
+    fn drop(&mut self) {
+        if let Some(keeper) = self.keeper.take() {
+            self.runtime.block_on(keeper.end(&Error::new(Code::WorkerStopped, "the bench is over")));
+        }
+        for other in &mut self.others {
+            let _ = other.wait();
+        }
+    }
 }
 
 impl Stages {
@@ -52,20 +67,22 @@ impl Stages {
         let peers = addresses.collect::<Result<Vec<_>, std::io::Error>>()?.join(",");
         drop(listeners);
         let program = std::env::current_exe()?;
+        let mut others = Vec::new();
         for stage in 1..stages {
             // They end when the group does, and the group ends with this process.
-            Command::new(&program)
+            let mut command = Command::new(&program);
+            command
                 .args(["stage", &format!("{stage}/{stages}"), &peers, dtype, &threads.to_string()])
                 .stdin(Stdio::null())
-                .stdout(Stdio::null())
-                .spawn()?;
+                .stdout(Stdio::null());
+            others.push(command.spawn()?);
         }
         let arithmetic = arithmetic(dtype, threads)?;
         let runtime = tokio::runtime::Builder::new_multi_thread().worker_threads(1).enable_all().build()?;
         let place = place(&format!("0/{stages}"), &peers)?;
         let formed = runtime.block_on(Formed::new(place, &numbers(&arithmetic), &CancellationToken::new()))?;
         let group = Group::new(formed.parts, Box::new(Layers::new(arithmetic.clone())));
-        let kept = Kept { _keeper: formed.keeper, _runtime: runtime };
+        let kept = Kept { keeper: Some(formed.keeper), runtime, others };
         Ok(Self { models: Loaded::in_group(group, arithmetic), group: kept })
     }
 }
