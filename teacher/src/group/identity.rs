@@ -8,7 +8,7 @@ use retort_proto as proto;
 use super::place::Place;
 
 /// Of the messages in `stage.proto`.
-pub(super) const PROTOCOL: u32 = 1;
+pub(super) const PROTOCOL: u32 = 2;
 
 /// What stage 0 says to another stage (`to`), or what a stage answers (its own number).
 pub(super) fn hello(place: &Place, to: usize, incarnation: u64, dtype: &str) -> proto::StageHello {

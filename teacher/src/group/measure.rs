@@ -117,7 +117,7 @@ fn time(stage: &mut Stage) -> Result<Duration> {
     stage.begin(&Begin { capture, sampler: None, room: Room { lanes: 0, slots: 0, capacity: 0 } })?;
     let context = stage.config().max_position_embeddings.clamp(i64::from(HEADED + 1), i64::from(TOKENS / 2)) as u32;
     let run = Run { slot: None, start: 0, tokens: context };
-    let pieces = vec![Piece { run, stream: 0, ask: Ask::Score { first: context - HEADED } }; 2];
+    let pieces = vec![Piece { run, stream: 0, ask: Ask::Score { first: context - HEADED, next: None } }; 2];
     let step = Step { lane: 0, shares: Vec::new(), pieces, token_ids: vec![0; 2 * context as usize] };
     let started = Instant::now();
     stage.run(&step, None)?;

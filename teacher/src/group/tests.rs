@@ -98,7 +98,7 @@ impl Computer for Sums {
             let places = match piece.ask {
                 Ask::Nothing => 0..0,
                 // A token is predicted where the one before it is.
-                Ask::Score { first } => at + first.max(1) as usize - 1..end - 1,
+                Ask::Score { first, next } => at + first.max(1) as usize - 1..end - usize::from(next.is_none()),
                 Ask::Next => end - 1..end,
             };
             taken.extend(states[places].iter().map(|&state| target(state)));
@@ -129,7 +129,7 @@ fn steps() -> Vec<Step> {
         // Some larger than a chunk, some than two.
         let tokens = 2 + (n % 3) * 140_000 / 10;
         let scored = Run { slot: None, start: 0, tokens };
-        let scored = Piece { run: scored, stream: 1, ask: Ask::Score { first: tokens - 2 } };
+        let scored = Piece { run: scored, stream: 1, ask: Ask::Score { first: tokens - 2, next: n.is_multiple_of(2).then_some(n) } };
         let token_ids = (0..3 + tokens).map(|id| id.wrapping_mul(7919 + n) % 5000).collect();
         Step { lane: n % 2, shares: Vec::new(), pieces: vec![kept, scored], token_ids }
     };

@@ -101,8 +101,12 @@ pub(super) fn step_to_proto(run: u64, index: u64, step: &Step, activation_bytes:
                 stream: piece.stream,
                 ask: match piece.ask {
                     Ask::Nothing => None,
-                    Ask::Score { first } => Some(step_piece::Ask::ScoreFrom(first)),
+                    Ask::Score { first, .. } => Some(step_piece::Ask::ScoreFrom(first)),
                     Ask::Next => Some(step_piece::Ask::Next(true)),
+                },
+                score_next: match piece.ask {
+                    Ask::Score { next, .. } => next,
+                    Ask::Nothing | Ask::Next => None,
                 },
             })
             .collect(),
@@ -138,7 +142,7 @@ pub(super) fn step_from_proto(step: proto::StageStep, room: &Room) -> Result<Ste
             Some(step_piece::Ask::ScoreFrom(first)) if first > piece.tokens => {
                 return Err(outside("target", first, piece.tokens));
             }
-            Some(step_piece::Ask::ScoreFrom(first)) => Ask::Score { first },
+            Some(step_piece::Ask::ScoreFrom(first)) => Ask::Score { first, next: piece.score_next },
             Some(step_piece::Ask::Next(true)) => Ask::Next,
             Some(step_piece::Ask::Next(false)) | None => Ask::Nothing,
         };

@@ -40,8 +40,9 @@ pub struct Piece {
 pub enum Ask {
     /// Only its keys and values.
     Nothing,
-    /// Soft targets of its own tokens from this index on; the first token of a sequence has none.
-    Score { first: u32 },
+    /// Soft targets of its own tokens from this index on, the first excepted: what predicts that one is
+    /// not in the piece. Where the sequence goes on in a later step, of the token `next` too.
+    Score { first: u32, next: Option<u32> },
     /// The token that follows it, drawn, and its soft target.
     Next,
 }
@@ -110,7 +111,9 @@ impl Piece {
     pub fn wanted(&self) -> usize {
         match self.ask {
             Ask::Nothing => 0,
-            Ask::Score { first } => self.run.tokens.saturating_sub(self.first_scored(first)) as usize,
+            Ask::Score { first, next } => {
+                self.run.tokens.saturating_sub(self.first_scored(first)) as usize + usize::from(next.is_some())
+            }
             Ask::Next => 1,
         }
     }

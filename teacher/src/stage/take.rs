@@ -47,13 +47,15 @@ impl Stage {
             let (tokens, first) = (piece.run.tokens as usize, u64::from(piece.run.start));
             match piece.ask {
                 Ask::Nothing => {}
-                Ask::Score { first: index } => {
-                    let scored = piece.first_scored(index) as usize..tokens;
-                    wanted.extend(scored.map(|index| Wanted {
+                Ask::Score { first: index, next } => {
+                    let own = piece.first_scored(index) as usize..tokens;
+                    let own = own.map(|index| (index, step.token_ids.get(start + index).copied()));
+                    let scored = own.chain(next.map(|next| (tokens, Some(next))));
+                    wanted.extend(scored.map(|(index, label)| Wanted {
                         at: start + index - 1,
                         stream: piece.stream,
                         position: first + index as u64,
-                        label: step.token_ids.get(start + index).copied(),
+                        label,
                         before: &[],
                     }));
                 }
