@@ -330,3 +330,44 @@ fn free(flag: &str, listen: &str) -> Result<()> {
         )),
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use clap::Parser;
+
+    use super::*;
+
+    #[derive(Debug, Parser)]
+    struct Flags {
+        #[command(flatten)]
+        cluster: ClusterArgs,
+    }
+
+    fn given(flags: &str) -> String {
+        let words = std::iter::once("retort").chain(flags.split_whitespace());
+        Flags::try_parse_from(words).unwrap().cluster.given()
+    }
+
+    #[test]
+    fn flags_that_were_given_are_told_back_and_defaults_are_not() {
+        assert_eq!(given(""), "");
+        assert_eq!(given("--teachers 1 --teacher-stages 1 --students 1 --ready-timeout 60"), "");
+        let flags = [
+            "--no-broker",
+            "--store /srv/store",
+            "--brokers kafka:9092",
+            "--device cuda:1",
+            "--dtype bf16",
+            "--weights int8",
+            "--teachers 2",
+            "--teacher-stages 3",
+            "--students 0",
+        ];
+        let all = flags.map(|flag| format!(" {flag}")).concat();
+        assert_eq!(given(&all), all);
+        // A broker's two flags are of no use one by one.
+        for flag in &flags[3..] {
+            assert_eq!(given(flag), format!(" {flag}"));
+        }
+    }
+}

@@ -81,8 +81,8 @@ pub fn summary(state: &State) -> String {
         Phase::Done => "done",
     };
     let mut parts = vec![phase.to_owned()];
-    if let Some(eta) = state.eta.filter(|_| state.phase() != Phase::Done) {
-        parts.push(format!("{} left", text::duration(eta.as_secs_f64())));
+    if let Some(left) = state.left() {
+        parts.push(format!("{} left", text::duration(left.as_secs_f64())));
     }
     match state.redone {
         0 => {}

@@ -8,10 +8,10 @@ use crate::{json, text};
 
 /// What a reader of a log wants to know of an event.
 pub fn line(event: &proto::JobEvent, state: &State) -> Option<String> {
-    let eta = state.eta.map_or_else(String::new, |eta| format!(", {} left", text::duration(eta.as_secs_f64())));
+    let left = state.left().map_or_else(String::new, |left| format!(", {} left", text::duration(left.as_secs_f64())));
     Some(match event.what.as_ref()? {
         What::ShardPublished(_) => format!(
-            "teach     shard {} of {}, {} tokens, {} tokens/s{eta}",
+            "teach     shard {} of {}, {} tokens, {} tokens/s{left}",
             state.shards_done,
             state.shards_total,
             text::count(state.teacher_tokens),
@@ -19,7 +19,7 @@ pub fn line(event: &proto::JobEvent, state: &State) -> Option<String> {
         ),
         What::TrainStepped(stepped) if stepped.step == 0 => "train     started".to_owned(),
         What::TrainStepped(stepped) => format!(
-            "train     step {} of {}, loss {:.4}{}, {} tokens/s{eta}",
+            "train     step {} of {}, loss {:.4}{}, {} tokens/s{left}",
             stepped.step,
             state.steps_total,
             stepped.loss,

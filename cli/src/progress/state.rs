@@ -22,7 +22,7 @@ pub struct State {
     pub latest_kl: Option<f64>,
     pub evaluated: bool,
     pub redone: u32,
-    pub eta: Option<Duration>,
+    eta: Option<Duration>,
 }
 
 /// The phase that holds the job up; teaching and training overlap.
@@ -66,6 +66,11 @@ impl State {
             _ => {}
         }
         true
+    }
+
+    /// Until the job has ended. How far an evaluation is, nobody says.
+    pub fn left(&self) -> Option<Duration> {
+        self.eta.filter(|_| !matches!(self.phase(), Phase::Evaluate | Phase::Done))
     }
 
     pub fn phase(&self) -> Phase {

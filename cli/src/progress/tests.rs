@@ -89,6 +89,21 @@ fn one_line_says_where_the_job_is() {
 }
 
 #[test]
+fn an_evaluation_says_no_time_that_is_left() {
+    let mut state = State::default();
+    for (sequence, step, phase, left) in [(1, 9, "training · 1 s left", ", 1 s left"), (2, 10, "evaluating", "")] {
+        let mut at = progress(4, step);
+        at.eta = Some(prost_types::Duration { seconds: 1, nanos: 0 });
+        let what = What::TrainStepped(proto::TrainStepped { step, loss: 2.5 });
+        let stepped = event(sequence, proto::JobState::Running, at, Some(what));
+        state.apply(&stepped);
+        assert_eq!(bars::summary(&state), phase);
+        let line = lines::line(&stepped, &state).unwrap();
+        assert_eq!(line, format!("train     step {step} of 10, loss 2.5000, 640 tokens/s{left}"));
+    }
+}
+
+#[test]
 fn text_lines_are_clean_and_complete() {
     let mut state = State::default();
     let published = What::ShardPublished(proto::ShardPublished {

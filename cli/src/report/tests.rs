@@ -139,6 +139,20 @@ fn figures_that_are_no_numbers_do_not_break_the_table() {
 }
 
 #[test]
+fn perplexities_too_large_to_read_are_in_scientific_form() {
+    let shown = |before: f64, after: f64| {
+        let mut job = job();
+        let report = job.report.as_mut().unwrap();
+        (report.before, report.after) = (Some(quality(4.25, 0.125, before)), Some(quality(1.0625, 0.5, after)));
+        let text = render(&job, &Surroundings::default());
+        let line = text.lines().find(|line| line.starts_with("perplexity")).unwrap();
+        line.split_whitespace().skip(1).map(str::to_owned).collect::<Vec<_>>()
+    };
+    assert_eq!(shown(2f64.powi(64), 1e9), ["1.84e19", "1.00e9", "2.50"]);
+    assert_eq!(shown(999_999_998.6, 10_000.0), ["999,999,999", "10,000", "2.50"]);
+}
+
+#[test]
 fn what_was_reused_and_what_storing_cost_is_said_when_known() {
     let mut job = job();
     let report = job.report.as_mut().unwrap();

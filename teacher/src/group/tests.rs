@@ -16,6 +16,7 @@ use crate::{
 };
 
 mod faults;
+mod messages;
 mod native;
 
 const LAYERS: u32 = 7;
@@ -129,7 +130,11 @@ fn steps() -> Vec<Step> {
         // Some larger than a chunk, some than two.
         let tokens = 2 + (n % 3) * 140_000 / 10;
         let scored = Run { slot: None, start: 0, tokens };
-        let scored = Piece { run: scored, stream: 1, ask: Ask::Score { first: tokens - 2, next: n.is_multiple_of(2).then_some(n) } };
+        let scored = Piece {
+            run: scored,
+            stream: 1,
+            ask: Ask::Score { first: tokens - 2, next: n.is_multiple_of(2).then_some(n) },
+        };
         let token_ids = (0..3 + tokens).map(|id| id.wrapping_mul(7919 + n) % 5000).collect();
         Step { lane: n % 2, shares: Vec::new(), pieces: vec![kept, scored], token_ids }
     };

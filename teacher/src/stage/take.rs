@@ -3,14 +3,14 @@
 use retort_core::{Error, Result};
 use retort_kernels::Logits;
 use retort_llama::{HostPart, TorchPart};
-use tch::Tensor;
+use tch::{Device, Tensor};
 
 use super::{
     Hidden, Loaded, Stage,
     step::{Ask, Begin, Step, Taken},
 };
 use crate::{
-    capture::Target,
+    capture::{Capture, Target},
     engine::native::limits,
     sampling::{Place, Sampler},
     torch::{model as llama, torch},
@@ -37,6 +37,29 @@ impl Stage {
             (Loaded::Torch(part), Hidden::Torch(hidden_nh)) => on_torch(part, begin, hidden_nh, &wanted),
             (Loaded::Host(part), Hidden::Host(hidden_nh)) => on_host(part, begin, hidden_nh, &wanted),
             _ => Err(Error::internal("hidden states of another arithmetic")),
+        }
+    }
+
+    /// Does what the head does for so many positions, and captures `logits_v` at each: to be timed, with
+    /// weights that are of no account.
+    pub(crate) fn rehearse_head(&self, positions: usize, logits_v: &[f32], capture: &Capture) -> Result<()> {
+        let hidden = self.config().hidden_size;
+        let target = Target { row: 0, position: 1, token: 0 };
+        match &self.part {
+            Loaded::Host(part) => {
+                let hidden_nh = vec![0.0; positions * hidden.unsigned_abs() as usize];
+                let at: Vec<usize> = (0..positions).collect();
+                let captured = part.head(&hidden_nh, &at, |_, _| capture.position(&Logits::new(logits_v), &target));
+                captured.map_err(llama)?.into_iter().try_for_each(|captured| captured.map(|_| ()))
+            }
+            Loaded::Torch(part) => {
+                let shape = [positions as i64, hidden];
+                let hidden_mh = Tensor::f_zeros(shape, (part.kind(), Device::Cpu)).map_err(torch)?;
+                let flat_mv = part.head(&hidden_mh).map_err(llama)?;
+                let logits_v = Tensor::f_from_slice(logits_v).and_then(|t| t.f_to_device(flat_mv.device()));
+                let logits_mv = logits_v.and_then(|logits_v| flat_mv.f_add(&logits_v)).map_err(torch)?;
+                capture.positions(&logits_mv, &vec![target; positions]).map(|_| ())
+            }
         }
     }
 

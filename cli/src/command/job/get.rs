@@ -68,7 +68,8 @@ fn render_progress(progress: &retort_proto::Progress) -> String {
         rows.push(("held-out KL", format!("{kl:.4}")));
     }
     rows.push(("redone", format!("{} attempts", progress.attempts_redone)));
-    if let Some(eta) = &progress.eta {
+    // How far an evaluation is, nobody says.
+    if let Some(eta) = progress.eta.as_ref().filter(|_| progress.step < progress.steps_total) {
         rows.push(("left", duration(eta.seconds as f64)));
     }
     let rows: Vec<Vec<String>> = rows.into_iter().map(|(name, value)| vec![format!("  {name}"), value]).collect();

@@ -1,8 +1,11 @@
+use std::path::Path;
+
+use serde_json::{Map, Value, json};
 use tch::{Device, Kind, Tensor};
 use tempfile::TempDir;
 
 use super::{host::HostPart, torch::TorchPart, *};
-use crate::{Architecture, Llama3Scaling, Model};
+use crate::{Architecture, Llama3Scaling, Model, weights::Folder};
 
 fn config() -> Config {
     Config {
@@ -40,6 +43,51 @@ fn folder(config: Config) -> (TempDir, Model) {
     let model = Model::init(config, Device::Cpu, Kind::Float, 5).unwrap();
     model.save(dir.path(), Kind::Float).unwrap();
     (dir, model)
+}
+
+/// A tensor as a file has it: dtype, bytes, and a scale a row where it is stored in bytes.
+type Stored = (&'static str, Vec<u8>, Vec<f32>);
+
+/// A folder of what `change` makes of each tensor of another one, from its name, shape and bytes.
+fn rewritten(from: &Path, change: impl Fn(&str, &[i64], &[u8]) -> Stored) -> TempDir {
+    let source = Folder::open(from).unwrap();
+    let mut header = Map::new();
+    let mut data: Vec<u8> = Vec::new();
+    let mut put = |name: &str, dtype: &str, shape: &[i64], bytes: &[u8]| {
+        let begin = data.len();
+        data.extend_from_slice(bytes);
+        let about = json!({ "dtype": dtype, "shape": shape, "data_offsets": [begin, data.len()] });
+        header.insert(name.to_owned(), about);
+    };
+    for name in source.names() {
+        let (entry, bytes, _) = source.get(name).unwrap();
+        let (dtype, bytes, scales) = change(name, &entry.shape, bytes);
+        put(name, dtype, &entry.shape, &bytes);
+        if !scales.is_empty() {
+            let bytes: Vec<u8> = scales.iter().flat_map(|scale| scale.to_le_bytes()).collect();
+            put(&format!("{name}_scale"), "F32", &[scales.len() as i64, 1], &bytes);
+        }
+    }
+    let header = Value::Object(header).to_string();
+    let length = (header.len() as u64).to_le_bytes();
+    let dir = tempfile::tempdir().unwrap();
+    std::fs::write(dir.path().join("model.safetensors"), [&length[..], header.as_bytes(), &data[..]].concat()).unwrap();
+    std::fs::copy(from.join("config.json"), dir.path().join("config.json")).unwrap();
+    dir
+}
+
+/// A projection's weight in bytes. No row has the largest byte there is, so rounding them again to a row's
+/// own largest would change them.
+fn in_bytes(dtype: &'static str, shape: &[i64]) -> Stored {
+    let (rows, columns) = (shape[0] as usize, shape[1] as usize);
+    let byte = |at: usize| match dtype {
+        "I8" => ((at * 37 % 201) as i32 - 100) as i8 as u8,
+        // An eighth to 15, of either sign.
+        _ => (0x20 + at * 37 % 56) as u8 | if at.is_multiple_of(3) { 0x80 } else { 0 },
+    };
+    let unit = if dtype == "I8" { 0.003 } else { 0.03 };
+    let scales = (0..rows).map(|row| unit * (1.0 + 0.37 * (row % 3) as f32)).collect();
+    (dtype, (0..rows * columns).map(byte).collect(), scales)
 }
 
 fn ids(sequence: u32, tokens: u32) -> Vec<u32> {
@@ -206,6 +254,79 @@ fn narrow_weights_stay_close() {
     let errors = [Keep::Bf16, Keep::Int8, Keep::F8E4m3].map(|keep| error(load(keep)));
     for (error, most) in errors.iter().zip([0.03, 0.08, 0.3]) {
         assert!(*error > 0.0 && *error < most, "{errors:?}");
+    }
+}
+
+#[test]
+fn weights_stored_in_bytes_are_not_rounded_again() {
+    let (dir, model) = folder(config());
+    let part = Part::whole(model.config());
+    let sequence = ids(9, 40);
+    let host = |dir: &Path, keep| {
+        let mut host = HostPart::load(dir, part.clone(), keep, Some(1)).unwrap();
+        host_logits(&mut host, 0, &sequence, &[whole(40)])
+    };
+    let torch = |dir: &Path, keep| {
+        let mut torch = TorchPart::load(dir, part.clone(), &[Device::Cpu], Kind::Float, keep).unwrap();
+        torch_logits(&mut torch, 0, &sequence, &[whole(40)])
+    };
+    let projection = |name: &str| name.ends_with("proj.weight");
+    for dtype in ["I8", "F8_E4M3"] {
+        let narrow = rewritten(dir.path(), |name, shape, bytes| match projection(name) {
+            true => in_bytes(dtype, shape),
+            false => ("F32", bytes.to_vec(), Vec::new()),
+        });
+        let numbers = Folder::open(narrow.path()).unwrap();
+        let wide = rewritten(narrow.path(), |name, shape, bytes| {
+            if !projection(name) {
+                return ("F32", bytes.to_vec(), Vec::new());
+            }
+            let matrix = numbers.matrix(name).unwrap();
+            let mut row = vec![0.0f32; shape[1] as usize];
+            let mut bytes = Vec::new();
+            for at in 0..shape[0] as usize {
+                matrix.read_row(at, &mut row);
+                bytes.extend(row.iter().flat_map(|x| x.to_le_bytes()));
+            }
+            ("F32", bytes, Vec::new())
+        });
+        let stored = host(narrow.path(), Keep::Stored);
+        let stored_on_torch = torch(narrow.path(), Keep::Stored);
+        let stored_wide = host(wide.path(), Keep::Stored);
+        assert!(stored.iter().all(|x| x.is_finite()), "{dtype}");
+        for keep in [Keep::Bf16, Keep::Int8, Keep::F8E4m3] {
+            assert!(host(narrow.path(), keep) == stored, "{dtype} kept as {keep:?}");
+            assert_close(&torch(narrow.path(), keep), &stored_on_torch, 1e-4);
+            assert!(host(wide.path(), keep) != stored_wide, "rounding {dtype} to {keep:?} would show");
+        }
+    }
+}
+
+#[test]
+fn weights_that_are_not_finite_are_not_kept_in_bytes() {
+    let (dir, model) = folder(config());
+    let part = Part::whole(model.config());
+    let name = "model.layers.2.mlp.down_proj.weight";
+    for bad in [f32::NAN, f32::INFINITY] {
+        let damaged = rewritten(dir.path(), |of, shape, bytes| {
+            let mut bytes = bytes.to_vec();
+            if of == name {
+                let at = 4 * (3 * shape[1] as usize + 5);
+                bytes[at..at + 4].copy_from_slice(&bad.to_le_bytes());
+            }
+            ("F32", bytes, Vec::new())
+        });
+        let host = |keep| HostPart::load(damaged.path(), part.clone(), keep, Some(1)).err();
+        let torch = |keep| TorchPart::load(damaged.path(), part.clone(), &[Device::Cpu], Kind::Float, keep).err();
+        for keep in [Keep::Int8, Keep::F8E4m3] {
+            let error = host(keep).unwrap().to_string();
+            let expect = format!("row 3 of tensor {name:?} holds a number that is not finite");
+            assert!(error.contains(&expect), "{keep:?}: {error}");
+            let error = torch(keep).unwrap().to_string();
+            let expect = format!("tensor {name:?}: a weight that is not finite cannot be kept in bytes");
+            assert!(error.contains(&expect), "{keep:?}: {error}");
+        }
+        assert!(host(Keep::Stored).is_none() && torch(Keep::Stored).is_none(), "{bad} is loaded as it is stored");
     }
 }
 

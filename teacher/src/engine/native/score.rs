@@ -20,7 +20,7 @@ use crate::{
 
 /// Steps of a shard for each that is on its way through the stages.
 const STEPS: usize = 8;
-/// Tokens that are worth a step of their own.
+/// Tokens of the smallest step; of larger ones, a multiple: as many rows as the host's kernels take at once.
 const LEAST_TOKENS: usize = 96;
 /// Texts that a step may find begun or leave unfinished: one each.
 const CUT_TEXTS: u32 = 2;
@@ -47,7 +47,7 @@ pub(super) fn run(
         1 => whole(texts, &by_length, limits::FORWARD_TOKENS),
         depth => {
             let tokens: usize = texts.iter().map(|text| text.token_ids.len()).sum();
-            cut(texts, &by_length, (tokens / (STEPS * depth)).clamp(LEAST_TOKENS, limits::FORWARD_TOKENS))
+            cut(texts, &by_length, step_tokens(tokens, depth))
         }
     };
 
@@ -95,6 +95,13 @@ fn whole(texts: &[Text], order: &[usize], most: usize) -> Vec<Vec<Cut>> {
         }
     }
     steps
+}
+
+/// Tokens of each step: several steps for each that is on its way, or the stages would wait for one another;
+/// but not so small that a stage reads its weights for little.
+fn step_tokens(tokens: usize, depth: usize) -> usize {
+    let few = tokens / (STEPS * depth);
+    (few - few % LEAST_TOKENS).clamp(LEAST_TOKENS, limits::FORWARD_TOKENS)
 }
 
 /// Steps of `most` tokens each but the last, one text after another.

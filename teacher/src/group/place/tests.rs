@@ -38,6 +38,9 @@ fn what_does_not_fit_is_refused_with_the_way_out() {
     assert!(refused(&args(Some("0/2"), &["localhost:1", "10.0.0.2:2"])).contains("--plaintext"));
     let layers = GroupArgs { layers: Some("4-3".into()), ..args(Some("0/2"), &["localhost:1", "localhost:2"]) };
     assert!(refused(&layers).contains("0-14 is fifteen layers"));
+    assert!(refused(&args(Some("0/2"), &["localhost:1", "localhost:0"])).contains("localhost:0; the others must know"));
+    let empty = GroupArgs { group: Some(String::new()), ..args(Some("0/2"), &["localhost:1", "localhost:2"]) };
+    assert!(refused(&empty).contains("--group is empty"));
     let nameless = GroupArgs { stage: Some("0/2".into()), ..GroupArgs::default() };
     assert!(refused(&nameless).contains("--group NAME is missing"));
 }

@@ -3,11 +3,15 @@
 use std::collections::BTreeMap;
 
 use retort_artifact::soft_targets::{self, Encoded};
+use serde_json::{Value, json};
 use tch::{Device, Kind};
 
 use super::*;
 use crate::{
-    engine::native::{Loaded as Models, Native},
+    engine::{
+        Engine,
+        native::{Loaded as Models, Native},
+    },
     stage::Arithmetic,
     tests::{compute, order, rows, spec, tiny},
 };
@@ -20,8 +24,8 @@ fn arithmetic(kind: Kind) -> Arithmetic {
     Arithmetic::on(Device::Cpu, kind, Some(1))
 }
 
-/// The shard, computed by a group of this many stages, and how many bytes each stage read.
-fn in_group(stages: usize, dir: &Path, order: &crate::shard::Order, kind: Kind) -> (Encoded, Vec<u64>) {
+/// What `work` makes of the models of a group of this many stages, given how many bytes of `dir` each read.
+fn with_group<T>(stages: usize, dir: &Path, kind: Kind, work: impl FnOnce(&mut Models, Vec<u64>) -> T) -> T {
     let layers = move || Layers::new(arithmetic(kind));
     let peers = addresses(stages);
     let members: Vec<_> = (1..stages)
@@ -32,14 +36,21 @@ fn in_group(stages: usize, dir: &Path, order: &crate::shard::Order, kind: Kind) 
     let mut group = Group::new(formed.parts, Box::new(layers()));
     let bytes_read = group.load(dir).unwrap().bytes_read.clone();
     let mut models = Models::in_group(group, arithmetic(kind));
-    let engine = models.get(dir).unwrap();
-    let encoded = compute(engine, order, &mut |_| Ok(())).unwrap();
+    let made = work(&mut models, bytes_read);
     models.report();
     runtime.block_on(formed.keeper.end(&Error::new(Code::WorkerStopped, "the test is over")));
     for member in members {
         member.recv_timeout(WAIT).unwrap().unwrap_err();
     }
-    (encoded, bytes_read)
+    made
+}
+
+/// The shard, computed by a group of this many stages, and how many bytes each stage read.
+fn in_group(stages: usize, dir: &Path, order: &crate::shard::Order, kind: Kind) -> (Encoded, Vec<u64>) {
+    with_group(stages, dir, kind, |models, bytes_read| {
+        let engine = models.get(dir).unwrap();
+        (compute(engine, order, &mut |_| Ok(())).unwrap(), bytes_read)
+    })
 }
 
 #[test]
@@ -100,4 +111,25 @@ fn each_stage_reads_its_own_tensors_and_no_others() {
         of("model.layers.2.") + of("model.norm") + embedding,
     ];
     assert_eq!(bytes_read, expected);
+}
+
+#[test]
+fn a_group_takes_texts_of_131_072_tokens_and_no_longer_ones() {
+    let folder = tempfile::tempdir().unwrap();
+    tiny::write(folder.path(), 3);
+    let context = |positions: u32| {
+        let path = folder.path().join("config.json");
+        let mut config: Value = serde_json::from_slice(&std::fs::read(&path).unwrap()).unwrap();
+        config["max_position_embeddings"] = json!(positions);
+        std::fs::write(&path, config.to_string()).unwrap();
+        let alone = Native::load(folder.path(), &arithmetic(Kind::Float)).unwrap();
+        let in_group = with_group(2, folder.path(), Kind::Float, |models, _| {
+            let engine: &Native = models.get(folder.path()).unwrap();
+            Engine::capabilities(engine).context
+        });
+        (Engine::capabilities(&alone).context, in_group)
+    };
+    assert_eq!(context(1000), (1000, 1000));
+    assert_eq!(context(1 << 20), (1 << 20, MAX_CONTEXT));
+    assert_eq!(MAX_CONTEXT, 131_072);
 }
