@@ -7,7 +7,7 @@
 
 use crate::{
     lanes::{Lanes, on_lanes},
-    product::Panels,
+    product::{Panels, Target},
 };
 
 /// Keys of a block.
@@ -97,7 +97,8 @@ impl Scratch {
         // SAFETY: `attend` has measured keys and values up to the last position, and made the scratch.
         unsafe {
             let first = kept.keys.as_ptr().add(block * kept.stride + kept.offset);
-            self.panels.against(first, kept.stride, keys, false, self.scores.as_mut_ptr(), KEYS);
+            let target = Target { to: self.scores.as_mut_ptr(), stride: KEYS, add: false };
+            self.panels.against(first, kept.stride, 0..keys, target);
         }
         for row in 0..rows {
             let position = asked.first + row / heads;

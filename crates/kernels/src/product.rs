@@ -12,6 +12,10 @@
 //! the small operand packed instead of the large one). Weights that are not f32 are widened twelve rows at
 //! a time, into a scratch that stays near while all panels pass by it.
 
+use std::ops::Range;
+
+use rayon::prelude::*;
+
 use crate::{
     lanes::{Lanes, on_lanes},
     matrix::Matrix,
@@ -57,10 +61,23 @@ struct Strip {
 
 /// Where sums go: rows `stride` apart.
 #[derive(Clone, Copy)]
-struct Target {
-    to: *mut f32,
-    stride: usize,
-    add: bool,
+pub(crate) struct Target {
+    pub(crate) to: *mut f32,
+    pub(crate) stride: usize,
+    pub(crate) add: bool,
+}
+
+// SAFETY: whoever writes through it promises that nobody else writes the same numbers.
+unsafe impl Send for Target {}
+// SAFETY: as above.
+unsafe impl Sync for Target {}
+
+impl Target {
+    /// From an output on; sums of any but the first run go to those before.
+    unsafe fn at(self, output: usize, from: usize) -> Self {
+        // SAFETY: as the callers of `Panels::against` promise.
+        Self { to: unsafe { self.to.add(output) }, add: self.add || from > 0, ..self }
+    }
 }
 
 impl Panels {
@@ -82,61 +99,91 @@ impl Panels {
     /// # Panics
     /// Where the shapes do not fit, or a slice is shorter than its shape.
     pub fn product(&self, w: &Matrix, bias: Option<&[f32]>, into: Into, out: &mut [f32], stride: usize) {
+        self.check(w, bias, out, stride);
+        let target = Target { to: out.as_mut_ptr(), stride, add: matches!(into, Into::Add) };
+        // SAFETY: the shapes are checked.
+        unsafe { self.outputs(w, 0..w.rows(), bias, target) }
+    }
+
+    /// As [`Panels::product`], the rows of `w` shared out over the threads of the pool that this runs in: each
+    /// is read by one thread only, which counts where few rows of `x` are packed.
+    pub fn product_shared(&self, w: &Matrix, bias: Option<&[f32]>, into: Into, out: &mut [f32], stride: usize) {
+        let threads = rayon::current_num_threads();
+        if threads == 1 {
+            return self.product(w, bias, into, out, stride);
+        }
+        self.check(w, bias, out, stride);
+        let target = Target { to: out.as_mut_ptr(), stride, add: matches!(into, Into::Add) };
+        let share = w.rows().div_ceil(threads).next_multiple_of(STRIP);
+        (0..w.rows().div_ceil(share)).into_par_iter().for_each(|part| {
+            let outputs = part * share..w.rows().min((part + 1) * share);
+            // SAFETY: the shapes are checked, and no two parts write the same numbers.
+            unsafe { self.outputs(w, outputs, bias, target) }
+        });
+    }
+
+    fn check(&self, w: &Matrix, bias: Option<&[f32]>, out: &[f32], stride: usize) {
         let (n, k) = (w.rows(), w.columns());
         assert!(k == self.columns && bias.is_none_or(|bias| bias.len() == n), "{k} columns, not {}", self.columns);
-        if self.rows == 0 || n == 0 {
-            return;
-        }
-        assert!(out.len() >= (self.rows - 1) * stride + n, "{} numbers for {} rows", out.len(), self.rows);
+        let needed = if n == 0 { 0 } else { self.rows.saturating_sub(1) * stride + n };
+        assert!(self.rows == 0 || out.len() >= needed, "{} numbers for {} rows", out.len(), self.rows);
+        assert!(self.rows < 2 || stride >= n, "rows of {n} numbers {stride} apart");
+    }
+
+    /// Some rows of `w`, and their bias.
+    ///
+    /// # Safety
+    /// The target must have a row of `w.rows()` numbers for each packed row.
+    unsafe fn outputs(&self, w: &Matrix, outputs: Range<usize>, bias: Option<&[f32]>, target: Target) {
         match w.in_place() {
-            // SAFETY: `w` has `n` rows of `k`, and the assertion above has measured `out`.
-            Some(weights) => unsafe {
-                self.against(weights, k, n, matches!(into, Into::Add), out.as_mut_ptr(), stride);
-            },
-            None => self.widened(w, matches!(into, Into::Add), out, stride),
+            // SAFETY: `w` has as many rows; the target is as the caller promises.
+            Some(weights) => unsafe { self.against(weights, w.columns(), outputs.clone(), target) },
+            // SAFETY: as the caller promises.
+            None => unsafe { self.widened(w, outputs.clone(), target) },
         }
-        if let Some(bias) = bias {
-            for row in out.chunks_mut(stride).take(self.rows) {
-                row.iter_mut().zip(bias).for_each(|(out, bias)| *out += bias);
+        let Some(bias) = bias else { return };
+        for row in 0..self.rows {
+            for output in outputs.clone() {
+                // SAFETY: as the caller promises.
+                unsafe { *target.to.add(row * target.stride + output) += bias[output] };
             }
         }
     }
 
-    /// Against `n` rows of weights `ldw` apart.
+    /// Against some rows of weights, `ldw` apart.
     ///
     /// # Safety
-    /// `w` must be good for `n` rows of as many numbers as there are columns, `to` for a row of `n` for each
-    /// packed row.
-    pub(crate) unsafe fn against(&self, w: *const f32, ldw: usize, n: usize, add: bool, to: *mut f32, stride: usize) {
+    /// `w` must be good for those rows of as many numbers as there are columns, the target for as many numbers
+    /// in a row for each packed row.
+    pub(crate) unsafe fn against(&self, w: *const f32, ldw: usize, outputs: Range<usize>, target: Target) {
         for from in (0..self.columns).step_by(RUN) {
-            for first in (0..n).step_by(STRIP) {
+            for first in outputs.clone().step_by(STRIP) {
                 // SAFETY: as the caller promises.
                 unsafe {
-                    let outputs = STRIP.min(n - first);
+                    let outputs = STRIP.min(outputs.end - first);
                     let weights = std::array::from_fn(|row| w.add((first + row.min(outputs - 1)) * ldw + from));
                     let next = w.wrapping_add((first + STRIP) * ldw + from);
                     let strip = Strip { weights, outputs, next, next_stride: ldw };
-                    self.strip(from, strip, Target { to: to.add(first), stride, add: add || from > 0 });
+                    self.strip(from, strip, target.at(first, from));
                 }
             }
         }
     }
 
     /// As [`Panels::against`], for weights that cannot be read in place.
-    fn widened(&self, w: &Matrix, add: bool, out: &mut [f32], stride: usize) {
+    unsafe fn widened(&self, w: &Matrix, outputs: Range<usize>, target: Target) {
         let mut scratch = vec![0.0; STRIP * RUN.min(self.columns)];
         for from in (0..self.columns).step_by(RUN) {
             let run = from..self.columns.min(from + RUN);
-            for first in (0..w.rows()).step_by(STRIP) {
-                let outputs = STRIP.min(w.rows() - first);
+            for first in outputs.clone().step_by(STRIP) {
+                let outputs = STRIP.min(outputs.end - first);
                 for (row, wide) in scratch.chunks_exact_mut(run.len()).take(outputs).enumerate() {
                     w.read(first + row, run.clone(), wide);
                 }
                 let weights = std::array::from_fn(|row| scratch[row.min(outputs - 1) * run.len()..].as_ptr());
                 let strip = Strip { weights, outputs, next: scratch.as_ptr(), next_stride: 0 };
-                let target = Target { to: out[first..].as_mut_ptr(), stride, add: add || from > 0 };
-                // SAFETY: the scratch has `outputs` rows of the run, and `product` has measured `out`.
-                unsafe { self.strip(from, strip, target) };
+                // SAFETY: the scratch has `outputs` rows of the run; the target is as the caller promises.
+                unsafe { self.strip(from, strip, target.at(first, from)) };
             }
         }
     }

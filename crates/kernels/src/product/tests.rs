@@ -47,6 +47,19 @@ proptest! {
         }
     }
 
+    #[test]
+    fn threads_that_share_the_outputs_change_no_bit(m in 1usize..30, n in 1usize..90, k in 1usize..900) {
+        let (x, bias) = (numbers(m * k, 41), numbers(n, 17));
+        let wide = Matrix::from_f32(&numbers(n * k, 29), n, k).unwrap();
+        let threads = rayon::ThreadPoolBuilder::new().num_threads(3).build().unwrap();
+        for matrix in [wide.to_bf16(), wide] {
+            let (mut one, mut all) = (numbers(m * (n + 2), 71), numbers(m * (n + 2), 71));
+            packed(&x, m, k).product(&matrix, Some(&bias), Into::Add, &mut one, n + 2);
+            threads.install(|| packed(&x, m, k).product_shared(&matrix, Some(&bias), Into::Add, &mut all, n + 2));
+            prop_assert_eq!(one, all);
+        }
+    }
+
     /// The lanes that this processor has, against plain Rust.
     #[test]
     fn every_processor_gives_the_same_bits(m in 1usize..60, outputs in 1usize..=STRIP, k in 1usize..RUN) {

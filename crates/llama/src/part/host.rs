@@ -3,7 +3,8 @@
 //!
 //! A layer is two passes over the packed tokens: one row by row (output projection and feed-forward of
 //! the layer before, then norm, projections and rotation of this one), over blocks of rows small enough
-//! for the second-level cache; and attention, over blocks of queries. Threads share out the blocks.
+//! for the second-level cache; and attention, over blocks of queries. Threads share out the blocks; where
+//! rows are few, and for the head, they share out the weights.
 //!
 //! Shapes: n packed tokens, and the letters of the crate.
 
@@ -18,7 +19,10 @@ use crate::{Config, Error, Result, rope::Frequencies, weights::Folder};
 /// Rows of a block: their hidden states and what the feed-forward makes of them stay in the
 /// second-level cache.
 const ROWS: usize = 96;
-/// Rows whose logits one thread holds together.
+/// Up to so many rows a thread are one block for all threads, which share out the weights instead: each reads
+/// only its own.
+const FEW_ROWS: usize = 8;
+/// Rows whose logits are held together, a thread.
 const HEAD_ROWS: usize = 48;
 
 /// A part whose weights are mapped.
@@ -77,12 +81,19 @@ struct Angles {
 }
 
 /// What one block of rows needs besides its own: used again for the next block.
-#[derive(Default)]
 struct Rows {
+    /// The only block, for which all threads work.
+    alone: bool,
     normed: Vec<f32>,
     panels: Panels,
     gate: Vec<f32>,
     up: Vec<f32>,
+}
+
+impl Rows {
+    fn new(alone: bool) -> Self {
+        Self { alone, normed: Vec::new(), panels: Panels::default(), gate: Vec::new(), up: Vec::new() }
+    }
 }
 
 impl HostPart {
@@ -250,7 +261,9 @@ impl HostPart {
         for (numbers, width) in [(&mut *query, widths.q), (key, widths.k), (value, widths.k), (mixed, widths.q)] {
             numbers.resize(tokens * width, 0.0);
         }
-        let rows = tokens.div_ceil(self.threads.current_num_threads()).clamp(1, ROWS);
+        let threads = self.threads.current_num_threads();
+        let few = tokens <= FEW_ROWS * threads;
+        let rows = if few { tokens } else { tokens.div_ceil(threads).min(ROWS) };
         self.threads.install(|| {
             for at in 0..self.layers.len() {
                 let (before, rest) = self.layers.split_at_mut(at);
@@ -262,25 +275,28 @@ impl HostPart {
                     .zip(value.par_chunks_mut(rows * widths.k))
                     .zip(mixed.par_chunks(rows * widths.q))
                     .enumerate()
-                    .for_each_init(Rows::default, |scratch, (block, ((((hidden, query), key), value), mixed))| {
-                        if let Some(before) = before {
-                            before.after_attention(scratch, hidden, mixed, epsilon);
-                        }
-                        layer.before_attention(scratch, hidden, (query, key, value), epsilon);
-                        let angles = angles.rows(block * rows, hidden.len() / h, d / 2);
-                        for ((query, key), (cos, sin)) in
-                            query.chunks_exact_mut(widths.q).zip(key.chunks_exact_mut(widths.k)).zip(angles)
-                        {
-                            rotate(query, cos, sin);
-                            rotate(key, cos, sin);
-                        }
-                    });
+                    .for_each_init(
+                        || Rows::new(few),
+                        |scratch, (block, ((((hidden, query), key), value), mixed))| {
+                            if let Some(before) = before {
+                                before.after_attention(scratch, hidden, mixed, epsilon);
+                            }
+                            layer.before_attention(scratch, hidden, (query, key, value), epsilon);
+                            let angles = angles.rows(block * rows, hidden.len() / h, d / 2);
+                            for ((query, key), (cos, sin)) in
+                                query.chunks_exact_mut(widths.q).zip(key.chunks_exact_mut(widths.k)).zip(angles)
+                            {
+                                rotate(query, cos, sin);
+                                rotate(key, cos, sin);
+                            }
+                        },
+                    );
                 layer.keep(lane, pieces, widths.k, key, value);
                 layer.attend(lane, pieces, &widths, d, window, (query, key, value), mixed);
             }
             let Some(last) = self.layers.last() else { return };
             hidden_nh.par_chunks_mut(rows * h).zip(mixed.par_chunks(rows * widths.q)).for_each_init(
-                Rows::default,
+                || Rows::new(few),
                 |scratch, (hidden, mixed)| {
                     last.after_attention(scratch, hidden, mixed, epsilon);
                 },
@@ -306,27 +322,24 @@ impl HostPart {
             return Err(Error::Invalid(format!("row {beyond} of {} hidden states", hidden_nh.len() / h)));
         }
         let epsilon = self.config.rms_norm_eps as f32;
-        let rows = at.len().div_ceil(self.threads.current_num_threads()).clamp(1, HEAD_ROWS);
-        let block = |scratch: &mut (Vec<f32>, Vec<f32>, Panels, Vec<f32>), (block, at): (usize, &[usize])| -> Vec<T> {
-            let (hidden, normed, panels, logits) = scratch;
+        let rows = HEAD_ROWS * self.threads.current_num_threads();
+        let (mut hidden, mut normed, mut logits) = (Vec::new(), Vec::new(), Vec::new());
+        let mut panels = Panels::default();
+        // A vocabulary is often a multiple of a large power of two: rows that far apart would all fall on the
+        // same few lines of the cache.
+        let stride = v + 16;
+        let mut block = |(block, at): (usize, &[usize])| -> Vec<T> {
             hidden.clear();
             at.iter().for_each(|&at| hidden.extend_from_slice(&hidden_nh[at * h..(at + 1) * h]));
             normed.resize(hidden.len(), 0.0);
-            rms_norm(hidden, &self.norm_h, epsilon, normed);
-            // A vocabulary is often a multiple of a large power of two: rows that far apart would all fall
-            // on the same few lines of the cache.
-            let stride = v + 16;
+            rms_norm(&hidden, &self.norm_h, epsilon, &mut normed);
             logits.resize(at.len() * stride, 0.0);
-            panels.pack(normed, h, at.len(), h);
-            panels.product(head_vh, None, Into::Store, logits, stride);
-            let each = logits.chunks_exact(stride).take(at.len()).enumerate();
+            panels.pack(&normed, h, at.len(), h);
+            panels.product_shared(head_vh, None, Into::Store, &mut logits, stride);
+            let each = logits[..at.len() * stride].par_chunks_exact(stride).enumerate();
             each.map(|(row, logits)| take(block * rows + row, &logits[..v])).collect()
         };
-        Ok(self.threads.install(|| {
-            let blocks = at.par_chunks(rows).enumerate();
-            let taken: Vec<Vec<T>> = blocks.map_init(Default::default, block).collect();
-            taken.into_iter().flatten().collect()
-        }))
+        Ok(self.threads.install(|| at.chunks(rows).enumerate().flat_map(&mut block).collect()))
     }
 
     /// Numbers of one position's keys.
@@ -351,28 +364,30 @@ impl Layer {
     ) {
         scratch.normed.resize(hidden.len(), 0.0);
         rms_norm(hidden, &self.input_norm_h, epsilon, &mut scratch.normed);
-        let panels = &mut scratch.panels;
+        let (panels, alone) = (&mut scratch.panels, scratch.alone);
         self.query.pack(panels, &scratch.normed);
-        self.query.forward(panels, Into::Store, query);
-        self.key.forward(panels, Into::Store, key);
-        self.value.forward(panels, Into::Store, value);
+        self.query.forward(panels, alone, Into::Store, query);
+        self.key.forward(panels, alone, Into::Store, key);
+        self.value.forward(panels, alone, Into::Store, value);
     }
 
     fn after_attention(&self, scratch: &mut Rows, hidden: &mut [f32], mixed: &[f32], epsilon: f32) {
-        let panels = &mut scratch.panels;
+        let (panels, alone) = (&mut scratch.panels, scratch.alone);
         self.output.pack(panels, mixed);
-        self.output.forward(panels, Into::Add, hidden);
+        self.output.forward(panels, alone, Into::Add, hidden);
         scratch.normed.resize(hidden.len(), 0.0);
         rms_norm(hidden, &self.post_norm_h, epsilon, &mut scratch.normed);
         let inner = hidden.len() / self.post_norm_h.len() * self.gate.weight.rows();
         scratch.gate.resize(inner, 0.0);
         scratch.up.resize(inner, 0.0);
         self.gate.pack(panels, &scratch.normed);
-        self.gate.forward(panels, Into::Store, &mut scratch.gate);
-        self.up.forward(panels, Into::Store, &mut scratch.up);
-        swiglu(&mut scratch.gate, &scratch.up);
+        self.gate.forward(panels, alone, Into::Store, &mut scratch.gate);
+        self.up.forward(panels, alone, Into::Store, &mut scratch.up);
+        let share = if alone { inner.div_ceil(rayon::current_num_threads()).max(1) } else { inner.max(1) };
+        let parts = scratch.gate.par_chunks_mut(share).zip(scratch.up.par_chunks(share));
+        parts.for_each(|(gate, up)| swiglu(gate, up));
         self.down.pack(panels, &scratch.gate);
-        self.down.forward(panels, Into::Add, hidden);
+        self.down.forward(panels, alone, Into::Add, hidden);
     }
 
     /// New keys and values into their slots.
@@ -454,8 +469,10 @@ impl Linear {
         panels.pack(x, k, x.len() / k, k);
     }
 
-    fn forward(&self, x: &Panels, into: Into, out: &mut [f32]) {
-        x.product(&self.weight, self.bias.as_deref(), into, out, self.weight.rows());
+    /// On this thread, or on all of them.
+    fn forward(&self, x: &Panels, all: bool, into: Into, out: &mut [f32]) {
+        let product = if all { Panels::product_shared } else { Panels::product };
+        product(x, &self.weight, self.bias.as_deref(), into, out, self.weight.rows());
     }
 }
 
