@@ -13,7 +13,8 @@ fn whole(tokens: usize, token_ids: usize) -> Step {
 #[test]
 fn samplers_that_no_job_may_ask_for_are_refused() {
     assert_eq!(begin_from_proto(begin_to_proto(3, &begin())).unwrap(), (3, begin()));
-    let cases: [(&str, fn(&mut proto::StepSampler, f64), &[f64], &[f64]); 4] = [
+    type Case = (&'static str, fn(&mut proto::StepSampler, f64), &'static [f64], &'static [f64]);
+    let cases: [Case; 4] = [
         ("temperature", |sampler, x| sampler.temperature = x, &[0.0, 2.5], &[-0.5, f64::INFINITY, f64::NAN]),
         ("top_p", |sampler, x| sampler.top_p = x, &[0.001, 1.0], &[0.0, -0.1, 1.5, f64::NAN]),
         ("min_p", |sampler, x| sampler.min_p = x, &[0.0, 1.0], &[-0.1, 1.5, f64::NAN]),
