@@ -1,7 +1,8 @@
 //! One shard, from rows to the bytes that are published.
 
-use std::{ops::Range, path::PathBuf, sync::Arc};
+use std::{ops::Range, path::PathBuf, sync::Arc, time::Instant};
 
+use rayon::prelude::*;
 use retort_artifact::{
     prompts::Row,
     soft_targets::{self, Encoded, Header, SCHEMA_VERSION, Sequence, TailLogprobs},
@@ -178,16 +179,24 @@ pub fn capture(engine: &mut dyn Engine, order: &Order, watch: Watch) -> Result<C
     let generate = order.spec.teacher.mode == TeacherMode::Generate;
     able.check(generate, &capture)?;
 
-    let rows = order.lines.clone().zip(&order.rows[order.lines.clone()]);
-    let texts: Vec<Text> = rows
-        .map(|(line, row)| {
+    let started = Instant::now();
+    let (tokenizer, end_tokens) = (engine.tokenizer(), engine.end_tokens());
+    let texts: Vec<Result<Text>> = order
+        .lines
+        .clone()
+        .into_par_iter()
+        .map(|line| {
+            let row = &order.rows[line];
             if generate {
-                text::prompt(engine.tokenizer(), able.context, sampling.max_new_tokens, line as u64, row)
+                text::prompt(tokenizer, able.context, sampling.max_new_tokens, line as u64, row)
             } else {
-                text::completed(engine.tokenizer(), engine.end_tokens(), able.context, line as u64, row)
+                text::completed(tokenizer, end_tokens, able.context, line as u64, row)
             }
         })
-        .collect::<Result<_>>()?;
+        .collect();
+    // Of several that do not fit, the first is named.
+    let texts = texts.into_iter().collect::<Result<Vec<_>>>()?;
+    tracing::debug!(rows = texts.len(), seconds = started.elapsed().as_secs_f64(), "rows tokenised");
     let sequences = if generate {
         let how = Generation {
             sampler: Sampler {
