@@ -26,7 +26,7 @@ ALLOWED = {
     "retort-broker": {"retort-core", "retort-process"},
     "retort-orchestrator": {"retort-proto", "retort-core", "retort-process", "retort-artifact", "retort-bus", "retort-model"},
     "retort-teacher": {"retort-proto", "retort-core", "retort-process", "retort-artifact", "retort-worker", "retort-kernels", "retort-llama", "retort-model"},
-    "retort-student": {"retort-proto", "retort-core", "retort-process", "retort-artifact", "retort-worker", "retort-llama"},
+    "retort-student": {"retort-proto", "retort-core", "retort-process", "retort-artifact", "retort-worker", "retort-kernels", "retort-llama"},
     "retort-cli": {
         "retort-proto", "retort-core", "retort-process", "retort-artifact", "retort-import", "retort-model", "retort-plan",
     },

@@ -130,6 +130,7 @@ fn example(seed: u64, prompt: usize, completion: usize, k: usize, vocab_size: u3
         ids.dedup();
         let mass = 1.0 / ids.len() as f32;
         support.masses.extend(ids.iter().map(|_| mass));
+        support.heads.extend(ids.iter().map(|_| true));
         support.logprobs.extend(ids.iter().map(|_| mass.ln()));
         support.top_ids.push(ids[0]);
         support.label_logprobs.push(-1.0);

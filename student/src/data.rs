@@ -74,13 +74,21 @@ pub struct TrainingData {
     spill: Spill,
     order: Order,
     vocab_size: u32,
+    /// Of the soft targets, where it is not 1; and which of the shards' it is.
+    temperature: Option<(usize, f64)>,
     consumed: Vec<Consumed>,
 }
 
 impl TrainingData {
     /// Spills into `folder`.
-    pub fn new(stream: ShardStream, order: Order, vocab_size: u32, folder: &Path) -> Result<Self> {
-        Ok(Self { stream, spill: Spill::create(folder)?, order, vocab_size, consumed: Vec::new() })
+    pub fn new(
+        stream: ShardStream,
+        order: Order,
+        vocab_size: u32,
+        temperature: Option<(usize, f64)>,
+        folder: &Path,
+    ) -> Result<Self> {
+        Ok(Self { stream, spill: Spill::create(folder)?, order, vocab_size, temperature, consumed: Vec::new() })
     }
 
     /// Rows of the step with this index; waits until the teacher has published them all.
@@ -115,7 +123,8 @@ impl TrainingData {
         while let Some(rows) = fetched.next_rows().await? {
             for sequence in rows {
                 // A few megabytes into the page cache: short enough for this thread.
-                self.spill.append(&[Example::from_sequence(sequence, self.vocab_size)?])?;
+                let example = Example::from_sequence(sequence, self.vocab_size, self.temperature)?;
+                self.spill.append(&[example])?;
             }
         }
         let published = fetched.published;

@@ -128,7 +128,7 @@ impl Judging<'_> {
         let load = move |slot: &mut Option<Judge>| -> Result<()> {
             threads.enter(true);
             let model = Model::load(&folder, device, kind).map_err(llama)?;
-            let loss = ChunkedLoss::new(0.0, model.config().vocab_size, kind, device)?;
+            let loss = ChunkedLoss::new(model.config().vocab_size, kind, device)?;
             *slot = Some(Judge { model, loss });
             Ok(())
         };
@@ -147,7 +147,7 @@ impl Judging<'_> {
             let judge = slot.as_mut().ok_or_else(no_judge)?;
             let examples = sequences
                 .into_iter()
-                .map(|sequence| Example::from_sequence(sequence, vocab_size))
+                .map(|sequence| Example::from_sequence(sequence, vocab_size, None))
                 .collect::<Result<Vec<_>>>()?;
             measure(&judge.model, &mut judge.loss, &examples, limits, &|| cx.check())
         };

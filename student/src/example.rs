@@ -17,13 +17,25 @@ pub struct Example {
 }
 
 impl Example {
-    /// Checks what a decoder cannot: that the ids are the student's.
-    pub fn from_sequence(sequence: DecodedSequence, vocab_size: u32) -> Result<Self> {
+    /// Checks what a decoder cannot: that the ids are the student's. With a temperature other than 1, and which
+    /// of the shard's it is, the targets are at that.
+    pub fn from_sequence(
+        sequence: DecodedSequence,
+        vocab_size: u32,
+        temperature: Option<(usize, f64)>,
+    ) -> Result<Self> {
         let targets = (0u32..).zip(&sequence.target_mask).filter(|(_, target)| **target).map(|(at, _)| at).collect();
         let mut example = Self { token_ids: sequence.token_ids, targets, support: sequence.targets };
-        // The losses are at temperature 1, and ask of an entry no more than its mass.
+        if let Some((index, temperature)) = temperature {
+            example.support = example.support.at_temperature(index, temperature).ok_or_else(|| {
+                let message = format!(
+                    "row {:?} of a soft-target shard was not captured for temperature {temperature}",
+                    sequence.row_id
+                );
+                Error::new(Code::ShardCorrupt, message)
+            })?;
+        }
         example.support.log_sum_exps = Vec::new();
-        example.support.heads = Vec::new();
         example.check(vocab_size).map_err(|why| {
             Error::new(Code::ShardCorrupt, format!("row {:?} of a soft-target shard: {why}", sequence.row_id))
         })?;
@@ -54,6 +66,7 @@ impl Example {
         if support.offsets[positions] as usize != entries
             || support.masses.len() != entries
             || support.logprobs.len() != entries
+            || support.heads.len() != entries
         {
             return Err(format!("{entries} support ids do not fit the offsets, masses and log-probabilities"));
         }
@@ -82,6 +95,7 @@ impl Example {
         for numbers in [&support.masses, &support.logprobs, &support.label_logprobs, &support.residuals] {
             bytes.extend(numbers.iter().flat_map(|number| number.to_le_bytes()));
         }
+        bytes.extend(support.heads.iter().map(|&head| u8::from(head)));
         bytes
     }
 
@@ -101,7 +115,7 @@ impl Example {
                 label_logprobs: reader.numbers(positions)?,
                 residuals: reader.numbers(positions)?,
                 log_sum_exps: Vec::new(),
-                heads: Vec::new(),
+                heads: reader.flags(entries)?,
             },
         })
         .filter(|_| reader.bytes.is_empty())
@@ -109,7 +123,7 @@ impl Example {
 
     fn spilled_bytes(&self) -> usize {
         let words = self.token_ids.len() + 5 * self.targets.len() + 1 + 3 * self.support.ids.len();
-        3 * size_of::<u64>() + words * size_of::<u32>()
+        3 * size_of::<u64>() + words * size_of::<u32>() + self.support.heads.len()
     }
 }
 
@@ -130,6 +144,12 @@ impl Reader<'_> {
 
     fn numbers(&mut self, count: usize) -> Option<Vec<f32>> {
         self.array(count, f32::from_le_bytes)
+    }
+
+    fn flags(&mut self, count: usize) -> Option<Vec<bool>> {
+        let (head, rest) = self.bytes.split_at_checked(count)?;
+        self.bytes = rest;
+        head.iter().all(|&byte| byte < 2).then(|| head.iter().map(|&byte| byte == 1).collect())
     }
 
     fn array<T>(&mut self, count: usize, read: impl Fn([u8; 4]) -> T) -> Option<Vec<T>> {
@@ -174,6 +194,7 @@ pub(crate) mod tests {
             let top = weights.iter().enumerate().max_by(|a, b| a.1.total_cmp(b.1)).map_or(0, |(at, _)| ids[at]);
             example.support.masses.extend(weights.iter().map(|weight| (weight / total) as f32));
             example.support.logprobs.extend(weights.iter().map(|weight| (weight / total).ln() as f32));
+            example.support.heads.extend(ids.iter().map(|_| true));
             example.support.ids.extend(ids);
             example.support.offsets.push(example.support.ids.len() as u32);
             example.support.top_ids.push(top);

@@ -30,7 +30,7 @@ impl HeldOutSample {
                     if self.targets >= MAX_TARGETS {
                         return Ok(&self.examples);
                     }
-                    let example = Example::from_sequence(sequence, self.vocab_size)?;
+                    let example = Example::from_sequence(sequence, self.vocab_size, None)?;
                     self.targets += example.targets.len();
                     self.examples.push(example);
                 }

@@ -19,6 +19,7 @@ mod evaluate;
 pub mod example;
 mod failure;
 pub mod generate;
+pub mod guard;
 mod handler;
 mod held_out;
 mod init;

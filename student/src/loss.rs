@@ -1,24 +1,24 @@
 //! The head and its loss, a chunk of positions at a time.
 //!
-//! Forward KL to a sparse target `t` and cross-entropy on the label `y`, mixed with weight `c`:
-//! `(1 - c) * sum_v t_v (log p_v - log q_v) - c * log q_y`, where `q = softmax(z)`. Its gradient has a
-//! closed form, `w * q - u` with `u = (1 - c) t + c [v = y]` and `w = sum_v u_v`, so no graph
-//! is kept: inside a chunk the logits are computed, turned into their gradient, multiplied back into
-//! the gradients of the hidden states and of the head, and overwritten by the next chunk. Nothing of
-//! size positions x vocabulary ever lives.
-//!
-//! A target may keep the mass `r` of all tokens outside its support as one bucket, of which the
-//! student has `R = 1 - sum_support q`. That adds `r (log r - log R)` to the KL and, because the
-//! bucket's mass follows the student's own distribution inside it, `-(r / R) q` to the gradient of
-//! every token outside the support.
+//! The gradient of every loss has a closed form in the logits ([`objective`]): `spread * q`, where
+//! `q = softmax(z)`, plus a correction at each entry of the support and at the label. So no graph is kept:
+//! inside a chunk the logits are computed, turned into their gradient where they lie, multiplied back into the
+//! gradients of the hidden states and of the head, and overwritten by the next chunk. Nothing of size positions
+//! x vocabulary ever lives.
 //!
 //! Shape letters: `n` target positions (of a chunk, inside the loop), `e` support entries, `h`
 //! hidden size, `v` vocabulary.
+
+mod host;
+pub mod objective;
+
+use std::ops::Range;
 
 use retort_core::Result;
 use tch::{Device, Kind, TchError, Tensor, no_grad};
 
 use crate::{batch::Targets, failure::torch};
+use objective::{Objective, Position};
 
 /// Bytes that one of the two working arrays of a chunk may take.
 const CHUNK_BYTES: usize = 64 << 20;
@@ -28,7 +28,9 @@ const CHUNK_POSITIONS: (usize, usize) = (16, 2048);
 /// Sums over positions, in nats.
 #[derive(Clone, Copy, Debug, Default, PartialEq)]
 pub struct Sums {
-    /// Forward KL on the sparse targets.
+    /// All terms as they are weighed.
+    pub loss: f64,
+    /// Forward KL on the sparse targets, at the loss's temperature.
     pub kl: f64,
     /// Cross-entropy on the labels; 0 unless it is part of the loss.
     pub ce: f64,
@@ -37,6 +39,7 @@ pub struct Sums {
 
 impl Sums {
     pub fn add(&mut self, other: Sums) {
+        self.loss += other.loss;
         self.kl += other.kl;
         self.ce += other.ce;
         self.positions += other.positions;
@@ -54,35 +57,36 @@ pub struct Measured {
     pub label_logprobs: Vec<f32>,
 }
 
-/// Computes the loss, keeping its working memory from call to call.
+/// Computes losses, keeping its working memory from call to call.
 #[derive(Debug)]
 pub struct ChunkedLoss {
-    ce_weight: f64,
     vocab_size: i64,
     /// Positions at a time.
     chunk: usize,
+    /// On the CPU one pass of our own stands for libtorch's several.
+    fused: bool,
     /// In the head's kind.
     logits_nv: Tensor,
     logprobs_nv: Tensor,
 }
 
 impl ChunkedLoss {
-    /// For a head of `vocab_size` rows in `kind`. `ce_weight` in 0..=1.
-    pub fn new(ce_weight: f64, vocab_size: i64, kind: Kind, device: Device) -> Result<Self> {
+    /// For a head of `vocab_size` rows in `kind`.
+    pub fn new(vocab_size: i64, kind: Kind, device: Device) -> Result<Self> {
         let row = vocab_size.max(1).unsigned_abs() as usize * size_of::<f32>();
         let chunk = (CHUNK_BYTES / row).clamp(CHUNK_POSITIONS.0, CHUNK_POSITIONS.1);
-        Self::with_chunk(ce_weight, vocab_size, kind, device, chunk)
+        Self::with_chunk(vocab_size, kind, device, chunk)
     }
 
     /// As [`ChunkedLoss::new`], with `chunk` positions at a time.
-    pub fn with_chunk(ce_weight: f64, vocab_size: i64, kind: Kind, device: Device, chunk: usize) -> Result<Self> {
+    pub fn with_chunk(vocab_size: i64, kind: Kind, device: Device, chunk: usize) -> Result<Self> {
         let chunk = chunk.max(1);
         let shape = [chunk as i64, vocab_size];
         let failed = torch("cannot allocate the loss's working memory");
         Ok(Self {
-            ce_weight,
             vocab_size,
             chunk,
+            fused: device == Device::Cpu,
             logits_nv: Tensor::f_empty(shape, (kind, device)).map_err(&failed)?,
             logprobs_nv: Tensor::f_empty(shape, (Kind::Float, device)).map_err(&failed)?,
         })
@@ -91,9 +95,11 @@ impl ChunkedLoss {
     /// Sums over all positions, and the gradient `[n, h]` of `scale * loss` with respect to
     /// `hidden_nh`; the head's own is added to `weight_grad_vh` (f32, contiguous) where it is given.
     ///
-    /// `hidden_nh` and `weight_vh` have one kind. No graph is recorded.
+    /// `hidden_nh` and `weight_vh` have one kind. `targets` are at the objective's temperature. No graph is
+    /// recorded.
     pub fn backward(
         &mut self,
+        objective: &Objective,
         hidden_nh: &Tensor,
         weight_vh: &Tensor,
         mut weight_grad_vh: Option<&mut Tensor>,
@@ -106,28 +112,21 @@ impl ChunkedLoss {
             let grad_nh = hidden_nh.f_zeros_like().map_err(&failed)?;
             let mut sums = Sums::default();
             for start in (0..targets.len()).step_by(self.chunk) {
-                let chunk = self.chunk_at(targets, start, hidden_nh.device())?;
+                let chunk = Chunk::new(targets, start, self.chunk, self.vocab_size, hidden_nh.device())?;
                 let part_nh = hidden_nh.narrow(0, start as i64, chunk.n);
-                let into_nh = grad_nh.narrow(0, start as i64, chunk.n);
-                let logprobs_nv = self.logprobs(&part_nh, &weight_vh).map_err(&failed)?;
-                let (student_e, labels_n) = chunk.gather(&logprobs_nv).map_err(&failed)?;
-                sums.kl += chunk.kl_n(targets, &student_e).iter().sum::<f64>();
-                sums.positions += labels_n.len();
-                let bucket = chunk.bucket(targets, &student_e, self.ce_weight, hidden_nh.device())?;
-                if self.ce_weight > 0.0 {
-                    sums.ce -= labels_n.iter().map(|&logprob| f64::from(logprob)).sum::<f64>();
+                let mut into_nh = grad_nh.narrow(0, start as i64, chunk.n);
+                let part = || -> Result<(Sums, Tensor), TchError> {
+                    let logits_nv = self.logits(&part_nh, &weight_vh)?;
+                    let (sums, grad_nv) = self.gradient(objective, targets, &chunk, &logits_nv)?;
+                    let grad_nv = grad_nv.f_to_kind(part_nh.kind())?;
+                    into_nh.f_copy_(&grad_nv.f_matmul(&weight_vh)?.f_to_kind(Kind::Float)?.f_mul_scalar(scale)?)?;
+                    Ok((sums, grad_nv))
+                };
+                let (part_sums, grad_nv) = part().map_err(&failed)?;
+                sums.add(part_sums);
+                if let Some(weight_grad_vh) = weight_grad_vh.as_deref_mut() {
+                    add_head_gradient(weight_grad_vh, &grad_nv, &part_nh, scale).map_err(&failed)?;
                 }
-                self.chunk_gradient(
-                    &chunk,
-                    bucket,
-                    logprobs_nv,
-                    &part_nh,
-                    &weight_vh,
-                    into_nh,
-                    weight_grad_vh.as_deref_mut(),
-                    scale,
-                )
-                .map_err(&failed)?;
             }
             Ok((sums, grad_nh))
         })
@@ -139,215 +138,191 @@ impl ChunkedLoss {
         no_grad(|| {
             let mut measured = Measured::default();
             for start in (0..targets.len()).step_by(self.chunk) {
-                let chunk = self.chunk_at(targets, start, hidden_nh.device())?;
+                let chunk = Chunk::new(targets, start, self.chunk, self.vocab_size, hidden_nh.device())?;
                 let part_nh = hidden_nh.narrow(0, start as i64, chunk.n);
-                let logprobs_nv = self.logprobs(&part_nh, weight_vh).map_err(&failed)?;
-                let (student_e, labels_n) = chunk.gather(&logprobs_nv).map_err(&failed)?;
-                measured.kl.extend(chunk.kl_n(targets, &student_e));
-                measured.label_logprobs.extend(labels_n);
-                let top_n = logprobs_nv.f_argmax(-1, false).and_then(Vec::<i64>::try_from).map_err(&failed)?;
-                measured.top_ids.extend(top_n);
+                let mut part = || -> Result<(), TchError> {
+                    let logits_nv = self.logits(&part_nh, weight_vh)?;
+                    let logprobs_nv = self.logprobs(&logits_nv, 1.0)?;
+                    let student_e = gather(&logprobs_nv, &chunk.support_e)?;
+                    let mut corrections = vec![0.0; student_e.len()];
+                    for p in chunk.positions() {
+                        let position = chunk.position(targets, p, &student_e, self.vocab_size);
+                        measured.kl.push(position.forward_kl(0.0, &mut corrections[chunk.entries(targets, p)]).0);
+                    }
+                    measured.label_logprobs.extend(gather(&logprobs_nv, &chunk.labels_n)?);
+                    measured.top_ids.extend(Vec::<i64>::try_from(logprobs_nv.f_argmax(-1, false)?)?);
+                    Ok(())
+                };
+                part().map_err(&failed)?;
             }
             Ok(measured)
         })
     }
 
-    fn chunk_at(&self, targets: &Targets, start: usize, device: Device) -> Result<Chunk> {
-        Chunk::new(targets, start, self.chunk, self.ce_weight, self.vocab_size, device)
+    /// The head's output `[n, v]`, in this struct's own memory.
+    fn logits(&self, part_nh: &Tensor, weight_vh: &Tensor) -> Result<Tensor, TchError> {
+        let logits_nv = self.logits_nv.f_narrow(0, 0, part_nh.size()[0])?;
+        let _ = part_nh.f_matmul_out(&logits_nv, &weight_vh.f_tr()?)?;
+        Ok(logits_nv)
     }
 
-    /// `log softmax` of the head's output, f32 `[n, v]`, in this struct's own memory.
-    fn logprobs(&mut self, part_nh: &Tensor, weight_vh: &Tensor) -> Result<Tensor, TchError> {
-        let n = part_nh.size().first().copied().unwrap_or(0);
-        let logits_nv = self.logits_nv.f_narrow(0, 0, n)?;
-        let logprobs_nv = self.logprobs_nv.f_narrow(0, 0, n)?;
-        let _ = part_nh.f_matmul_out(&logits_nv, &weight_vh.f_tr()?)?;
-        let _ = logits_nv.f_to_kind(Kind::Float)?.f_internal_log_softmax_out(&logprobs_nv, -1, false)?;
+    /// `log softmax(z / temperature)`, f32, in this struct's own memory.
+    fn logprobs(&self, logits_nv: &Tensor, temperature: f64) -> Result<Tensor, TchError> {
+        let logprobs_nv = self.logprobs_nv.f_narrow(0, 0, logits_nv.size()[0])?;
+        let mut logits_nv = logits_nv.f_to_kind(Kind::Float)?;
+        if temperature != 1.0 {
+            logits_nv = logits_nv.f_div_scalar(temperature)?;
+        }
+        let _ = logits_nv.f_internal_log_softmax_out(&logprobs_nv, -1, false)?;
         Ok(logprobs_nv)
     }
 
-    /// Turns `logprobs_nv` into `softmax(z) - u / w` where it lies and multiplies that back; the factor
-    /// `w * scale` goes into the narrow side of both products.
-    #[allow(clippy::too_many_arguments)]
-    fn chunk_gradient(
+    /// The chunk's sums, and the loss's gradient in its logits, f32, in this struct's own memory.
+    fn gradient(
         &self,
+        objective: &Objective,
+        targets: &Targets,
         chunk: &Chunk,
-        bucket: Option<Bucket>,
-        mut logprobs_nv: Tensor,
-        part_nh: &Tensor,
-        weight_vh: &Tensor,
-        mut into_nh: Tensor,
-        weight_grad_vh: Option<&mut Tensor>,
-        scale: f64,
-    ) -> Result<(), TchError> {
-        let mut grad_nv = logprobs_nv.f_exp_()?;
-        let mut flat = grad_nv.f_view([-1])?;
-        if let Some(Bucket { keep_n1, give_back_e }) = bucket {
-            let _ = grad_nv.f_mul_(&keep_n1)?;
-            let _ = flat.f_index_add_(0, &chunk.support_e, &give_back_e)?;
+        logits_nv: &Tensor,
+    ) -> Result<(Sums, Tensor), TchError> {
+        if !self.fused {
+            return self.gradient_by_torch(objective, targets, chunk, logits_nv);
         }
-        let _ = flat.f_index_add_(0, &chunk.support_e, &chunk.minus_support_e)?;
-        if self.ce_weight > 0.0 {
-            let _ = flat.f_index_add_(0, &chunk.labels_n, &chunk.minus_labels_n)?;
-        }
-        let kind = part_nh.kind();
-        let grad_nv = grad_nv.f_to_kind(kind)?;
-        let factor_n1 = chunk.weight_n1.f_mul_scalar(scale)?;
-        let back_nh = grad_nv.f_matmul(weight_vh)?.f_to_kind(Kind::Float)?.f_mul(&factor_n1)?;
-        into_nh.f_copy_(&back_nh)?;
-        let Some(weight_grad_vh) = weight_grad_vh else { return Ok(()) };
-        let scaled_nh = part_nh.f_to_kind(Kind::Float)?.f_mul(&factor_n1)?.f_to_kind(kind)?;
-        let grad_vn = grad_nv.f_tr()?;
-        let _ = if kind == Kind::Float {
-            weight_grad_vh.f_addmm_(&grad_vn, &scaled_nh)?
+        let mut grad_nv = self.logprobs_nv.f_narrow(0, 0, chunk.n)?;
+        if logits_nv.kind() == Kind::Float {
+            grad_nv = logits_nv.shallow_clone();
         } else {
-            weight_grad_vh.f_add_(&grad_vn.f_matmul(&scaled_nh)?)?
-        };
-        Ok(())
+            grad_nv.f_copy_(logits_nv)?;
+        }
+        match host::numbers(&mut grad_nv) {
+            Some(numbers) => {
+                let sums = host::gradient(objective, targets, chunk, numbers, self.vocab_size.unsigned_abs() as usize);
+                Ok((sums, grad_nv))
+            }
+            None => self.gradient_by_torch(objective, targets, chunk, logits_nv),
+        }
+    }
+
+    /// As [`ChunkedLoss::gradient`], on any device.
+    fn gradient_by_torch(
+        &self,
+        objective: &Objective,
+        targets: &Targets,
+        chunk: &Chunk,
+        logits_nv: &Tensor,
+    ) -> Result<(Sums, Tensor), TchError> {
+        let device = logits_nv.device();
+        let temperature = objective.temperature;
+        let mut logprobs_nv = self.logprobs(logits_nv, temperature)?;
+        let student_e = gather(&logprobs_nv, &chunk.support_e)?;
+        let mut sums = Sums { positions: chunk.n as usize, ..Sums::default() };
+        let mut corrections = vec![0.0; student_e.len()];
+        let mut spread_n = Vec::with_capacity(sums.positions);
+        for p in chunk.positions() {
+            let position = chunk.position(targets, p, &student_e, self.vocab_size);
+            let judged = objective.judge(&position, &mut corrections[chunk.entries(targets, p)]);
+            sums.loss += judged.loss;
+            sums.kl += judged.kl;
+            spread_n.push((judged.spread / temperature) as f32);
+        }
+        let label_ce = objective.label_ce;
+        let one_softmax = label_ce > 0.0 && temperature == 1.0;
+        if one_softmax {
+            sums.ce = -gather(&logprobs_nv, &chunk.labels_n)?.iter().map(|&logprob| f64::from(logprob)).sum::<f64>();
+            spread_n.iter_mut().for_each(|spread| *spread += label_ce as f32);
+        }
+        let corrections: Vec<f32> = corrections.iter().map(|correction| (correction / temperature) as f32).collect();
+        let spread_n1 = Tensor::f_from_slice(&spread_n)?.f_to(device)?.f_unsqueeze(1)?;
+        let mut grad_nv = logprobs_nv.f_exp_()?.f_mul_(&spread_n1)?;
+        let _ = grad_nv.f_view([-1])?.f_index_add_(
+            0,
+            &chunk.support_e,
+            &Tensor::f_from_slice(&corrections)?.f_to(device)?,
+        )?;
+        if label_ce > 0.0 {
+            if !one_softmax {
+                let cold_nv = logits_nv.f_log_softmax(-1, Kind::Float)?;
+                sums.ce = -gather(&cold_nv, &chunk.labels_n)?.iter().map(|&logprob| f64::from(logprob)).sum::<f64>();
+                let _ = grad_nv.f_add_(&cold_nv.f_exp()?.f_mul_scalar(label_ce)?)?;
+            }
+            let minus_n = Tensor::f_full([chunk.n], -label_ce, (Kind::Float, device))?;
+            let _ = grad_nv.f_view([-1])?.f_index_add_(0, &chunk.labels_n, &minus_n)?;
+            sums.loss += label_ce * sums.ce;
+        }
+        Ok((sums, grad_nv))
     }
 }
 
-/// A chunk's buckets: what is left of `q` at each position, f32, and what each support entry gets back,
-/// so that only tokens outside the support lose.
-struct Bucket {
-    keep_n1: Tensor,
-    give_back_e: Tensor,
+/// Entries of the flattened `[n, v]`.
+fn gather(logprobs_nv: &Tensor, index: &Tensor) -> Result<Vec<f32>, TchError> {
+    Vec::try_from(logprobs_nv.f_view([-1])?.f_index_select(0, index)?)
 }
 
-/// Least mass that a student is taken to have in a bucket; what it has beside a sure head is rounding.
-const LEAST_BUCKET: f64 = 1e-6;
+fn add_head_gradient(
+    weight_grad_vh: &mut Tensor,
+    grad_nv: &Tensor,
+    part_nh: &Tensor,
+    scale: f64,
+) -> Result<(), TchError> {
+    let (kind, grad_vn) = (part_nh.kind(), grad_nv.f_tr()?);
+    let scaled_nh = part_nh.f_to_kind(Kind::Float)?.f_mul_scalar(scale)?.f_to_kind(kind)?;
+    let _ = if kind == Kind::Float {
+        weight_grad_vh.f_addmm_(&grad_vn, &scaled_nh)?
+    } else {
+        weight_grad_vh.f_add_(&grad_vn.f_matmul(&scaled_nh)?)?
+    };
+    Ok(())
+}
 
-/// One chunk of positions, its indices on the device. `index` numbers the flattened `[n, v]`.
+/// One chunk of positions. Indices number the flattened `[n, v]`, and lie on the device.
 struct Chunk {
     start: usize,
     n: i64,
     /// Index among all targets' support of the chunk's first entry.
     first: usize,
     support_e: Tensor,
-    /// `-(1 - c) t / w` of each support entry, f32.
-    minus_support_e: Tensor,
     labels_n: Tensor,
-    /// `-c / w` of each position, f32.
-    minus_labels_n: Tensor,
-    /// `w`, f32.
-    weight_n1: Tensor,
 }
 
 impl Chunk {
-    fn new(
-        targets: &Targets,
-        start: usize,
-        chunk: usize,
-        ce_weight: f64,
-        vocab_size: i64,
-        device: Device,
-    ) -> Result<Self> {
+    fn new(targets: &Targets, start: usize, chunk: usize, vocab_size: i64, device: Device) -> Result<Self> {
         let end = targets.len().min(start + chunk);
         let (first, last) = (targets.offsets[start], targets.offsets[end]);
         let mut support_e = Vec::with_capacity(last - first);
-        let mut minus_support_e = Vec::with_capacity(last - first);
         let mut labels_n = Vec::with_capacity(end - start);
-        let mut minus_labels_n = Vec::with_capacity(end - start);
-        let mut weight_n = Vec::with_capacity(end - start);
         for p in start..end {
-            let range = targets.offsets[p]..targets.offsets[p + 1];
-            let weight = weight(targets, p, ce_weight);
-            // A position without mass has weight 0, and all it adds is multiplied by that.
-            let inverse = if weight > 0.0 { 1.0 / weight } else { 0.0 };
             let row = (p - start) as i64 * vocab_size;
-            support_e.extend(targets.ids[range.clone()].iter().map(|&id| row + id));
-            let share = (1.0 - ce_weight) * inverse;
-            minus_support_e.extend(targets.masses[range].iter().map(|&mass| -(f64::from(mass) * share) as f32));
+            support_e.extend(targets.ids[targets.offsets[p]..targets.offsets[p + 1]].iter().map(|&id| row + id));
             labels_n.push(row + targets.labels[p]);
-            minus_labels_n.push(-(ce_weight * inverse) as f32);
-            weight_n.push(weight as f32);
         }
-        let tensors = || -> Result<Self, tch::TchError> {
-            Ok(Self {
-                start,
-                n: (end - start) as i64,
-                first,
-                support_e: Tensor::f_from_slice(&support_e)?.f_to(device)?,
-                minus_support_e: Tensor::f_from_slice(&minus_support_e)?.f_to(device)?,
-                labels_n: Tensor::f_from_slice(&labels_n)?.f_to(device)?,
-                minus_labels_n: Tensor::f_from_slice(&minus_labels_n)?.f_to(device)?,
-                weight_n1: Tensor::f_from_slice(&weight_n)?.f_to(device)?.f_unsqueeze(1)?,
-            })
+        let on_device = |indices: &[i64]| Tensor::f_from_slice(indices)?.f_to(device);
+        let tensors = || -> Result<Self, TchError> {
+            let (support_e, labels_n) = (on_device(&support_e)?, on_device(&labels_n)?);
+            Ok(Self { start, n: (end - start) as i64, first, support_e, labels_n })
         };
         tensors().map_err(torch("cannot copy soft targets to the device"))
     }
 
-    /// Student's log-probability of each support entry and of each label.
-    fn gather(&self, logprobs_nv: &Tensor) -> Result<(Vec<f32>, Vec<f32>), TchError> {
-        let flat = logprobs_nv.f_view([-1])?;
-        let support_e = Vec::try_from(flat.f_index_select(0, &self.support_e)?)?;
-        let labels_n = Vec::try_from(flat.f_index_select(0, &self.labels_n)?)?;
-        Ok((support_e, labels_n))
-    }
-
-    /// `sum_v t_v (log p_v - log q_v)` of each position, from the student's side of the support.
-    fn kl_n(&self, targets: &Targets, student_e: &[f32]) -> Vec<f64> {
-        let term = |e: usize| {
-            let student = f64::from(student_e[e - self.first]);
-            f64::from(targets.masses[e]) * (f64::from(targets.logprobs[e]) - student)
-        };
-        let of = |p: usize| {
-            let kept: f64 = (targets.offsets[p]..targets.offsets[p + 1]).map(term).sum();
-            match f64::from(targets.residuals[p]) {
-                residual if residual > 0.0 => {
-                    kept + residual * (residual / self.student_bucket(targets, student_e, p)).ln()
-                }
-                _ => kept,
-            }
-        };
-        self.positions().map(of).collect()
-    }
-
-    fn positions(&self) -> std::ops::Range<usize> {
+    fn positions(&self) -> Range<usize> {
         self.start..self.start + self.n as usize
     }
 
-    /// The student's mass outside the support of position `p`.
-    fn student_bucket(&self, targets: &Targets, student_e: &[f32], p: usize) -> f64 {
-        let support = targets.offsets[p] - self.first..targets.offsets[p + 1] - self.first;
-        let kept: f64 = student_e[support].iter().map(|&logprob| f64::from(logprob).exp()).sum();
-        (1.0 - kept).max(LEAST_BUCKET)
+    /// Those of position `p` among the chunk's.
+    fn entries(&self, targets: &Targets, p: usize) -> Range<usize> {
+        targets.offsets[p] - self.first..targets.offsets[p + 1] - self.first
     }
 
-    /// `None` where no position has a bucket.
-    fn bucket(&self, targets: &Targets, student_e: &[f32], ce_weight: f64, device: Device) -> Result<Option<Bucket>> {
-        if targets.residuals[self.positions()].iter().all(|&residual| residual == 0.0) {
-            return Ok(None);
+    fn position<'a>(&self, targets: &'a Targets, p: usize, student_e: &'a [f32], vocab_size: i64) -> Position<'a> {
+        let entries = targets.offsets[p]..targets.offsets[p + 1];
+        Position {
+            masses: &targets.masses[entries.clone()],
+            logprobs: &targets.logprobs[entries.clone()],
+            heads: &targets.heads[entries],
+            residual: targets.residuals[p],
+            student: &student_e[self.entries(targets, p)],
+            vocab_size: vocab_size.unsigned_abs() as usize,
         }
-        let mut keep_n = Vec::with_capacity(self.n as usize);
-        let mut give_back_e = Vec::with_capacity(student_e.len());
-        for p in self.positions() {
-            let support = targets.offsets[p]..targets.offsets[p + 1];
-            let residual = f64::from(targets.residuals[p]);
-            let weight = weight(targets, p, ce_weight);
-            let lost = if residual > 0.0 && weight > 0.0 {
-                (1.0 - ce_weight) / weight * residual / self.student_bucket(targets, student_e, p)
-            } else {
-                0.0
-            };
-            keep_n.push((1.0 - lost) as f32);
-            give_back_e.extend(support.map(|e| (lost * f64::from(student_e[e - self.first]).exp()) as f32));
-        }
-        let tensors = || -> Result<Bucket, TchError> {
-            Ok(Bucket {
-                keep_n1: Tensor::f_from_slice(&keep_n)?.f_to(device)?.f_unsqueeze(1)?,
-                give_back_e: Tensor::f_from_slice(&give_back_e)?.f_to(device)?,
-            })
-        };
-        tensors().map(Some).map_err(torch("cannot copy soft targets to the device"))
     }
-}
-
-/// `w` of a position: what its target's masses, its bucket and its label weigh together.
-fn weight(targets: &Targets, p: usize, ce_weight: f64) -> f64 {
-    let masses = &targets.masses[targets.offsets[p]..targets.offsets[p + 1]];
-    let mass: f64 = masses.iter().chain([&targets.residuals[p]]).map(|&mass| f64::from(mass)).sum();
-    (1.0 - ce_weight) * mass + ce_weight
 }
 
 #[cfg(test)]

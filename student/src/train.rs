@@ -196,7 +196,8 @@ impl<'a> Run<'a> {
         let (send, mut rows) = mpsc::channel(READ_AHEAD);
         let (cx, teacher, folder) = (self.cx.clone(), Teacher::clone(&self.teacher), self.workspace.path());
         let stream = ShardStream::new(cx, self.attempt.clone(), Split::Train, teacher, folder.to_owned());
-        let data = TrainingData::new(stream, order, self.teacher.vocab_size, folder)?;
+        let temperature = self.attempt.spec.loss_temperature();
+        let data = TrainingData::new(stream, order, self.teacher.vocab_size, temperature, folder)?;
         // Dropped with this call, and with it the task.
         let mut loader = TaskGroup::new(CancellationToken::new());
         loader.spawn("loader", load_rows(data, first..self.steps, send));

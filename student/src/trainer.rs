@@ -15,7 +15,8 @@ use crate::{
     batch::{self, MicroBatch},
     example::Example,
     failure::{llama, torch},
-    loss::{ChunkedLoss, Sums},
+    guard::Watched,
+    loss::{ChunkedLoss, Sums, objective::Objective},
     optimizer::{AdamW, Hyper},
     schedule::Schedule,
 };
@@ -42,6 +43,11 @@ pub struct Progress {
     pub seconds: f64,
     /// Loss of the last step that had targets, nats a target token.
     pub loss: f64,
+    /// Steps that the guard left out.
+    #[serde(default)]
+    pub left_out: u32,
+    #[serde(default)]
+    pub watched: Watched,
 }
 
 /// What one step did.
@@ -90,8 +96,8 @@ impl Trainer {
         let optimizer = AdamW::new(parameters, Hyper::new(options.train.weight_decay))?;
         let head = if model.config().tie_word_embeddings { EMBEDDINGS } else { HEAD };
         let head_grad_vh = if options.train.freeze_embeddings { None } else { Some(optimizer.gradient(head)?) };
-        let loss = ChunkedLoss::new(options.train.ce_weight, model.config().vocab_size, model.kind(), model.device())?;
-        let schedule = Schedule::new(options.train.learning_rate, options.train.warmup_ratio, options.steps);
+        let loss = ChunkedLoss::new(model.config().vocab_size, model.kind(), model.device())?;
+        let schedule = Schedule::new(&options.train, options.steps);
         Ok(Self { model, loss, optimizer, options, progress: Progress::default(), schedule, head_grad_vh })
     }
 
@@ -113,28 +119,38 @@ impl Trainer {
         let micro_batches = batch::cut(examples, self.options.limits);
         let positions: usize = micro_batches.iter().map(|micro| micro.targets.len()).sum();
         let learning_rate = self.schedule.learning_rate(self.progress.step);
+        let objective = Objective::of(&self.options.train.loss, self.progress.step, self.options.steps);
         let mut sums = Sums::default();
         for micro in &micro_batches {
             check()?;
-            sums.add(self.accumulate(micro, 1.0 / positions as f64)?);
+            sums.add(self.accumulate(micro, &objective, 1.0 / positions as f64)?);
         }
         let mut gradient_norm = 0.0;
         let mut loss = None;
         if positions > 0 {
-            let ce_weight = self.options.train.ce_weight;
-            let mean = ((1.0 - ce_weight) * sums.kl + ce_weight * sums.ce) / positions as f64;
+            let mean = sums.loss / positions as f64;
             gradient_norm = self.optimizer.gradient_norm()?;
             if !mean.is_finite() || !gradient_norm.is_finite() {
                 self.optimizer.discard()?;
                 return Err(self.not_finite(mean, gradient_norm, learning_rate));
             }
-            let clip_norm = self.options.train.clip_norm;
-            let scale = if gradient_norm > clip_norm { clip_norm / gradient_norm } else { 1.0 };
-            self.optimizer.update(learning_rate, scale)?;
             loss = Some(mean);
-            self.progress.loss = mean;
+            let step = self.progress.step + 1;
+            match self.progress.watched.objection(&self.options.train.guard, gradient_norm, mean) {
+                Some(why) => {
+                    tracing::warn!(step, "a step is left out, the weights stay as they were: {why}");
+                    self.optimizer.discard()?;
+                    self.progress.left_out += 1;
+                }
+                None => {
+                    let clip_norm = self.options.train.clip_norm;
+                    let scale = if gradient_norm > clip_norm { clip_norm / gradient_norm } else { 1.0 };
+                    self.optimizer.update(learning_rate, scale)?;
+                    self.progress.loss = mean;
+                }
+            }
         }
-        let tokens: usize = micro_batches.iter().map(|micro| micro.tokens).sum();
+        let tokens: usize = micro_batches.iter().map(|micro| micro.ids_n.len()).sum();
         let seconds = started.elapsed().as_secs_f64();
         self.progress.step += 1;
         self.progress.trained_tokens += tokens as u64;
@@ -145,15 +161,27 @@ impl Trainer {
 
     /// Adds one micro-batch's gradients: the head's by its closed form, then one backward pass
     /// through the body from the hidden states' gradient.
-    fn accumulate(&mut self, micro: &MicroBatch, scale: f64) -> Result<Sums> {
+    fn accumulate(&mut self, micro: &MicroBatch, objective: &Objective, scale: f64) -> Result<Sums> {
         let failed = torch("cannot run the student");
-        let hidden_nh = target_hidden(&self.model, micro)?;
         let weight_vh = self.model.head_weight();
-        let (sums, grad_nh) =
-            self.loss.backward(&hidden_nh, &weight_vh, self.head_grad_vh.as_mut(), &micro.targets, scale)?;
+        let head_grad_vh = self.head_grad_vh.as_mut();
+        if self.options.train.activation_checkpointing {
+            let Inputs { ids_n, positions_m } = Inputs::of(&self.model, micro)?;
+            let (hidden_nh, tape) = self.model.hidden_taped(&ids_n, &micro.lengths).map_err(llama)?;
+            let hidden_mh = hidden_nh.f_index_select(0, &positions_m).map_err(&failed)?;
+            let (sums, grad_mh) =
+                self.loss.backward(objective, &hidden_mh, &weight_vh, head_grad_vh, &micro.targets, scale)?;
+            let grad_nh = hidden_nh.f_zeros_like().and_then(|mut grad| grad.f_index_add_(0, &positions_m, &grad_mh));
+            self.model.backward(tape, &grad_nh.map_err(&failed)?).map_err(llama)?;
+            self.optimizer.collect()?;
+            return Ok(sums);
+        }
+        let hidden_mh = target_hidden(&self.model, micro)?;
+        let (sums, grad_mh) =
+            self.loss.backward(objective, &hidden_mh, &weight_vh, head_grad_vh, &micro.targets, scale)?;
         let through_body = || -> Result<(), TchError> {
-            // The gradient of this sum with respect to hidden_nh is grad_nh; its value means nothing.
-            hidden_nh.f_mul(&grad_nh)?.f_sum(Kind::Float)?.f_backward()
+            // The gradient of this sum with respect to hidden_mh is grad_mh; its value means nothing.
+            hidden_mh.f_mul(&grad_mh)?.f_sum(Kind::Float)?.f_backward()
         };
         through_body().map_err(failed)?;
         self.optimizer.collect()?;
@@ -172,17 +200,29 @@ impl Trainer {
     }
 }
 
-/// Hidden states `[n, h]` that predict the micro-batch's targets. Records a graph unless inside
+/// A micro-batch as tensors.
+struct Inputs {
+    ids_n: Tensor,
+    /// On the model's device.
+    positions_m: Tensor,
+}
+
+impl Inputs {
+    fn of(model: &Model, micro: &MicroBatch) -> Result<Self> {
+        let inputs = || -> Result<_, TchError> {
+            let ids_n = Tensor::f_from_slice(&micro.ids_n)?;
+            Ok(Self { ids_n, positions_m: Tensor::f_from_slice(&micro.positions_m)?.f_to(model.device())? })
+        };
+        inputs().map_err(torch("cannot run the student"))
+    }
+}
+
+/// Hidden states `[m, h]` that predict the micro-batch's targets. Records a graph unless inside
 /// [`tch::no_grad`].
 pub(crate) fn target_hidden(model: &Model, micro: &MicroBatch) -> Result<Tensor> {
-    let failed = torch("cannot run the student");
-    let inputs = || -> Result<_, TchError> {
-        let ids_bt = Tensor::f_from_slice(&micro.ids_bt)?.f_view([micro.rows as i64, micro.width as i64])?;
-        Ok((ids_bt, Tensor::f_from_slice(&micro.positions_n)?.f_to(model.device())?))
-    };
-    let (ids_bt, positions_n) = inputs().map_err(&failed)?;
-    let hidden_bth = model.hidden(&ids_bt).map_err(llama)?;
-    hidden_bth.f_flatten(0, 1).and_then(|flat_nh| flat_nh.f_index_select(0, &positions_n)).map_err(&failed)
+    let Inputs { ids_n, positions_m } = Inputs::of(model, micro)?;
+    let hidden_nh = model.hidden_packed(&ids_n, &micro.lengths).map_err(llama)?;
+    hidden_nh.f_index_select(0, &positions_m).map_err(torch("cannot run the student"))
 }
 
 #[cfg(test)]

@@ -1,11 +1,13 @@
 //! The job spec: what a user writes in YAML, with defaults and the checks that need no file.
 
+mod loss;
 mod soft_targets;
 mod validate;
 mod yaml;
 
 use serde::{Deserialize, Deserializer, Serialize};
 
+pub use loss::{Loss, Weight};
 pub use soft_targets::{
     Codec, CodecName, Flat as FlatSoftTargets, HELD_OUT_CODEC, MAX_DRAWS, MAX_HEAD, MAX_TEMPERATURES, Quantiser,
     SoftTargets, TEMPERATURES,
@@ -155,10 +157,15 @@ pub struct Train {
     pub learning_rate: f64,
     /// Share of the steps over which the learning rate rises from 0.
     pub warmup_ratio: f64,
+    #[serde(skip_serializing_if = "is_default")]
+    pub schedule: Schedule,
+    /// Share of the steps over which a `wsd` schedule falls.
+    #[serde(skip_serializing_if = "is_fifth")]
+    pub decay_ratio: f64,
     pub weight_decay: f64,
     pub clip_norm: f64,
-    /// Weight of the cross-entropy on the completion's own tokens; forward KL has the rest.
-    pub ce_weight: f64,
+    #[serde(deserialize_with = "section", skip_serializing_if = "is_default")]
+    pub loss: Loss,
     /// Optimiser steps between checkpoints; 0 means only at the end.
     pub checkpoint_steps: u32,
     /// The input embeddings and the head stay as they are. For a student that starts with its
@@ -166,6 +173,43 @@ pub struct Train {
     /// Left out of JSON where it is false: a checkpoint knows its spec by the hash of that.
     #[serde(skip_serializing_if = "std::ops::Not::not")]
     pub freeze_embeddings: bool,
+    /// Blocks are computed once more on the way back, and of what happens in them only the input is kept.
+    #[serde(skip_serializing_if = "std::ops::Not::not")]
+    pub activation_checkpointing: bool,
+    #[serde(deserialize_with = "section", skip_serializing_if = "is_default")]
+    pub guard: Guard,
+}
+
+/// When a step is left out, the weights as they were; up to five in a row.
+#[derive(Clone, Copy, Debug, PartialEq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields, default)]
+pub struct Guard {
+    /// Of the gradient's norm to its running mean, above this; 0 never.
+    pub norm_ratio: f64,
+    /// Of the loss to its running mean, above this; 0 never.
+    pub loss_ratio: f64,
+}
+
+impl Default for Guard {
+    fn default() -> Self {
+        Self { norm_ratio: 20.0, loss_ratio: 5.0 }
+    }
+}
+
+/// How the learning rate goes on after its rise.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum Schedule {
+    /// Half a cosine down to nothing (Loshchilov and Hutter, "SGDR", 2017).
+    #[default]
+    Cosine,
+    /// A straight line down to nothing.
+    Linear,
+    /// It stays.
+    Constant,
+    /// It stays, and falls at the end ("warm-up, stable, decay": Hu et al., "MiniCPM", 2024), as `1 - sqrt(x)`
+    /// (Haegele et al., "Scaling Laws and Compute-Optimal Training Beyond Fixed Training Durations", 2024).
+    Wsd,
 }
 
 impl Default for Train {
@@ -175,11 +219,15 @@ impl Default for Train {
             batch_rows: 8,
             learning_rate: 5e-4,
             warmup_ratio: 0.05,
+            schedule: Schedule::default(),
+            decay_ratio: 0.2,
             weight_decay: 0.01,
             clip_norm: 1.0,
-            ce_weight: 0.0,
+            loss: Loss::default(),
             checkpoint_steps: 20,
             freeze_embeddings: false,
+            activation_checkpointing: false,
+            guard: Guard::default(),
         }
     }
 }
@@ -199,6 +247,10 @@ pub struct Gates {
 
 fn is_default<T: Default + PartialEq>(value: &T) -> bool {
     *value == T::default()
+}
+
+fn is_fifth(value: &f64) -> bool {
+    *value == 0.2
 }
 
 fn is_one<T: Copy + Into<f64>>(value: &T) -> bool {

@@ -11,3 +11,84 @@ pub use to_proto::{
     duration_to_proto, error_to_proto, job_spec_to_proto, job_state_to_proto, soft_targets_to_proto, split_to_proto,
     task_kind_to_proto, timestamp_to_proto,
 };
+
+#[cfg(test)]
+mod tests {
+    use retort_proto as proto;
+
+    use super::*;
+    use crate::spec::{JobSpec, parse_yaml};
+
+    const SPEC: &str = "
+name: all
+prompts: {path: /p.jsonl}
+teacher:
+  model: /t
+  soft_targets: {codec: head_draws, head: 40, temperatures: [2]}
+student: {init: {prune: {layers: 3}}}
+train:
+  warmup_ratio: 0.1
+  schedule: wsd
+  decay_ratio: 0.3
+  activation_checkpointing: true
+  guard: {norm_ratio: 7}
+  loss:
+    forward_kl: {from: 1, to: 0.5, until: 0.25}
+    reverse_kl: 0.1
+    jensen_shannon: 0.2
+    skew_forward_kl: 0.3
+    skew_reverse_kl: 0.4
+    total_variation: 0.5
+    logit_mse: 0.6
+    label_ce: 0.7
+    jensen_shannon_beta: 0.9
+    skew_alpha: 0.2
+    temperature: 2
+";
+
+    fn spec() -> JobSpec {
+        parse_yaml("job.yaml", SPEC).unwrap()
+    }
+
+    #[test]
+    fn a_spec_survives_the_wire_and_json() {
+        let spec = spec();
+        assert_eq!(job_spec_from_proto(job_spec_to_proto(&spec)).unwrap(), spec);
+        let json = serde_json::to_string(&spec).unwrap();
+        assert_eq!(serde_json::from_str::<JobSpec>(&json).unwrap(), spec);
+        assert_eq!(spec.loss_temperature(), Some((0, 2.0)));
+    }
+
+    #[test]
+    fn what_an_older_client_leaves_out_has_its_default() {
+        let mut sent = job_spec_to_proto(&spec());
+        let train = sent.train.as_mut().unwrap();
+        (train.loss, train.schedule, train.decay_ratio, train.guard) = (None, 0, None, None);
+        let train = job_spec_from_proto(sent.clone()).unwrap().train;
+        assert_eq!((train.loss, train.decay_ratio, train.guard), (Default::default(), 0.2, Default::default()));
+        sent.train.as_mut().unwrap().schedule = 99;
+        assert!(job_spec_from_proto(sent).unwrap_err().message.contains("train.schedule 99"));
+    }
+
+    #[test]
+    fn a_loss_that_the_soft_targets_cannot_serve_is_refused() {
+        let message = |from: &str, to: &str| {
+            assert!(SPEC.contains(from));
+            parse_yaml("job.yaml", &SPEC.replace(from, to)).unwrap_err().message
+        };
+        let no_sum = message("temperatures: [2]", "temperatures: [3]");
+        assert!(no_sum.contains("add it to teacher.soft_targets.temperatures, which is [3.0]"), "{no_sum}");
+        let no_head = message("codec: head_draws, head: 40", "codec: random");
+        assert!(no_head.contains("codec random keeps none"), "{no_head}");
+        let unknown = message("label_ce: 0.7", "lable_ce: 0.7");
+        assert!(unknown.contains("label_ce") && unknown.contains("line 22"), "{unknown}");
+        let nothing = message("reverse_kl: 0.1", "reverse_kl: much");
+        assert!(nothing.contains("line 16"), "{nothing}");
+    }
+
+    #[test]
+    fn a_proto_without_a_section_is_refused_or_filled() {
+        let sent = proto::JobSpec { train: None, ..job_spec_to_proto(&spec()) };
+        assert_eq!(job_spec_from_proto(sent).unwrap().train, Default::default());
+    }
+}

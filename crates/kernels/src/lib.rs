@@ -17,4 +17,4 @@ pub use attention::{Asked, Kept, POSITIONS, Scratch};
 pub use matrix::{Bytes, Matrix, Storage};
 pub use product::{Into, Panels};
 pub use rows::{rms_norm, rotate, swiglu};
-pub use softmax::{BLOCK, Logits};
+pub use softmax::{BLOCK, Logits, exponentiate};

@@ -108,6 +108,18 @@ impl<'a> Logits<'a> {
     }
 }
 
+/// Turns a row into `exp((x - max) * scale)`; answers the largest number there was, and the sum of what there is
+/// now, which is not finite where a number was not.
+pub fn exponentiate(row: &mut [f32], scale: f32) -> (f32, f64) {
+    let max = row.chunks(GROUP).map(largest).fold(f32::NEG_INFINITY, f32::max);
+    let mut total = 0.0;
+    for block in row.chunks_mut(BLOCK) {
+        // SAFETY: the block's own bounds.
+        total += f64::from(unsafe { exponentiate_run(block.as_mut_ptr(), block.len(), max, scale) });
+    }
+    (max, total)
+}
+
 pub(crate) fn largest(row: &[f32]) -> f32 {
     // SAFETY: the row's own bounds.
     unsafe { largest_of(row.as_ptr(), row.len()) }
@@ -157,6 +169,33 @@ unsafe fn mass_on<L: Lanes>(row: *const f32, count: usize, max: f32, scale: f32)
         if whole < count {
             let rest = L::load_part(row.add(whole), count - whole, max);
             let rest = L::to_array(L::exp(L::mul(L::sub(rest, maxes), scales)));
+            sum += rest[..count - whole].iter().sum::<f32>();
+        }
+        sum
+    }
+}
+
+on_lanes! {
+    unsafe fn exponentiate_run(row: *mut f32, count: usize, max: f32, scale: f32) -> f32 = exponentiate_run_on
+}
+
+#[inline(always)]
+unsafe fn exponentiate_run_on<L: Lanes>(row: *mut f32, count: usize, max: f32, scale: f32) -> f32 {
+    // SAFETY: as the caller promises.
+    unsafe {
+        let (maxes, scales) = (L::splat(max), L::splat(scale));
+        let mut sum = L::splat(0.0);
+        let whole = count - count % 8;
+        for at in (0..whole).step_by(8) {
+            let grown = L::exp(L::mul(L::sub(L::load(row.add(at)), maxes), scales));
+            L::store(row.add(at), grown);
+            sum = L::add(sum, grown);
+        }
+        let mut sum = L::sum(sum);
+        if whole < count {
+            let rest = L::load_part(row.add(whole), count - whole, max);
+            let rest = L::to_array(L::exp(L::mul(L::sub(rest, maxes), scales)));
+            std::ptr::copy_nonoverlapping(rest.as_ptr(), row.add(whole), count - whole);
             sum += rest[..count - whole].iter().sum::<f32>();
         }
         sum
@@ -219,6 +258,22 @@ mod tests {
         }
     }
 
+    proptest! {
+        #[test]
+        fn exponentials_and_their_sum_are_those_of_the_definition(row in row(), scale in 0.1f32..3.0) {
+            let mut grown = row.clone();
+            let (max, sum) = exponentiate(&mut grown, scale);
+            prop_assert_eq!(max, row.iter().copied().fold(f32::MIN, f32::max));
+            let mut exact_sum = 0.0;
+            for (&x, &grown) in row.iter().zip(&grown) {
+                let exact = (f64::from(x - max) * f64::from(scale)).exp();
+                exact_sum += exact;
+                prop_assert!((f64::from(grown) - exact).abs() < 1e-6 + 1e-5 * exact, "{} {}", grown, exact);
+            }
+            prop_assert!((sum - exact_sum).abs() < 1e-5 * exact_sum);
+        }
+    }
+
     #[test]
     fn what_is_not_finite_is_seen() {
         let mut row = vec![0.5f32; 300];
@@ -226,6 +281,7 @@ mod tests {
         for bad in [f32::NAN, f32::INFINITY] {
             row[277] = bad;
             assert!(!Logits::new(&row).log_sum_exp().is_finite(), "{bad}");
+            assert!(!exponentiate(&mut row.clone(), 1.0).1.is_finite(), "{bad}");
         }
         row[277] = f32::NEG_INFINITY;
         assert!(Logits::new(&row).log_sum_exp().is_finite());

@@ -7,14 +7,15 @@ use tch::{Device, Kind, Tensor};
 
 use crate::{
     Config, Error, KvCache, Result,
-    attention::{self, Mask},
     rope::Rope,
     weights::{Folder, safetensors},
 };
 
 pub(crate) mod block;
+mod packed;
 
 use block::{Block, Weight, norm};
+pub use packed::Tape;
 
 /// A model whose tensors all lie on one device in one kind.
 #[derive(Debug)]
@@ -126,23 +127,10 @@ impl Model {
     /// Causal, positions from 0. Rows may be padded on the right with any token: padding disturbs
     /// only its own positions. Differentiable; wrap it in [`tch::no_grad`] for inference.
     pub fn hidden(&self, ids_bt: &Tensor) -> Result<Tensor> {
-        let (_, tokens) = self.check_ids(ids_bt)?;
-        let bias = match self.config.sliding_window {
-            Some(window) if tokens > window => {
-                let position_bt = Tensor::f_arange(tokens, (Kind::Int64, self.device))?.f_unsqueeze(0)?;
-                Some(attention::bias(&position_bt, tokens, Some(window), (self.kind, self.device))?)
-            }
-            _ => None,
-        };
-        let mask = bias.as_ref().map_or(Mask::Causal, Mask::Bias);
-        let angles = self.rope.angles(&Tensor::f_arange(tokens, (Kind::Int64, self.device))?, self.kind)?;
-        let mut hidden_bth = self.embed(ids_bt)?;
-        for block in &self.blocks {
-            hidden_bth = block.forward(&self.config, &hidden_bth, &angles, |query, key, value| {
-                attention::attend(query, key, value, &mask)
-            })?;
-        }
-        self.final_norm(&hidden_bth)
+        let (rows, tokens) = self.check_ids(ids_bt)?;
+        let lengths = vec![tokens; rows as usize];
+        let hidden_nh = self.hidden_packed(&ids_bt.f_reshape([-1])?, &lengths)?;
+        Ok(hidden_nh.f_view([rows, tokens, -1])?)
     }
 
     /// Logits `[..., v]` of hidden states `[..., h]`, in the model's kind.
@@ -234,17 +222,7 @@ impl Model {
         if tokens > context {
             return Err(Error::TooLong(format!("{tokens} positions are more than the model's context of {context}")));
         }
-        // On a GPU the check would wait for all work before it; ids are made on the CPU.
-        if ids_bt.device() == Device::Cpu {
-            let (least, most) = (ids_bt.f_min()?.f_int64_value(&[])?, ids_bt.f_max()?.f_int64_value(&[])?);
-            let vocabulary = self.config.vocab_size;
-            if least < 0 || most >= vocabulary {
-                let wrong = if least < 0 { least } else { most };
-                return Err(Error::Invalid(format!(
-                    "token id {wrong} is outside the model's vocabulary of {vocabulary}"
-                )));
-            }
-        }
+        self.check_vocabulary(ids_bt)?;
         Ok((rows, tokens))
     }
 

@@ -1,4 +1,9 @@
-use retort_core::random::{Counter, Purpose};
+use retort_core::{
+    random::{Counter, Purpose},
+    spec::{Loss, Weight},
+};
+
+use tch::IndexOp as _;
 
 use super::*;
 use crate::{
@@ -24,7 +29,21 @@ fn random(shape: [i64; 2], seed: i64) -> Tensor {
     })
 }
 
-/// The obvious twin: every logit, dense targets, autograd.
+/// Forward KL and the label's cross-entropy.
+fn mix(ce_weight: f64) -> Objective {
+    let loss = Loss {
+        forward_kl: Weight::constant(1.0 - ce_weight),
+        label_ce: Weight::constant(ce_weight),
+        ..Loss::default()
+    };
+    Objective::of(&loss, 0, 1)
+}
+
+fn chunked(chunk: usize) -> ChunkedLoss {
+    ChunkedLoss::with_chunk(V, Kind::Float, Device::Cpu, chunk).unwrap()
+}
+
+/// The obvious twin of [`mix`]: every logit, dense targets, autograd.
 fn dense(hidden_nh: &Tensor, weight_vh: &Tensor, targets: &Targets, ce_weight: f64) -> (Tensor, f64, f64) {
     let n = targets.len();
     let logq_nv = hidden_nh.matmul(&weight_vh.tr()).log_softmax(-1, Kind::Float);
@@ -62,15 +81,16 @@ fn value_and_gradients_are_those_of_the_dense_loss() {
                 let targets = targets(positions);
                 let hidden_nh = random([positions as i64, H], 1).set_requires_grad(true);
                 let weight_vh = random([V, H], 2).set_requires_grad(true);
-                let (loss, kl, ce) = dense(&hidden_nh, &weight_vh, &targets, ce_weight);
-                (loss * 0.25).backward();
+                let (slow, kl, ce) = dense(&hidden_nh, &weight_vh, &targets, ce_weight);
+                (&slow * 0.25).backward();
 
                 let mut head_grad_vh = Tensor::ones([V, H], (Kind::Float, Device::Cpu));
-                let mut fast = ChunkedLoss::with_chunk(ce_weight, V, Kind::Float, Device::Cpu, chunk).unwrap();
-                let (sums, grad_nh) =
-                    fast.backward(&hidden_nh, &weight_vh, Some(&mut head_grad_vh), &targets, 0.25).unwrap();
+                let (sums, grad_nh) = chunked(chunk)
+                    .backward(&mix(ce_weight), &hidden_nh, &weight_vh, Some(&mut head_grad_vh), &targets, 0.25)
+                    .unwrap();
 
                 assert_eq!(sums.positions, positions);
+                assert!((sums.loss - slow.double_value(&[])).abs() < 1e-4, "{} {slow:?}", sums.loss);
                 assert!((sums.kl - kl).abs() < 1e-4, "{} {kl}", sums.kl);
                 assert!((sums.ce - if ce_weight > 0.0 { ce } else { 0.0 }).abs() < 1e-4, "{} {ce}", sums.ce);
                 assert!(max_difference(&grad_nh, &hidden_nh.grad()) < 1e-5);
@@ -93,13 +113,13 @@ fn a_bucket_is_one_more_outcome() {
         }
         let hidden_nh = random([7, H], 1).set_requires_grad(true);
         let weight_vh = random([V, H], 2).set_requires_grad(true);
-        let (loss, kl, _) = dense(&hidden_nh, &weight_vh, &targets, ce_weight);
-        loss.backward();
+        let (slow, kl, _) = dense(&hidden_nh, &weight_vh, &targets, ce_weight);
+        slow.backward();
         for chunk in [2, 16] {
             let mut head_grad_vh = Tensor::zeros([V, H], (Kind::Float, Device::Cpu));
-            let mut fast = ChunkedLoss::with_chunk(ce_weight, V, Kind::Float, Device::Cpu, chunk).unwrap();
-            let (sums, grad_nh) =
-                fast.backward(&hidden_nh, &weight_vh, Some(&mut head_grad_vh), &targets, 1.0).unwrap();
+            let (sums, grad_nh) = chunked(chunk)
+                .backward(&mix(ce_weight), &hidden_nh, &weight_vh, Some(&mut head_grad_vh), &targets, 1.0)
+                .unwrap();
             assert!((sums.kl - kl).abs() < 1e-4, "{} {kl}", sums.kl);
             assert!(max_difference(&grad_nh, &hidden_nh.grad()) < 1e-5);
             assert!(max_difference(&head_grad_vh, &weight_vh.grad()) < 1e-5);
@@ -119,8 +139,9 @@ fn through_a_body_the_gradients_are_those_of_autograd_tied_and_untied() {
             let head_vh = if tied { &embed_vh } else { &own_vh };
             if fast {
                 let mut head_grad_vh = head_vh.zeros_like().detach();
-                let mut loss = ChunkedLoss::with_chunk(0.2, V, Kind::Float, Device::Cpu, 4).unwrap();
-                let (_, grad_nh) = loss.backward(&hidden_nh, head_vh, Some(&mut head_grad_vh), &targets, 1.0).unwrap();
+                let (_, grad_nh) = chunked(4)
+                    .backward(&mix(0.2), &hidden_nh, head_vh, Some(&mut head_grad_vh), &targets, 1.0)
+                    .unwrap();
                 (hidden_nh * grad_nh).sum(Kind::Float).backward();
                 let mut head_grad = head_vh.grad();
                 let head_grad_vh = if head_grad.defined() { head_grad.g_add_(&head_grad_vh) } else { head_grad_vh };
@@ -144,15 +165,17 @@ fn positions_without_support_or_without_any_position_add_nothing() {
     let hidden_nh = random([3, H], 1);
     let weight_vh = random([V, H], 2);
     let mut head_grad_vh = weight_vh.zeros_like();
-    let mut loss = ChunkedLoss::new(0.0, V, Kind::Float, Device::Cpu).unwrap();
-    let (sums, grad_nh) = loss.backward(&hidden_nh, &weight_vh, Some(&mut head_grad_vh), &targets, 1.0).unwrap();
+    let mut loss = chunked(16);
+    let (sums, grad_nh) =
+        loss.backward(&mix(0.0), &hidden_nh, &weight_vh, Some(&mut head_grad_vh), &targets, 1.0).unwrap();
     assert!(sums.kl.is_finite());
     assert_eq!(grad_nh.get(1).abs().max().double_value(&[]), 0.0);
     assert!(grad_nh.get(0).abs().max().double_value(&[]) > 0.0);
 
     let before = head_grad_vh.copy();
     let none = Targets::default();
-    let (sums, grad_nh) = loss.backward(&random([0, H], 1), &weight_vh, Some(&mut head_grad_vh), &none, 1.0).unwrap();
+    let (sums, grad_nh) =
+        loss.backward(&mix(0.0), &random([0, H], 1), &weight_vh, Some(&mut head_grad_vh), &none, 1.0).unwrap();
     assert_eq!((sums, grad_nh.size()), (Sums::default(), vec![0, H]));
     assert_eq!(max_difference(&before, &head_grad_vh), 0.0);
     assert_eq!(loss.measure(&random([0, H], 1), &weight_vh, &none).unwrap(), Measured::default());
@@ -162,8 +185,7 @@ fn positions_without_support_or_without_any_position_add_nothing() {
 fn measuring_agrees_with_the_dense_loss() {
     let targets = targets(11);
     let (hidden_nh, weight_vh) = (random([11, H], 1), random([V, H], 2));
-    let mut loss = ChunkedLoss::with_chunk(0.0, V, Kind::Float, Device::Cpu, 4).unwrap();
-    let measured = loss.measure(&hidden_nh, &weight_vh, &targets).unwrap();
+    let measured = chunked(4).measure(&hidden_nh, &weight_vh, &targets).unwrap();
     let (_, kl, ce) = dense(&hidden_nh, &weight_vh, &targets, 0.0);
     assert!((measured.kl.iter().sum::<f64>() - kl).abs() < 1e-4);
     assert!((measured.label_logprobs.iter().map(|&x| f64::from(x)).sum::<f64>() + ce).abs() < 1e-4);
@@ -179,13 +201,14 @@ fn the_cut_into_micro_batches_and_chunks_changes_nothing() {
     // The hidden state of a position is a function of its own token alone, so a cut may not matter.
     let run = |max_tokens: usize, chunk: usize| {
         let mut head_grad_vh = weight_vh.zeros_like();
-        let mut loss = ChunkedLoss::with_chunk(0.1, V, Kind::Float, Device::Cpu, chunk).unwrap();
+        let mut loss = chunked(chunk);
         let mut sums = Sums::default();
-        for micro in batch::cut(&examples, batch::Limits { max_tokens, overhead_tokens: 2 }) {
+        for micro in batch::cut(&examples, batch::Limits { max_tokens }) {
             let hidden_nh = weight_vh
-                .index_select(0, &Tensor::from_slice(&micro.ids_bt))
-                .index_select(0, &Tensor::from_slice(&micro.positions_n));
-            sums.add(loss.backward(&hidden_nh, &weight_vh, Some(&mut head_grad_vh), &micro.targets, 0.01).unwrap().0);
+                .index_select(0, &Tensor::from_slice(&micro.ids_n))
+                .index_select(0, &Tensor::from_slice(&micro.positions_m));
+            let grad = Some(&mut head_grad_vh);
+            sums.add(loss.backward(&mix(0.1), &hidden_nh, &weight_vh, grad, &micro.targets, 0.01).unwrap().0);
         }
         (sums, head_grad_vh)
     };
@@ -210,13 +233,14 @@ fn a_sampled_tail_is_unbiased() {
     let mass_of = |id: usize| f64::from(logp[id]).exp();
     let tail_mass = 1.0 - order[..head].iter().map(|&id| mass_of(id)).sum::<f64>();
 
-    let mut loss = ChunkedLoss::new(0.0, V, Kind::Float, Device::Cpu).unwrap();
+    let mut loss = chunked(16);
     let mut estimate = |support: &[(usize, f64)]| {
         let targets = Targets {
             offsets: vec![0, support.len()],
             ids: support.iter().map(|(id, _)| *id as i64).collect(),
             masses: support.iter().map(|(_, mass)| *mass as f32).collect(),
             residuals: vec![0.0],
+            heads: vec![true; support.len()],
             logprobs: support.iter().map(|(id, _)| logp[*id]).collect(),
             labels: vec![0],
             top_ids: vec![0],
@@ -248,4 +272,175 @@ fn a_sampled_tail_is_unbiased() {
     assert!((mean - truth).abs() < 4.0 * error, "{mean} +- {error} against {truth}");
     let bare = estimate(&exact[..head]);
     assert!((bare - truth).abs() > 20.0 * error, "the bare head is biased: {bare} against {truth}");
+}
+
+/// Every term alone, and all together.
+fn objectives(temperature: f64) -> Vec<(&'static str, Loss)> {
+    let none = Loss { forward_kl: Weight::default(), temperature, ..Loss::default() };
+    let one = Weight::constant(1.0);
+    let part = Weight::constant(0.3);
+    vec![
+        ("forward_kl", Loss { forward_kl: one, ..none.clone() }),
+        ("reverse_kl", Loss { reverse_kl: one, ..none.clone() }),
+        ("jensen_shannon", Loss { jensen_shannon: one, jensen_shannon_beta: 0.7, ..none.clone() }),
+        ("skew_forward_kl", Loss { skew_forward_kl: one, skew_alpha: 0.2, ..none.clone() }),
+        ("skew_reverse_kl", Loss { skew_reverse_kl: one, skew_alpha: 0.2, ..none.clone() }),
+        ("total_variation", Loss { total_variation: one, ..none.clone() }),
+        ("logit_mse", Loss { logit_mse: one, ..none.clone() }),
+        ("label_ce", Loss { label_ce: one, ..none }),
+        (
+            "all",
+            Loss {
+                forward_kl: one,
+                reverse_kl: part,
+                jensen_shannon: part,
+                skew_forward_kl: part,
+                skew_reverse_kl: part,
+                total_variation: part,
+                logit_mse: part,
+                label_ce: part,
+                temperature,
+                ..Loss::default()
+            },
+        ),
+    ]
+}
+
+/// `sum f(t, q)` of every term as its paper writes it, on whole distributions `[n, outcomes]`.
+fn textbook(loss: &Loss, t: &Tensor, q: &Tensor) -> Tensor {
+    let kl = |a: &Tensor, b: &Tensor| (a * (a.log() - b.log())).sum(Kind::Float);
+    let (a, b) = (loss.skew_alpha, loss.jensen_shannon_beta);
+    let m = t * b + q * (1.0 - b);
+    let squared = loss.temperature * loss.temperature;
+    let distances = kl(t, q) * loss.forward_kl.to
+        + kl(q, t) * loss.reverse_kl.to
+        + (kl(t, &m) * b + kl(q, &m) * (1.0 - b)) * loss.jensen_shannon.to
+        + kl(t, &(t * a + q * (1.0 - a))) * loss.skew_forward_kl.to
+        + kl(q, &(q * a + t * (1.0 - a))) * loss.skew_reverse_kl.to
+        + (q - t).abs().sum(Kind::Float) * 0.5 * loss.total_variation.to;
+    distances * squared
+}
+
+fn centred(x: &Tensor) -> Tensor {
+    x - x.mean_dim([-1i64].as_slice(), true, Kind::Float)
+}
+
+/// Soft targets of the teacher's logits, at a temperature: the tokens `ids` of each position are exact, and the
+/// rest is a bucket of the codec's where it keeps one.
+fn targets_of(teacher_nv: &Tensor, temperature: f64, ids: &[i64], bucket: bool) -> Targets {
+    let logp_nv = (teacher_nv / temperature).log_softmax(-1, Kind::Float);
+    let n = teacher_nv.size()[0];
+    let mut targets = Targets { offsets: vec![0], ..Targets::default() };
+    for p in 0..n {
+        let row: Vec<f32> = logp_nv.get(p).try_into().unwrap();
+        let logprobs: Vec<f32> = ids.iter().map(|&id| row[id as usize]).collect();
+        let masses: Vec<f32> = logprobs.iter().map(|logprob| logprob.exp()).collect();
+        targets.residuals.push(if bucket { 1.0 - masses.iter().sum::<f32>() } else { 0.0 });
+        targets.ids.extend(ids);
+        targets.heads.extend(ids.iter().map(|_| true));
+        targets.masses.extend(masses);
+        targets.logprobs.extend(logprobs);
+        targets.offsets.push(targets.ids.len());
+        targets.labels.push(p * 11 % V);
+        targets.top_ids.push(0);
+        targets.label_logprobs.push(-1.0);
+    }
+    targets
+}
+
+#[test]
+fn every_loss_is_the_textbooks_and_so_is_its_gradient() {
+    let n = 7;
+    for temperature in [1.0, 2.5] {
+        for (name, loss) in objectives(temperature) {
+            // The whole vocabulary, and seven tokens with a bucket for the others.
+            for ids in [(0..V).collect::<Vec<i64>>(), vec![1, 4, 9, 16, 25, 30, 36]] {
+                let whole = ids.len() as i64 == V;
+                let teacher_nv = random([n, V], 11) * 2.0;
+                let hidden_nh = random([n, H], 1).set_requires_grad(true);
+                let weight_vh = random([V, H], 2).set_requires_grad(true);
+                let targets = targets_of(&teacher_nv, temperature, &ids, !whole);
+
+                let logits_nv = hidden_nh.matmul(&weight_vh.tr());
+                let index = Tensor::from_slice(&ids);
+                let outcomes = |logits_nv: &Tensor| {
+                    let p_nv = (logits_nv / temperature).softmax(-1, Kind::Float);
+                    let kept = p_nv.index_select(1, &index);
+                    if whole {
+                        return kept;
+                    }
+                    let rest: Tensor = 1.0 - kept.sum_dim_intlist([-1i64].as_slice(), true, Kind::Float);
+                    Tensor::cat(&[kept, rest], 1)
+                };
+                let (t, q) = (outcomes(&teacher_nv), outcomes(&logits_nv));
+                let apart = centred(&logits_nv.index_select(1, &index)) - centred(&teacher_nv.index_select(1, &index));
+                let mse = (&apart * &apart).mean_dim([-1i64].as_slice(), false, Kind::Float).sum(Kind::Float);
+                let labels_n1 = Tensor::from_slice(&targets.labels).unsqueeze(1);
+                let ce = -logits_nv.log_softmax(-1, Kind::Float).gather(1, &labels_n1, false).sum(Kind::Float);
+                let slow = textbook(&loss, &t, &q) + mse * loss.logit_mse.to + ce * loss.label_ce.to;
+                (&slow * 0.5).backward();
+
+                for (chunk, fused) in [(3, true), (16, true), (3, false), (16, false)] {
+                    let objective = Objective::of(&loss, 0, 1);
+                    let mut head_grad_vh = Tensor::zeros([V, H], (Kind::Float, Device::Cpu));
+                    let (sums, grad_nh) = ChunkedLoss { fused, ..chunked(chunk) }
+                        .backward(&objective, &hidden_nh, &weight_vh, Some(&mut head_grad_vh), &targets, 0.5)
+                        .unwrap();
+                    let expected = slow.double_value(&[]);
+                    let what = format!("{name} at {temperature}, {} entries", ids.len());
+                    assert!((sums.loss - expected).abs() < 1e-4 * expected.abs().max(1.0), "{what}: {} {expected}", sums.loss);
+                    assert!(max_difference(&grad_nh, &hidden_nh.grad()) < 1e-4, "{what}");
+                    assert!(max_difference(&head_grad_vh, &weight_vh.grad()) < 1e-4, "{what}");
+                }
+            }
+        }
+    }
+}
+
+/// Samples stand for others in forward KL alone; everywhere else they are part of the bucket.
+#[test]
+fn a_sampled_entry_is_no_exact_one() {
+    let teacher_nv = random([3, V], 11);
+    let (hidden_nh, weight_vh) = (random([3, H], 1), random([V, H], 2));
+    let bare = targets_of(&teacher_nv, 1.0, &[1, 4, 9], false);
+    let mut sampled = targets_of(&teacher_nv, 1.0, &[1, 4, 9, 16, 25], false);
+    for e in (0..15).filter(|e| e % 5 > 2) {
+        sampled.heads[e] = false;
+        sampled.masses[e] = 0.2;
+    }
+    for (name, loss) in objectives(1.0).into_iter().filter(|(name, _)| *name != "all") {
+        let mut run = |targets: &Targets| {
+            let objective = Objective::of(&loss, 0, 1);
+            let (sums, grad_nh) =
+                chunked(16).backward(&objective, &hidden_nh, &weight_vh, None, targets, 1.0).unwrap();
+            (sums.loss, grad_nh)
+        };
+        let ((with, with_grad), (without, without_grad)) = (run(&sampled), run(&bare));
+        let same = (with - without).abs() < 1e-6 && max_difference(&with_grad, &without_grad) < 1e-6;
+        assert_eq!(same, name != "forward_kl", "{name}: {with} {without}");
+    }
+}
+
+/// Neither a sure student nor a sure teacher makes a loss or a gradient that is not finite.
+#[test]
+fn extremes_stay_finite() {
+    let sure_nv = Tensor::zeros([2, V], (Kind::Float, Device::Cpu));
+    let _ = sure_nv.i((.., 4)).fill_(300.0);
+    let other_nv = Tensor::zeros([2, V], (Kind::Float, Device::Cpu));
+    let _ = other_nv.i((.., 9)).fill_(300.0);
+    // A head that passes its input on.
+    let weight_vh = Tensor::eye(V, (Kind::Float, Device::Cpu));
+    for (name, loss) in objectives(1.0) {
+        for (teacher_nv, student_nv) in [(&sure_nv, &other_nv), (&other_nv, &sure_nv), (&sure_nv, &sure_nv)] {
+            for ids in [(0..V).collect::<Vec<i64>>(), vec![4, 9]] {
+                let targets = targets_of(teacher_nv, 1.0, &ids, (ids.len() as i64) < V);
+                let (sums, grad_nh) = ChunkedLoss::with_chunk(V, Kind::Float, Device::Cpu, 16)
+                    .unwrap()
+                    .backward(&Objective::of(&loss, 0, 1), student_nv, &weight_vh, None, &targets, 1.0)
+                    .unwrap();
+                assert!(sums.loss.is_finite(), "{name} {}", sums.loss);
+                assert!(grad_nh.isfinite().all().int64_value(&[]) == 1, "{name}");
+            }
+        }
+    }
 }

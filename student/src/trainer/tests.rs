@@ -1,3 +1,4 @@
+use retort_core::spec::{Loss, Weight};
 use tch::Device;
 
 use super::*;
@@ -12,8 +13,9 @@ const VOCAB: u32 = 40;
 const STEPS: u32 = 6;
 
 fn options() -> Options {
-    let train = Train { learning_rate: 5e-3, ce_weight: 0.1, batch_rows: 4, ..Train::default() };
-    Options { train, steps: STEPS, limits: batch::Limits { max_tokens: 60, overhead_tokens: 8 } }
+    let loss = Loss { forward_kl: Weight::constant(0.9), label_ce: Weight::constant(0.1), ..Loss::default() };
+    let train = Train { learning_rate: 5e-3, loss, batch_rows: 4, ..Train::default() };
+    Options { train, steps: STEPS, limits: batch::Limits { max_tokens: 60 } }
 }
 
 fn model(tied: bool) -> Model {
@@ -111,7 +113,7 @@ fn an_exported_folder_is_whole_and_a_damaged_state_is_refused() {
 fn the_cut_changes_nothing_tied_or_not() {
     for tied in [true, false] {
         let run = |max_tokens: usize| {
-            let limits = batch::Limits { max_tokens, overhead_tokens: 4 };
+            let limits = batch::Limits { max_tokens };
             let mut trainer = Trainer::new(model(tied), Options { limits, ..options() }).unwrap();
             let losses: Vec<f64> =
                 (0..3).map(|step| trainer.step(&rows(step), &|| Ok(())).unwrap().loss.unwrap()).collect();
@@ -189,5 +191,60 @@ fn frozen_embeddings_stay_as_they_are() {
         frozen.step(&rows(1), &|| Ok(())).unwrap();
         resumed.step(&rows(1), &|| Ok(())).unwrap();
         assert_eq!(weights(&frozen), weights(&resumed));
+    }
+}
+
+/// Computing blocks twice changes no bit of the weights, tied or not, frozen or not.
+#[test]
+fn activation_checkpointing_changes_nothing() {
+    for (tied, freeze_embeddings) in [(true, false), (false, false), (true, true)] {
+        let run = |activation_checkpointing: bool| {
+            let train = Train { activation_checkpointing, freeze_embeddings, ..options().train };
+            let mut trainer = Trainer::new(model(tied), Options { train, ..options() }).unwrap();
+            let losses: Vec<f64> =
+                (0..3).map(|step| trainer.step(&rows(step), &|| Ok(())).unwrap().loss.unwrap()).collect();
+            (losses, weights(&trainer))
+        };
+        assert!(run(true) == run(false), "tied {tied}, frozen {freeze_embeddings}");
+    }
+}
+
+/// Steps follow the schedules of their weights: what the loss is at the end is what it would be alone.
+#[test]
+fn a_losss_weights_follow_their_schedule() {
+    let ramp = Weight { from: 0.0, to: 2.0, until: 0.5 };
+    let loss = Loss { forward_kl: Weight::constant(1.0), label_ce: ramp, ..Loss::default() };
+    let train = Train { learning_rate: 1e-9, loss, ..options().train };
+    let mut trainer = Trainer::new(model(true), Options { train, ..options() }).unwrap();
+    let losses: Vec<f64> = (0..STEPS).map(|_| trainer.step(&rows(0), &|| Ok(())).unwrap().loss.unwrap()).collect();
+    // Weights hardly move at this learning rate: what is added is the cross-entropy's part.
+    let added: Vec<f64> = losses.iter().map(|loss| loss - losses[0]).collect();
+    assert!((added[1] - added[3] / 3.0).abs() < 1e-4 && (added[3] - added[5]).abs() < 1e-4, "{added:?}");
+    assert!(added[3] > 2.0, "{added:?}");
+}
+
+/// A step that leaps is left out, and a trainer read back leaves the same one out.
+#[test]
+fn a_leap_is_left_out_and_leaves_no_trace_in_the_weights() {
+    let folder = tempfile::tempdir().unwrap();
+    let teacher = tiny_teacher(&folder.path().join("teacher"), 1, VOCAB.into());
+    let long = Options { steps: 40, ..options() };
+    let mut trainer = Trainer::new(model(true), long.clone()).unwrap();
+    for step in 0..12 {
+        trainer.step(&rows(step), &|| Ok(())).unwrap();
+    }
+    resume::save(&trainer, &teacher.folder, &folder.path().join("checkpoint")).unwrap();
+    let resumed = resume::load(&folder.path().join("checkpoint"), long, Device::Cpu, Kind::Float).unwrap();
+    let mut leap = rows(1);
+    leap.iter_mut().for_each(|row| row.support.masses.iter_mut().for_each(|mass| *mass *= 1e4));
+    for mut trainer in [trainer, resumed] {
+        let before = weights(&trainer);
+        let report = trainer.step(&leap, &|| Ok(())).unwrap();
+        assert!(report.gradient_norm > 1000.0);
+        assert_eq!((trainer.progress().left_out, trainer.progress().step), (1, 13));
+        assert!(weights(&trainer) == before);
+        trainer.step(&rows(0), &|| Ok(())).unwrap();
+        assert_eq!(trainer.progress().left_out, 1);
+        assert!(weights(&trainer) != before);
     }
 }

@@ -1,6 +1,6 @@
 //! Checks across a spec's fields that need no file.
 
-use super::{Init, JobSpec};
+use super::{Codec, Init, JobSpec, Schedule};
 use crate::{Code, Error, Result};
 
 impl JobSpec {
@@ -80,9 +80,18 @@ impl JobSpec {
         count("train.batch_rows", train.batch_rows, 1, 65_536)?;
         within("train.learning_rate", train.learning_rate, 1e-9, 10.0)?;
         within("train.warmup_ratio", train.warmup_ratio, 0.0, 1.0)?;
+        within("train.decay_ratio", train.decay_ratio, 0.0, 1.0)?;
+        if train.schedule == Schedule::Wsd && train.warmup_ratio + train.decay_ratio > 1.0 {
+            return Err(invalid(format!(
+                "train.warmup_ratio {} and train.decay_ratio {} are more than all steps together",
+                train.warmup_ratio, train.decay_ratio
+            )));
+        }
         within("train.weight_decay", train.weight_decay, 0.0, 10.0)?;
         within("train.clip_norm", train.clip_norm, 1e-6, 1e6)?;
-        within("train.ce_weight", train.ce_weight, 0.0, 1.0)?;
+        self.check_loss()?;
+        within("train.guard.norm_ratio", train.guard.norm_ratio, 0.0, 1e9)?;
+        within("train.guard.loss_ratio", train.guard.loss_ratio, 0.0, 1e9)?;
         for (gate, limit, max) in [
             ("gates.max_kl", self.gates.max_kl, 1e6),
             ("gates.max_kl_ratio", self.gates.max_kl_ratio, 1e6),
@@ -92,6 +101,27 @@ impl JobSpec {
             if let Some(limit) = limit {
                 within(gate, limit, 0.0, max)?;
             }
+        }
+        Ok(())
+    }
+
+    /// The loss asks for no more than the soft targets hold.
+    fn check_loss(&self) -> Result<()> {
+        let (loss, soft_targets) = (&self.train.loss, &self.teacher.soft_targets);
+        loss.check()?;
+        if loss.needs_exact_entries() && matches!(soft_targets.codec, Codec::Random { .. }) {
+            return Err(invalid(
+                "train.loss compares with the teacher's exact probabilities, and teacher.soft_targets.codec random keeps \
+                 none; take another codec, or forward_kl and label_ce alone"
+                    .to_owned(),
+            ));
+        }
+        if loss.temperature != 1.0 && !soft_targets.temperatures.contains(&loss.temperature) {
+            return Err(invalid(format!(
+                "train.loss.temperature is {}, for which the shards must keep a sum; add it to \
+                 teacher.soft_targets.temperatures, which is {:?}",
+                loss.temperature, soft_targets.temperatures
+            )));
         }
         Ok(())
     }

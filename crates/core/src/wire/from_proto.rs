@@ -3,8 +3,8 @@ use retort_proto as proto;
 use crate::{
     Code, Error, Result,
     spec::{
-        CodecName, FlatSoftTargets, Gates, Init, JobSpec, Prompts, Quantiser, Sampling, SoftTargets, Student, Teacher,
-        TeacherMode, Train,
+        CodecName, FlatSoftTargets, Gates, Guard, Init, JobSpec, Loss, Prompts, Quantiser, Sampling, Schedule, SoftTargets, Student,
+        Teacher, TeacherMode, Train, Weight,
     },
     state::{JobState, Split},
 };
@@ -84,17 +84,7 @@ pub fn job_spec_from_proto(spec: proto::JobSpec) -> Result<JobSpec> {
             soft_targets,
         },
         student: Student { pool: student.pool, init },
-        train: spec.train.map_or_else(Train::default, |t| Train {
-            passes: t.passes,
-            batch_rows: t.batch_rows,
-            learning_rate: t.learning_rate,
-            warmup_ratio: t.warmup_ratio,
-            weight_decay: t.weight_decay,
-            clip_norm: t.clip_norm,
-            ce_weight: t.ce_weight,
-            checkpoint_steps: t.checkpoint_steps,
-            freeze_embeddings: t.freeze_embeddings,
-        }),
+        train: spec.train.map_or_else(|| Ok(Train::default()), train_from_proto)?,
         gates: spec.gates.map_or_else(Gates::default, |g| Gates {
             max_kl: g.max_kl,
             max_kl_ratio: g.max_kl_ratio,
@@ -104,6 +94,57 @@ pub fn job_spec_from_proto(spec: proto::JobSpec) -> Result<JobSpec> {
     };
     spec.validate()?;
     Ok(spec)
+}
+
+fn train_from_proto(train: proto::TrainSpec) -> Result<Train> {
+    let schedule = match train.schedule() {
+        proto::LearningRateSchedule::Unspecified if train.schedule != 0 => {
+            let message = format!("train.schedule {} is not known", train.schedule);
+            return Err(Error::new(Code::SpecInvalid, message));
+        }
+        proto::LearningRateSchedule::Unspecified | proto::LearningRateSchedule::Cosine => Schedule::Cosine,
+        proto::LearningRateSchedule::Linear => Schedule::Linear,
+        proto::LearningRateSchedule::Constant => Schedule::Constant,
+        proto::LearningRateSchedule::Wsd => Schedule::Wsd,
+    };
+    Ok(Train {
+        passes: train.passes,
+        batch_rows: train.batch_rows,
+        learning_rate: train.learning_rate,
+        warmup_ratio: train.warmup_ratio,
+        schedule,
+        decay_ratio: train.decay_ratio.unwrap_or(Train::default().decay_ratio),
+        weight_decay: train.weight_decay,
+        clip_norm: train.clip_norm,
+        loss: train.loss.map_or_else(Loss::default, loss_from_proto),
+        checkpoint_steps: train.checkpoint_steps,
+        freeze_embeddings: train.freeze_embeddings,
+        activation_checkpointing: train.activation_checkpointing,
+        guard: train.guard.map_or_else(Guard::default, |proto::GuardSpec { norm_ratio, loss_ratio }| Guard {
+            norm_ratio,
+            loss_ratio,
+        }),
+    })
+}
+
+fn loss_from_proto(loss: proto::LossSpec) -> Loss {
+    let weight = |weight: Option<proto::LossWeight>| {
+        weight.map_or_else(Weight::default, |proto::LossWeight { from, to, until }| Weight { from, to, until })
+    };
+    let default = Loss::default();
+    Loss {
+        forward_kl: weight(loss.forward_kl),
+        reverse_kl: weight(loss.reverse_kl),
+        jensen_shannon: weight(loss.jensen_shannon),
+        skew_forward_kl: weight(loss.skew_forward_kl),
+        skew_reverse_kl: weight(loss.skew_reverse_kl),
+        total_variation: weight(loss.total_variation),
+        logit_mse: weight(loss.logit_mse),
+        label_ce: weight(loss.label_ce),
+        jensen_shannon_beta: loss.jensen_shannon_beta.unwrap_or(default.jensen_shannon_beta),
+        skew_alpha: loss.skew_alpha.unwrap_or(default.skew_alpha),
+        temperature: loss.temperature.unwrap_or(default.temperature),
+    }
 }
 
 /// `None` for unspecified or unknown.

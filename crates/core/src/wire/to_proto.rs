@@ -2,7 +2,7 @@ use retort_proto as proto;
 
 use crate::{
     Error,
-    spec::{CodecName, FlatSoftTargets, Init, JobSpec, Quantiser, SoftTargets, TeacherMode},
+    spec::{CodecName, FlatSoftTargets, Init, JobSpec, Loss, Quantiser, Schedule, SoftTargets, TeacherMode, Weight},
     state::{JobState, Split, TaskKind},
 };
 
@@ -61,9 +61,22 @@ pub fn job_spec_to_proto(spec: &JobSpec) -> proto::JobSpec {
             warmup_ratio: spec.train.warmup_ratio,
             weight_decay: spec.train.weight_decay,
             clip_norm: spec.train.clip_norm,
-            ce_weight: spec.train.ce_weight,
             checkpoint_steps: spec.train.checkpoint_steps,
             freeze_embeddings: spec.train.freeze_embeddings,
+            loss: Some(loss_to_proto(&spec.train.loss)),
+            schedule: match spec.train.schedule {
+                Schedule::Cosine => proto::LearningRateSchedule::Cosine,
+                Schedule::Linear => proto::LearningRateSchedule::Linear,
+                Schedule::Constant => proto::LearningRateSchedule::Constant,
+                Schedule::Wsd => proto::LearningRateSchedule::Wsd,
+            }
+            .into(),
+            decay_ratio: Some(spec.train.decay_ratio),
+            activation_checkpointing: spec.train.activation_checkpointing,
+            guard: Some(proto::GuardSpec {
+                norm_ratio: spec.train.guard.norm_ratio,
+                loss_ratio: spec.train.guard.loss_ratio,
+            }),
         }),
         gates: Some(proto::GateSpec {
             max_kl: spec.gates.max_kl,
@@ -71,6 +84,26 @@ pub fn job_spec_to_proto(spec: &JobSpec) -> proto::JobSpec {
             min_top1_agreement: spec.gates.min_top1_agreement,
             max_perplexity_ratio: spec.gates.max_perplexity_ratio,
         }),
+    }
+}
+
+fn loss_to_proto(loss: &Loss) -> proto::LossSpec {
+    let weight = |weight: Weight| {
+        let Weight { from, to, until } = weight;
+        (!weight.is_zero()).then_some(proto::LossWeight { from, to, until })
+    };
+    proto::LossSpec {
+        forward_kl: weight(loss.forward_kl),
+        reverse_kl: weight(loss.reverse_kl),
+        jensen_shannon: weight(loss.jensen_shannon),
+        skew_forward_kl: weight(loss.skew_forward_kl),
+        skew_reverse_kl: weight(loss.skew_reverse_kl),
+        total_variation: weight(loss.total_variation),
+        logit_mse: weight(loss.logit_mse),
+        label_ce: weight(loss.label_ce),
+        jensen_shannon_beta: Some(loss.jensen_shannon_beta),
+        skew_alpha: Some(loss.skew_alpha),
+        temperature: Some(loss.temperature),
     }
 }
 

@@ -328,3 +328,61 @@ fn input_that_does_not_fit_is_an_error() {
     assert!(greedy(&model, &[1; 64], 3).is_err());
     assert!(greedy(&model, &[1; 62], 30).unwrap().len() <= 2, "the context ends the answer");
 }
+
+fn packed(model: &Model, lengths: &[i64]) -> (Tensor, Vec<Tensor>) {
+    let ids: Vec<Tensor> = (0i64..)
+        .zip(lengths)
+        .map(|(document, &length)| (Tensor::arange(length, (Kind::Int64, Device::Cpu)) * 7 + document * 5).remainder(50))
+        .collect();
+    let all = Tensor::cat(&ids, 0);
+    let alone = ids.iter().map(|ids| model.hidden(&ids.unsqueeze(0)).unwrap().squeeze_dim(0)).collect();
+    (all, alone)
+}
+
+/// Whatever lies beside a document, with or without a window, it is as if it were alone.
+#[test]
+fn packed_documents_do_not_see_each_other() {
+    for window in [None, Some(5)] {
+        let model = random(Config { sliding_window: window, ..config() });
+        for lengths in [&[9, 9, 4, 1, 12, 12][..], &[7], &[3, 64]] {
+            let (all, alone) = packed(&model, lengths);
+            let together = model.hidden_packed(&all, lengths).unwrap();
+            assert!(difference(&together, &Tensor::cat(&alone, 0)) < 1e-5, "{lengths:?}");
+        }
+    }
+}
+
+#[test]
+fn documents_that_do_not_fit_are_refused() {
+    let model = random(config());
+    let ids = Tensor::arange(10, (Kind::Int64, Device::Cpu));
+    for lengths in [&[5, 4][..], &[10, 0], &[], &[12, -2]] {
+        assert!(matches!(model.hidden_packed(&ids, lengths), Err(Error::Invalid(_))), "{lengths:?}");
+    }
+    let long = Tensor::zeros([65], (Kind::Int64, Device::Cpu));
+    assert!(matches!(model.hidden_packed(&long, &[65]), Err(Error::TooLong(_))));
+    assert!(model.hidden_packed(&(ids + 45), &[10]).unwrap_err().to_string().contains("token id 54"));
+}
+
+#[test]
+fn a_tape_gives_the_gradients_of_autograd() {
+    let lengths = [9, 9, 4, 12];
+    let gradients = |taped: bool| -> Vec<Tensor> {
+        let model = random(config());
+        model.set_trainable(true);
+        let (all, _) = packed(&model, &lengths);
+        if taped {
+            let (hidden_nh, tape) = model.hidden_taped(&all, &lengths).unwrap();
+            assert!(!hidden_nh.requires_grad());
+            // Of the sum of cubes.
+            model.backward(tape, &(hidden_nh.square() * 3.0)).unwrap();
+        } else {
+            model.hidden_packed(&all, &lengths).unwrap().pow_tensor_scalar(3).sum(Kind::Float).backward();
+        }
+        let parameters = model.parameters().into_iter().filter(|(name, _)| name != "lm_head.weight");
+        parameters.map(|(_, tensor)| tensor.grad()).collect()
+    };
+    for (taped, whole) in gradients(true).iter().zip(gradients(false)) {
+        assert!(difference(taped, &whole) < 1e-4 * whole.abs().max().double_value(&[]).max(1.0));
+    }
+}

@@ -1,0 +1,112 @@
+//! The loss's passes over a chunk's logits on the CPU: each row is read from memory once, turned into its
+//! gradient while it lies in the cache, and written once. Threads share out the rows.
+
+use rayon::prelude::*;
+use retort_kernels::exponentiate;
+use tch::{Device, Kind, Tensor};
+
+use super::{
+    Chunk, Sums,
+    objective::{Objective, Position},
+};
+use crate::batch::Targets;
+
+/// The numbers of an f32 tensor that lies on the CPU, row after row.
+pub(super) fn numbers(tensor: &mut Tensor) -> Option<&mut [f32]> {
+    let plain = tensor.device() == Device::Cpu && tensor.kind() == Kind::Float && tensor.is_contiguous();
+    // SAFETY: so many f32 lie at the tensor's address, and it is borrowed as long as they are.
+    plain.then(|| unsafe { std::slice::from_raw_parts_mut(tensor.data_ptr().cast(), tensor.numel()) })
+}
+
+/// Turns `logits_nv` into the gradient, and sums up.
+pub(super) fn gradient(
+    objective: &Objective,
+    targets: &Targets,
+    chunk: &Chunk,
+    logits_nv: &mut [f32],
+    vocab_size: usize,
+) -> Sums {
+    let threads = tch::get_num_threads().max(1) as usize;
+    let rows = (chunk.n as usize).div_ceil(threads).max(1);
+    let parts = logits_nv.par_chunks_mut(rows * vocab_size).enumerate().map(|(part, logits_nv)| {
+        let mut scratch = Scratch::default();
+        let first = chunk.start + part * rows;
+        let mut sums = Sums::default();
+        for (p, row) in (first..).zip(logits_nv.chunks_exact_mut(vocab_size)) {
+            sums.add(scratch.row(objective, targets, p, row));
+        }
+        sums
+    });
+    // In the order of the rows: the same sums whoever was ready first.
+    let parts: Vec<Sums> = parts.collect();
+    parts.into_iter().fold(Sums::default(), |mut sums, part| {
+        sums.add(part);
+        sums
+    })
+}
+
+#[derive(Default)]
+struct Scratch {
+    student_e: Vec<f32>,
+    corrections_e: Vec<f64>,
+    cold: Vec<f32>,
+}
+
+impl Scratch {
+    /// Turns the logits of position `p` into their gradient.
+    fn row(&mut self, objective: &Objective, targets: &Targets, p: usize, row: &mut [f32]) -> Sums {
+        let temperature = objective.temperature;
+        let entries = targets.offsets[p]..targets.offsets[p + 1];
+        let ids = &targets.ids[entries.clone()];
+        let label = targets.labels[p] as usize;
+        let raw_label = f64::from(row[label]);
+        self.student_e.clear();
+        self.student_e.extend(ids.iter().map(|&id| row[id as usize]));
+        let cold = (objective.label_ce > 0.0 && temperature != 1.0).then(|| {
+            self.cold.clear();
+            self.cold.extend_from_slice(row);
+            exponentiate(&mut self.cold, 1.0)
+        });
+        let (max, sum) = exponentiate(row, (1.0 / temperature) as f32);
+        let log_sum_exp = f64::from(max) / temperature + sum.ln();
+        for logit in &mut self.student_e {
+            *logit = (f64::from(*logit) / temperature - log_sum_exp) as f32;
+        }
+        self.corrections_e.clear();
+        self.corrections_e.resize(ids.len(), 0.0);
+        let position = Position {
+            masses: &targets.masses[entries.clone()],
+            logprobs: &targets.logprobs[entries.clone()],
+            heads: &targets.heads[entries],
+            residual: targets.residuals[p],
+            student: &self.student_e,
+            vocab_size: row.len(),
+        };
+        let judged = objective.judge(&position, &mut self.corrections_e);
+        let mut sums = Sums { loss: judged.loss, kl: judged.kl, ce: 0.0, positions: 1 };
+        let mut spread = judged.spread / temperature;
+        if objective.label_ce > 0.0 {
+            let (max, sum) = cold.unwrap_or((max, sum));
+            sums.ce = f64::from(max) + sum.ln() - raw_label;
+            sums.loss += objective.label_ce * sums.ce;
+        }
+        match cold {
+            Some((_, cold_sum)) => {
+                let (hot, cold) = ((spread / sum) as f32, (objective.label_ce / cold_sum) as f32);
+                row.iter_mut().zip(&self.cold).for_each(|(x, y)| *x = *x * hot + y * cold);
+            }
+            None => {
+                spread += objective.label_ce;
+                let factor = (spread / sum) as f32;
+                row.iter_mut().for_each(|x| *x *= factor);
+            }
+        }
+        for (&id, correction) in ids.iter().zip(&self.corrections_e) {
+            row[id as usize] += (correction / temperature) as f32;
+        }
+        if objective.label_ce > 0.0 {
+            row[label] -= objective.label_ce as f32;
+        }
+        sums
+    }
+}
