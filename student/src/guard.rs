@@ -26,7 +26,10 @@ impl Watched {
         let leaps = |value: f64, mean: f64, ratio: f64| ratio > 0.0 && mean > 0.0 && value > ratio * mean;
         if self.seen >= SEEN_FIRST && self.in_a_row < MOST_IN_A_ROW {
             let of = |what: &str, value: f64, mean: f64, key: &str| {
-                format!("its {what} {value:.3} is {:.1} times the running mean {mean:.3} (train.guard.{key})", value / mean)
+                format!(
+                    "its {what} {value:.3} is {:.1} times the running mean {mean:.3} (train.guard.{key})",
+                    value / mean
+                )
             };
             let why = if leaps(gradient_norm, self.gradient_norm, guard.norm_ratio) {
                 Some(of("gradient's norm", gradient_norm, self.gradient_norm, "norm_ratio"))

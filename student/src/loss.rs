@@ -115,7 +115,7 @@ impl ChunkedLoss {
                 let chunk = Chunk::new(targets, start, self.chunk, self.vocab_size, hidden_nh.device())?;
                 let part_nh = hidden_nh.narrow(0, start as i64, chunk.n);
                 let mut into_nh = grad_nh.narrow(0, start as i64, chunk.n);
-                let part = || -> Result<(Sums, Tensor), TchError> {
+                let mut part = || -> Result<(Sums, Tensor), TchError> {
                     let logits_nv = self.logits(&part_nh, &weight_vh)?;
                     let (sums, grad_nv) = self.gradient(objective, targets, &chunk, &logits_nv)?;
                     let grad_nv = grad_nv.f_to_kind(part_nh.kind())?;
@@ -196,7 +196,13 @@ impl ChunkedLoss {
         }
         match host::numbers(&mut grad_nv) {
             Some(numbers) => {
-                let sums = host::gradient(objective, targets, chunk, numbers, self.vocab_size.unsigned_abs() as usize);
+                let sums = host::gradient(
+                    objective,
+                    targets,
+                    chunk.positions(),
+                    numbers,
+                    self.vocab_size.unsigned_abs() as usize,
+                );
                 Ok((sums, grad_nv))
             }
             None => self.gradient_by_torch(objective, targets, chunk, logits_nv),

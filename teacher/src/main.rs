@@ -23,7 +23,7 @@ struct Cli {
     worker: Option<WorkerArgs>,
     #[command(flatten)]
     group: GroupArgs,
-    /// Cores used for arithmetic; all of them when not given
+    /// Cores used for arithmetic; all of them when not given. Tokenising takes all for a moment
     #[arg(long, env = "RETORT_THREADS", global = true, value_name = "N", value_parser = clap::value_parser!(u16).range(1..=4096))]
     threads: Option<u16>,
     /// How to keep the weights of projections: stored, bf16, int8 or fp8; arithmetic stays as --dtype says

@@ -53,9 +53,10 @@ fn the_group_of_the_manifest_is_two_pods_that_live_and_die_together() {
     assert_eq!(template["restartPolicy"], "RecreateGroupOnPodRestart");
     let pod = &template["workerTemplate"]["spec"];
     let container = &pod["containers"][0];
-    assert_eq!(container["resources"]["limits"]["nvidia.com/gpu"], "8");
     let command = strings(&container["command"]);
     check_command(&command);
+    let devices = flag(&command, "--device").unwrap().split(',').count();
+    assert_eq!(container["resources"]["limits"]["nvidia.com/gpu"], devices.to_string(), "a GPU that nobody uses");
     // The stage comes from the controller's variables, so none is written down.
     assert_eq!((flag(&command, "--stage"), flag(&command, "--peers")), (None, None));
     let port = flag(&command, "--listen").unwrap().rsplit(':').next().unwrap();

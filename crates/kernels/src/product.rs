@@ -86,7 +86,8 @@ impl Panels {
     /// # Panics
     /// Where `x` is shorter than that.
     pub fn pack(&mut self, x: &[f32], stride: usize, rows: usize, columns: usize) {
-        assert!(rows == 0 || x.len() >= (rows - 1) * stride + columns, "{} numbers for {rows} rows", x.len());
+        let needed = rows.saturating_sub(1).checked_mul(stride).and_then(|before| before.checked_add(columns));
+        assert!(rows == 0 || needed.is_some_and(|needed| x.len() >= needed), "{} numbers for {rows} rows", x.len());
         (self.rows, self.columns) = (rows, columns);
         self.lines.resize((rows.next_multiple_of(8) * columns).div_ceil(16), Line::default());
         // SAFETY: measured above; the lines hold each row's numbers, those of dead rows too.
@@ -99,7 +100,9 @@ impl Panels {
     /// # Panics
     /// Where the shapes do not fit, or a slice is shorter than its shape.
     pub fn product(&self, w: &Matrix, bias: Option<&[f32]>, into: Into, out: &mut [f32], stride: usize) {
-        self.check(w, bias, out, stride);
+        if !self.check(w, bias, out, stride) {
+            return;
+        }
         let target = Target { to: out.as_mut_ptr(), stride, add: matches!(into, Into::Add) };
         // SAFETY: the shapes are checked.
         unsafe { self.outputs(w, 0..w.rows(), bias, target) }
@@ -112,7 +115,9 @@ impl Panels {
         if threads == 1 {
             return self.product(w, bias, into, out, stride);
         }
-        self.check(w, bias, out, stride);
+        if !self.check(w, bias, out, stride) {
+            return;
+        }
         let target = Target { to: out.as_mut_ptr(), stride, add: matches!(into, Into::Add) };
         let share = w.rows().div_ceil(threads).next_multiple_of(STRIP);
         (0..w.rows().div_ceil(share)).into_par_iter().for_each(|part| {
@@ -122,12 +127,17 @@ impl Panels {
         });
     }
 
-    fn check(&self, w: &Matrix, bias: Option<&[f32]>, out: &[f32], stride: usize) {
+    /// Refuses shapes that do not fit; false where there is nothing to compute.
+    fn check(&self, w: &Matrix, bias: Option<&[f32]>, out: &[f32], stride: usize) -> bool {
         let (n, k) = (w.rows(), w.columns());
         assert!(k == self.columns && bias.is_none_or(|bias| bias.len() == n), "{k} columns, not {}", self.columns);
-        let needed = if n == 0 { 0 } else { self.rows.saturating_sub(1) * stride + n };
-        assert!(self.rows == 0 || out.len() >= needed, "{} numbers for {} rows", out.len(), self.rows);
-        assert!(self.rows < 2 || stride >= n, "rows of {n} numbers {stride} apart");
+        if self.rows == 0 || n == 0 {
+            return false;
+        }
+        let needed = (self.rows - 1).checked_mul(stride).and_then(|before| before.checked_add(n));
+        assert!(needed.is_some_and(|needed| out.len() >= needed), "{} numbers for {} rows", out.len(), self.rows);
+        assert!(self.rows == 1 || stride >= n, "rows of {n} numbers {stride} apart");
+        true
     }
 
     /// Some rows of `w`, and their bias.

@@ -45,8 +45,13 @@ impl Subject<'_> {
             context: row as f64 / 2.0,
             reads_cache: false,
         };
-        // Natively scoring keeps no cache; a remote engine has one for all that is in flight.
-        let cached = if layout.engine == Engine::Remote { tokens.saturating_mul(u64::from(layout.stages)) } else { 0 };
+        // A remote engine has a cache for all that is in flight; a group's stages for the texts that a step cuts, one
+        // at either end; a single process for nothing.
+        let cached = match layout.engine {
+            Engine::Remote => tokens.saturating_mul(u64::from(layout.stages)),
+            Engine::Native if layout.stages > 1 => row.saturating_mul(2),
+            Engine::Native => 0,
+        };
         let load = Load { tokens, targets: rows * work.new_tokens, cached };
         let split = self.split(&machine, &layout, &pass, load)?;
         if let Some(reason) = self.too_small(&split) {

@@ -1,12 +1,14 @@
 //! The loss's passes over a chunk's logits on the CPU: each row is read from memory once, turned into its
 //! gradient while it lies in the cache, and written once. Threads share out the rows.
 
+use std::ops::Range;
+
 use rayon::prelude::*;
 use retort_kernels::exponentiate;
 use tch::{Device, Kind, Tensor};
 
 use super::{
-    Chunk, Sums,
+    Sums,
     objective::{Objective, Position},
 };
 use crate::batch::Targets;
@@ -18,19 +20,19 @@ pub(super) fn numbers(tensor: &mut Tensor) -> Option<&mut [f32]> {
     plain.then(|| unsafe { std::slice::from_raw_parts_mut(tensor.data_ptr().cast(), tensor.numel()) })
 }
 
-/// Turns `logits_nv` into the gradient, and sums up.
+/// Turns the logits of these positions into their gradient, and sums up.
 pub(super) fn gradient(
     objective: &Objective,
     targets: &Targets,
-    chunk: &Chunk,
+    positions: Range<usize>,
     logits_nv: &mut [f32],
     vocab_size: usize,
 ) -> Sums {
     let threads = tch::get_num_threads().max(1) as usize;
-    let rows = (chunk.n as usize).div_ceil(threads).max(1);
+    let rows = positions.len().div_ceil(threads).max(1);
     let parts = logits_nv.par_chunks_mut(rows * vocab_size).enumerate().map(|(part, logits_nv)| {
         let mut scratch = Scratch::default();
-        let first = chunk.start + part * rows;
+        let first = positions.start + part * rows;
         let mut sums = Sums::default();
         for (p, row) in (first..).zip(logits_nv.chunks_exact_mut(vocab_size)) {
             sums.add(scratch.row(objective, targets, p, row));

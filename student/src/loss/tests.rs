@@ -388,7 +388,11 @@ fn every_loss_is_the_textbooks_and_so_is_its_gradient() {
                         .unwrap();
                     let expected = slow.double_value(&[]);
                     let what = format!("{name} at {temperature}, {} entries", ids.len());
-                    assert!((sums.loss - expected).abs() < 1e-4 * expected.abs().max(1.0), "{what}: {} {expected}", sums.loss);
+                    assert!(
+                        (sums.loss - expected).abs() < 1e-4 * expected.abs().max(1.0),
+                        "{what}: {} {expected}",
+                        sums.loss
+                    );
                     assert!(max_difference(&grad_nh, &hidden_nh.grad()) < 1e-4, "{what}");
                     assert!(max_difference(&head_grad_vh, &weight_vh.grad()) < 1e-4, "{what}");
                 }
@@ -409,10 +413,9 @@ fn a_sampled_entry_is_no_exact_one() {
         sampled.masses[e] = 0.2;
     }
     for (name, loss) in objectives(1.0).into_iter().filter(|(name, _)| *name != "all") {
-        let mut run = |targets: &Targets| {
+        let run = |targets: &Targets| {
             let objective = Objective::of(&loss, 0, 1);
-            let (sums, grad_nh) =
-                chunked(16).backward(&objective, &hidden_nh, &weight_vh, None, targets, 1.0).unwrap();
+            let (sums, grad_nh) = chunked(16).backward(&objective, &hidden_nh, &weight_vh, None, targets, 1.0).unwrap();
             (sums.loss, grad_nh)
         };
         let ((with, with_grad), (without, without_grad)) = (run(&sampled), run(&bare));

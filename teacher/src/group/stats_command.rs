@@ -2,7 +2,7 @@
 
 use std::io::Write as _;
 
-use retort_core::{Error, Result};
+use retort_core::{Code, Error, Result};
 use retort_proto as proto;
 use serde_json::json;
 
@@ -33,7 +33,14 @@ pub async fn show_stats(args: &StatsArgs) -> Result<()> {
     let place = Place::asking(&args.peer, args.tls.read()?)?;
     let mut client = dial(&place, 0).await?;
     let answer = client.get_group_stats(proto::GetGroupStatsRequest {}).await;
-    let stats = answer.map_err(|status| refusal(&place, 0, &status))?.into_inner();
+    let told = |status: tonic::Status| match status.code() {
+        tonic::Code::Unimplemented => Error::new(
+            Code::RequestInvalid,
+            format!("what answers at {} is no stage of a teacher group; --peer is an address of --peers", args.peer),
+        ),
+        _ => refusal(&place, 0, &status),
+    };
+    let stats = answer.map_err(told)?.into_inner();
     let text = if args.json { format!("{}\n", as_json(&stats)) } else { table(&stats) };
     let written = std::io::stdout().lock().write_all(text.as_bytes());
     written.map_err(|error| Error::internal(format!("standard output: {error}")))

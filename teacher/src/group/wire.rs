@@ -138,6 +138,10 @@ pub(super) fn step_from_proto(step: proto::StageStep, room: &Room) -> Result<Ste
             }
             _ => {}
         }
+        if piece.tokens == 0 || piece.score_next.is_some() && !matches!(piece.ask, Some(step_piece::Ask::ScoreFrom(_)))
+        {
+            return Err(wrong("a step has a piece without tokens, or one that is scored on without being scored"));
+        }
         let ask = match piece.ask {
             Some(step_piece::Ask::ScoreFrom(first)) if first > piece.tokens => {
                 return Err(outside("target", first, piece.tokens));

@@ -100,7 +100,7 @@ impl Stage {
     }
 }
 
-/// The head and what follows it, row by row on all cores; no more rows of logits exist than cores work on.
+/// The head and what follows it, row by row on all cores; a few dozen rows of logits exist for each core.
 fn on_host(part: &HostPart, begin: &Begin, hidden_nh: &[f32], wanted: &[Wanted]) -> Result<Vec<Taken>> {
     let at: Vec<usize> = wanted.iter().map(|wanted| wanted.at).collect();
     let take = |index: usize, row: &[f32]| {

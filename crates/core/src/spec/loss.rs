@@ -269,7 +269,10 @@ mod tests {
     fn what_cannot_be_is_named() {
         let message = |json: &str| read(json).check().unwrap_err().message;
         assert!(message(r#"{"forward_kl": 0}"#).contains("weighs nothing"));
-        assert_eq!(message(r#"{"reverse_kl": -1}"#), "train.loss.reverse_kl.from is -1; it must lie between 0 and 1000000");
+        assert_eq!(
+            message(r#"{"reverse_kl": -1}"#),
+            "train.loss.reverse_kl.from is -1; it must lie between 0 and 1000000"
+        );
         assert!(message(r#"{"label_ce": 1, "skew_alpha": 1}"#).contains("train.loss.skew_alpha"));
         assert!(message(r#"{"label_ce": 1, "temperature": 0}"#).contains("train.loss.temperature"));
         assert!(message(r#"{"label_ce": {"from": 1, "to": 0, "until": 2}}"#).contains("label_ce.until"));

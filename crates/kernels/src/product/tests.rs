@@ -20,7 +20,7 @@ fn packed(x: &[f32], m: usize, k: usize) -> Panels {
 
 proptest! {
     #[test]
-    fn sums_are_those_of_the_definition(m in 1usize..60, n in 1usize..30, k in 1usize..1700) {
+    fn sums_are_those_of_the_definition(m in 0usize..60, n in 0usize..30, k in 1usize..1700) {
         let (x, w) = (numbers(m * k, 37), numbers(n * k, 53));
         let bias = numbers(n, 17);
         let matrix = Matrix::from_f32(&w, n, k).unwrap();
@@ -48,7 +48,7 @@ proptest! {
     }
 
     #[test]
-    fn threads_that_share_the_outputs_change_no_bit(m in 1usize..30, n in 1usize..90, k in 1usize..900) {
+    fn threads_that_share_the_outputs_change_no_bit(m in 0usize..30, n in 0usize..90, k in 1usize..900) {
         let (x, bias) = (numbers(m * k, 41), numbers(n, 17));
         let wide = Matrix::from_f32(&numbers(n * k, 29), n, k).unwrap();
         let threads = rayon::ThreadPoolBuilder::new().num_threads(3).build().unwrap();
@@ -94,4 +94,16 @@ fn a_storage_is_what_it_reads_as() {
         let widened = Matrix::from_f32(&widened, n, k).unwrap();
         assert_eq!(run(&x, m, &narrow, None), run(&x, m, &widened, None), "{:?}", narrow.storage());
     }
+}
+
+/// A stride whose product with the rows wraps around reads and writes nothing.
+#[test]
+fn shapes_beyond_all_memory_are_refused() {
+    let refused = |work: &dyn Fn()| std::panic::catch_unwind(std::panic::AssertUnwindSafe(work)).is_err();
+    let w = Matrix::from_f32(&[1.0; 4], 2, 2).unwrap();
+    let panels = packed(&[1.0; 34], 17, 2);
+    assert!(refused(&|| panels.product(&w, None, Into::Store, &mut [0.0; 40], 1 << 60)));
+    assert!(refused(&|| panels.product_shared(&w, None, Into::Store, &mut [0.0; 40], 1 << 60)));
+    assert!(refused(&|| Panels::default().pack(&[1.0; 40], 1 << 60, 17, 2)));
+    assert!(refused(&|| panels.product(&w, None, Into::Store, &mut [0.0; 40], 1)));
 }

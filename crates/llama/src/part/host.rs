@@ -262,7 +262,7 @@ impl HostPart {
             numbers.resize(tokens * width, 0.0);
         }
         let threads = self.threads.current_num_threads();
-        let few = tokens <= FEW_ROWS * threads;
+        let few = tokens <= (FEW_ROWS * threads).min(ROWS);
         let rows = if few { tokens } else { tokens.div_ceil(threads).min(ROWS) };
         self.threads.install(|| {
             for at in 0..self.layers.len() {

@@ -131,6 +131,33 @@ fn assert_close(a: &[f32], b: &[f32], tolerance: f32) {
     }
 }
 
+/// Few rows share out the weights over threads, many the rows: the bits are the same, and those of one thread.
+#[test]
+fn how_work_is_shared_out_changes_no_bit() {
+    let (dir, _) = folder(config());
+    let ids = ids(1, 40);
+    let run = |threads: usize, cuts: &[u32]| {
+        let part = Part::whole(&config());
+        let mut part = HostPart::load(dir.path(), part, Keep::Stored, Some(threads)).unwrap();
+        part.reset(ROOM);
+        let mut logits = Vec::new();
+        let mut start = 0;
+        for &tokens in cuts {
+            let piece = Piece { slot: Some(0), start, tokens };
+            logits.extend(host_logits(&mut part, 0, &ids[start as usize..(start + tokens) as usize], &[piece]));
+            start += tokens;
+        }
+        assert_eq!(start, 40);
+        logits
+    };
+    let whole = run(1, &[40]);
+    for threads in [1, 2, 3] {
+        for cuts in [&[40][..], &[1, 8, 9, 16, 6], &[17, 7, 16], &[24, 15, 1]] {
+            assert!(run(threads, cuts) == whole, "{threads} threads, {cuts:?}");
+        }
+    }
+}
+
 const ROOM: Room = Room { lanes: 2, slots: 4, capacity: 200 };
 
 #[test]

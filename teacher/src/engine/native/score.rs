@@ -100,8 +100,8 @@ fn whole(texts: &[Text], order: &[usize], most: usize) -> Vec<Vec<Cut>> {
 /// Tokens of each step: several steps for each that is on its way, or the stages would wait for one another;
 /// but not so small that a stage reads its weights for little.
 fn step_tokens(tokens: usize, depth: usize) -> usize {
-    let few = tokens / (STEPS * depth);
-    (few - few % LEAST_TOKENS).clamp(LEAST_TOKENS, limits::FORWARD_TOKENS)
+    let few = (tokens / (STEPS * depth)).min(limits::FORWARD_TOKENS);
+    (few - few % LEAST_TOKENS).max(LEAST_TOKENS)
 }
 
 /// Steps of `most` tokens each but the last, one text after another.

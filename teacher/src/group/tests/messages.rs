@@ -58,10 +58,31 @@ fn a_step_has_at_most_so_many_tokens_and_an_id_for_each() {
         let step = whole(tokens, tokens);
         assert!(received(&step).unwrap() == step, "{tokens}");
     }
-    for (tokens, token_ids) in [(MAX_STEP_TOKENS + 1, MAX_STEP_TOKENS + 1), (0, 0), (3, 2), (2, 3)] {
+    for (tokens, token_ids) in [(MAX_STEP_TOKENS + 1, MAX_STEP_TOKENS + 1), (3, 2), (2, 3)] {
         let error = received(&whole(tokens, token_ids)).unwrap_err();
         assert_eq!(error.code, Code::GroupBroken);
         assert!(error.message.contains(&format!("1 to {MAX_STEP_TOKENS}")), "{}", error.message);
+    }
+}
+
+#[test]
+fn a_piece_has_tokens_and_is_scored_on_only_where_it_is_scored() {
+    let nothing = Room { lanes: 0, slots: 0, capacity: 0 };
+    let received = |change: &dyn Fn(&mut proto::StepPiece)| {
+        let mut message = step_to_proto(1, 0, &whole(3, 3), 0);
+        change(&mut message.pieces[0]);
+        step_from_proto(message, &nothing)
+    };
+    let scored = received(&|piece| {
+        (piece.ask, piece.score_next) = (Some(proto::step_piece::Ask::ScoreFrom(2)), Some(7));
+    });
+    assert_eq!(scored.unwrap().pieces[0].ask, Ask::Score { first: 2, next: Some(7) });
+    for change in [
+        &(|piece: &mut proto::StepPiece| piece.score_next = Some(7)) as &dyn Fn(&mut proto::StepPiece),
+        &|piece: &mut proto::StepPiece| (piece.ask, piece.score_next) = (None, Some(7)),
+        &|piece: &mut proto::StepPiece| piece.tokens = 0,
+    ] {
+        assert_eq!(received(change).unwrap_err().code, Code::GroupBroken);
     }
 }
 

@@ -68,6 +68,27 @@ fn a_groups_shard_is_the_single_process_s() {
     }
 }
 
+/// A text of many steps among short ones: cut wherever a step is full, it is what it is whole.
+#[test]
+fn a_text_of_many_steps_is_the_single_process_s() {
+    let folder = tempfile::tempdir().unwrap();
+    tiny::write(folder.path(), 3);
+    let config = folder.path().join("config.json");
+    let mut about: serde_json::Value = serde_json::from_slice(&std::fs::read(&config).unwrap()).unwrap();
+    about["max_position_embeddings"] = 600.into();
+    std::fs::write(&config, about.to_string()).unwrap();
+    let mut alone = Native::load(folder.path(), &arithmetic(Kind::Float)).unwrap();
+    let mut rows = rows(12);
+    for (row, words) in [(3, 210), (4, 150), (9, 96)] {
+        let completion: Vec<String> = (0..words).map(|word| format!("w{}", 20 + word % 40)).collect();
+        rows[row].completion = Some(completion.join(" "));
+    }
+    let order = order(spec(folder.path(), SCORE), rows, 0..12);
+    let expected = compute(&mut alone, &order, &mut |_| Ok(())).unwrap();
+    let (encoded, _) = in_group(2, folder.path(), &order, Kind::Float);
+    assert_eq!(encoded.sha256, expected.sha256);
+}
+
 /// What docs/teacher-groups.md says of bf16.
 #[test]
 fn in_bf16_a_group_agrees_with_the_single_process_to_rounding() {
