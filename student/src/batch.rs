@@ -16,7 +16,7 @@ pub struct Limits {
 impl Limits {
     pub fn for_device(device: tch::Device) -> Self {
         match device {
-            tch::Device::Cpu => Self { max_tokens: 2048 },
+            tch::Device::Cpu => Self { max_tokens: 1024 },
             _ => Self { max_tokens: 16_384 },
         }
     }

@@ -21,7 +21,7 @@ use crate::{batch::Targets, failure::torch};
 use objective::{Objective, Position};
 
 /// Bytes that one of the two working arrays of a chunk may take.
-const CHUNK_BYTES: usize = 64 << 20;
+const CHUNK_BYTES: usize = 128 << 20;
 /// Bounds of a chunk, positions: fewer starve the matrix product, more win nothing.
 const CHUNK_POSITIONS: (usize, usize) = (16, 2048);
 
