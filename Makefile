@@ -3,7 +3,7 @@
 
 SHELL := /bin/bash
 .DEFAULT_GOAL := help
-.PHONY: help env setup build demo test test-rust test-parity test-python fuzz fuzz-build fuzz-corpus bench-fidelity bench-teacher rehearse-405b bench-shard-memory weights-quality lint fmt clippy deny layers clean-demo
+.PHONY: help env setup build demo test test-rust test-parity test-python fuzz fuzz-build fuzz-corpus bench-fidelity bench-teacher bench-student rehearse-405b bench-shard-memory weights-quality lint fmt clippy deny layers clean-demo
 
 # Everything that is downloaded or built lives here, outside the checkout.
 export RETORT_CACHE ?= $(HOME)/.cache/retort
@@ -112,6 +112,14 @@ bench-teacher: build $(TEACHER)/retort-import.json ## The teacher beside transfo
 	@$(FETCH) vllm || echo "goes on without vLLM"
 	cargo build --workspace --locked --example teacher
 	$(BIN)/examples/teacher --model $(TEACHER) --cache $(RETORT_CACHE) $(BENCH_TEACHER)
+
+# Five minutes or more, with nothing else running.
+BENCH_STUDENT ?=
+
+bench-student: build ## A distillation step beside plain PyTorch's: tokens a second and peak memory
+	@$(FETCH) transformers
+	cargo build --workspace --locked --examples
+	$(BIN)/examples/student --cache $(RETORT_CACHE) $(BENCH_STUDENT)
 
 # The checkpoint, 430 MB, is kept for the next time.
 rehearse-405b: build ## The 405B's structure in 16 stages on this machine, its width shrunk: score, generate, lose a stage

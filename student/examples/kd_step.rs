@@ -1,7 +1,7 @@
 //! Tokens a second and peak memory of distillation steps on sparse targets.
 //!
 //! ```text
-//! kd_step                          24 M student, 4 x 512, 64 entries a position: the work of a plain PyTorch step
+//! kd_step                          24 M student, 4 x 512, 64 entries a position: what `make bench-student` times
 //! kd_step --model DIR --layers 10  a pruned teacher, 8 rows of 40 to 60 prompt and 60 to 128 completion tokens
 //! ```
 //!
@@ -37,6 +37,15 @@ struct Args {
     k: usize,
     #[arg(long, default_value_t = 6)]
     steps: u32,
+    /// Of the random student
+    #[arg(long, default_value_t = 49_152)]
+    vocab: i64,
+    /// Rows a step, of the random student
+    #[arg(long, default_value_t = 4)]
+    batch: usize,
+    /// Tokens a row, of the random student
+    #[arg(long, default_value_t = 512)]
+    length: usize,
     #[arg(long)]
     threads: Option<i32>,
     #[arg(long)]
@@ -57,7 +66,10 @@ fn main() -> Result<(), Box<dyn std::error::Error>> {
             let kept = kept_layers(teacher.config().num_hidden_layers as usize, args.layers);
             (teacher.prune_layers(&kept)?, (0..8).map(|i| (40 + 7 * i % 20, 60 + 23 * i % 69)).collect())
         }
-        None => (Model::init(peer_shape(), Device::Cpu, kind, 0)?, vec![(1, 512); 4]),
+        None => {
+            let rows = vec![(1, args.length); args.batch];
+            (Model::init(peer_shape(args.vocab), Device::Cpu, kind, 0)?, rows)
+        }
     };
     let vocab_size = u32::try_from(model.config().vocab_size)?;
     let parameters = model.config().parameters();
@@ -93,7 +105,7 @@ fn main() -> Result<(), Box<dyn std::error::Error>> {
 }
 
 /// The student of the PyTorch script that this is held against.
-fn peer_shape() -> Config {
+fn peer_shape(vocab_size: i64) -> Config {
     Config {
         architecture: Architecture::Llama,
         hidden_size: 320,
@@ -102,7 +114,7 @@ fn peer_shape() -> Config {
         num_attention_heads: 5,
         num_key_value_heads: 1,
         head_dim: 64,
-        vocab_size: 49_152,
+        vocab_size,
         rms_norm_eps: 1e-6,
         rope_theta: 1e5,
         rope_scaling: None,
