@@ -230,14 +230,17 @@ impl Up {
         }
     }
 
-    /// Keys of the store's objects below `prefix`.
+    /// Keys of the store's objects below `prefix`. A file with a `#` in its name is none: it is what a writer that
+    /// was killed had not named yet, and the store never lists it.
     pub fn objects(&self, prefix: &str) -> Vec<String> {
         fn walk(folder: &Path, root: &Path, keys: &mut Vec<String>) {
             for entry in fs::read_dir(folder).into_iter().flatten().flatten() {
                 let path = entry.path();
                 if path.is_dir() {
                     walk(&path, root, keys);
-                } else if let Ok(key) = path.strip_prefix(root) {
+                } else if let Ok(key) = path.strip_prefix(root)
+                    && !key.to_string_lossy().contains('#')
+                {
                     keys.push(key.display().to_string());
                 }
             }

@@ -98,7 +98,9 @@ fn run(options: &Options) -> Result<String, Failure> {
     let threads = options.threads.map_or(cores, |threads| threads as usize);
     let own = std::env::current_exe()?.with_file_name("kd_step");
     let python = options.cache.join("venv-transformers/bin/python");
-    for (path, made_by) in [(&own, "cargo build --workspace --examples"), (&python, "python3 setup/fetch.py transformers")] {
+    for (path, made_by) in
+        [(&own, "cargo build --workspace --examples"), (&python, "python3 setup/fetch.py transformers")]
+    {
         if !path.exists() {
             return Err(format!("{} is not there: run `{made_by}`", path.display()).into());
         }
@@ -142,11 +144,21 @@ fn run(options: &Options) -> Result<String, Failure> {
     let rows = measured.iter().flat_map(|measured| {
         let bar = measured.case.timed.then_some(rate_bar);
         [
-            row(measured, "tokens/s", |turn| turn.tokens_per_s, |ratio| bar.map(|bar| (format!("{bar}"), ratio >= bar))),
-            row(measured, "peak, GB", |turn| turn.peak_gb, |ratio| {
-                let bar = measured.case.memory_bar;
-                Some((format!("at most {bar}"), ratio <= bar))
-            }),
+            row(
+                measured,
+                "tokens/s",
+                |turn| turn.tokens_per_s,
+                |ratio| bar.map(|bar| (format!("{bar}"), ratio >= bar)),
+            ),
+            row(
+                measured,
+                "peak, GB",
+                |turn| turn.peak_gb,
+                |ratio| {
+                    let bar = measured.case.memory_bar;
+                    Some((format!("at most {bar}"), ratio <= bar))
+                },
+            ),
         ]
     });
     Ok(std::iter::once(head).chain(rows).collect::<Vec<_>>().join("\n"))
@@ -199,6 +211,10 @@ fn row(
     let digits = if ours >= 10.0 { 0 } else { 2 };
     format!(
         "| vocabulary {}, {} x {}, k {} | {what} | {ours:.digits$} | {theirs:.digits$} | {:.2} | {least:.2} to {greatest:.2} | {bar} | {met} |",
-        case.vocab, case.batch, case.length, case.k, ours / theirs
+        case.vocab,
+        case.batch,
+        case.length,
+        case.k,
+        ours / theirs
     )
 }
