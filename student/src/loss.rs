@@ -146,8 +146,9 @@ impl ChunkedLoss {
                     let student_e = gather(&logprobs_nv, &chunk.support_e)?;
                     let mut corrections = vec![0.0; student_e.len()];
                     for p in chunk.positions() {
-                        let position = chunk.position(targets, p, &student_e, self.vocab_size);
-                        measured.kl.push(position.forward_kl(0.0, &mut corrections[chunk.entries(targets, p)]).0);
+                        let entries = chunk.entries(targets, p);
+                        let position = Position::of(targets, p, &student_e[entries.clone()], self.vocabulary());
+                        measured.kl.push(position.forward_kl(0.0, &mut corrections[entries]).0);
                     }
                     measured.label_logprobs.extend(gather(&logprobs_nv, &chunk.labels_n)?);
                     measured.top_ids.extend(Vec::<i64>::try_from(logprobs_nv.f_argmax(-1, false)?)?);
@@ -157,6 +158,10 @@ impl ChunkedLoss {
             }
             Ok(measured)
         })
+    }
+
+    fn vocabulary(&self) -> usize {
+        self.vocab_size.unsigned_abs() as usize
     }
 
     /// The head's output `[n, v]`, in this struct's own memory.
@@ -196,13 +201,7 @@ impl ChunkedLoss {
         }
         match host::numbers(&mut grad_nv) {
             Some(numbers) => {
-                let sums = host::gradient(
-                    objective,
-                    targets,
-                    chunk.positions(),
-                    numbers,
-                    self.vocab_size.unsigned_abs() as usize,
-                );
+                let sums = host::gradient(objective, targets, chunk.positions(), numbers, self.vocabulary());
                 Ok((sums, grad_nv))
             }
             None => self.gradient_by_torch(objective, targets, chunk, logits_nv),
@@ -225,8 +224,9 @@ impl ChunkedLoss {
         let mut corrections = vec![0.0; student_e.len()];
         let mut spread_n = Vec::with_capacity(sums.positions);
         for p in chunk.positions() {
-            let position = chunk.position(targets, p, &student_e, self.vocab_size);
-            let judged = objective.judge(&position, &mut corrections[chunk.entries(targets, p)]);
+            let entries = chunk.entries(targets, p);
+            let position = Position::of(targets, p, &student_e[entries.clone()], self.vocabulary());
+            let judged = objective.judge(&position, &mut corrections[entries]);
             sums.loss += judged.loss;
             sums.kl += judged.kl;
             spread_n.push((judged.spread / temperature) as f32);
@@ -316,18 +316,6 @@ impl Chunk {
     /// Those of position `p` among the chunk's.
     fn entries(&self, targets: &Targets, p: usize) -> Range<usize> {
         targets.offsets[p] - self.first..targets.offsets[p + 1] - self.first
-    }
-
-    fn position<'a>(&self, targets: &'a Targets, p: usize, student_e: &'a [f32], vocab_size: i64) -> Position<'a> {
-        let entries = targets.offsets[p]..targets.offsets[p + 1];
-        Position {
-            masses: &targets.masses[entries.clone()],
-            logprobs: &targets.logprobs[entries.clone()],
-            heads: &targets.heads[entries],
-            residual: targets.residuals[p],
-            student: &student_e[self.entries(targets, p)],
-            vocab_size: vocab_size.unsigned_abs() as usize,
-        }
     }
 }
 

@@ -58,8 +58,7 @@ impl Scratch {
     /// Turns the logits of position `p` into their gradient.
     fn row(&mut self, objective: &Objective, targets: &Targets, p: usize, row: &mut [f32]) -> Sums {
         let temperature = objective.temperature;
-        let entries = targets.offsets[p]..targets.offsets[p + 1];
-        let ids = &targets.ids[entries.clone()];
+        let ids = &targets.ids[targets.offsets[p]..targets.offsets[p + 1]];
         let label = targets.labels[p] as usize;
         let raw_label = f64::from(row[label]);
         self.student_e.clear();
@@ -76,14 +75,7 @@ impl Scratch {
         }
         self.corrections_e.clear();
         self.corrections_e.resize(ids.len(), 0.0);
-        let position = Position {
-            masses: &targets.masses[entries.clone()],
-            logprobs: &targets.logprobs[entries.clone()],
-            heads: &targets.heads[entries],
-            residual: targets.residuals[p],
-            student: &self.student_e,
-            vocab_size: row.len(),
-        };
+        let position = Position::of(targets, p, &self.student_e, row.len());
         let judged = objective.judge(&position, &mut self.corrections_e);
         let mut sums = Sums { loss: judged.loss, kl: judged.kl, ce: 0.0, positions: 1 };
         let mut spread = judged.spread / temperature;

@@ -13,6 +13,8 @@
 
 use retort_core::spec::Loss;
 
+use crate::batch::Targets;
+
 /// Least mass that either side is taken to have in a bucket; what it has beside a sure head is rounding.
 const LEAST_BUCKET: f64 = 1e-6;
 
@@ -166,7 +168,20 @@ impl Objective {
     }
 }
 
-impl Position<'_> {
+impl<'a> Position<'a> {
+    /// The `p`-th target, and the student's log-probabilities of its entries.
+    pub fn of(targets: &'a Targets, p: usize, student: &'a [f32], vocab_size: usize) -> Self {
+        let entries = targets.offsets[p]..targets.offsets[p + 1];
+        Self {
+            masses: &targets.masses[entries.clone()],
+            logprobs: &targets.logprobs[entries.clone()],
+            heads: &targets.heads[entries],
+            residual: targets.residuals[p],
+            student,
+            vocab_size,
+        }
+    }
+
     /// `sum_v t_v (log p_v - log q_v)`, with the codec's bucket as one more outcome, and the gradient's spread
     /// times `weight`, as are the corrections.
     pub fn forward_kl(&self, weight: f64, corrections: &mut [f64]) -> (f64, f64) {

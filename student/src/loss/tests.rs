@@ -401,6 +401,33 @@ fn every_loss_is_the_textbooks_and_so_is_its_gradient() {
     }
 }
 
+/// In bf16 the same passes run on widened logits: within its rounding of f32.
+#[test]
+fn in_bf16_every_loss_is_that_of_f32_to_rounding() {
+    let (hidden_nh, weight_vh) = (random([7, H], 1).to_kind(Kind::BFloat16), random([V, H], 2).to_kind(Kind::BFloat16));
+    let targets = targets_of(&random([7, V], 11), 1.0, &[1, 4, 9, 16, 25, 30, 36], true);
+    for (name, loss) in objectives(1.0) {
+        let objective = Objective::of(&loss, 0, 1);
+        let run = |kind: Kind, fused: bool| {
+            let mut head_grad_vh = Tensor::zeros([V, H], (Kind::Float, Device::Cpu));
+            let (hidden_nh, weight_vh) = (hidden_nh.to_kind(kind), weight_vh.to_kind(kind));
+            let mut chunked = ChunkedLoss { fused, ..ChunkedLoss::with_chunk(V, kind, Device::Cpu, 4).unwrap() };
+            let (sums, grad_nh) =
+                chunked.backward(&objective, &hidden_nh, &weight_vh, Some(&mut head_grad_vh), &targets, 1.0).unwrap();
+            (sums.loss, grad_nh.to_kind(Kind::Float), head_grad_vh)
+        };
+        let wide = run(Kind::Float, true);
+        for fused in [true, false] {
+            let narrow = run(Kind::BFloat16, fused);
+            assert!((narrow.0 - wide.0).abs() < 0.03 * wide.0.abs().max(1.0), "{name}: {} {}", narrow.0, wide.0);
+            for (narrow, wide) in [(&narrow.1, &wide.1), (&narrow.2, &wide.2)] {
+                let largest = wide.abs().max().double_value(&[]);
+                assert!(max_difference(narrow, wide) < 0.05 * largest, "{name}, fused {fused}: of {largest}");
+            }
+        }
+    }
+}
+
 /// Samples stand for others in forward KL alone; everywhere else they are part of the bucket.
 #[test]
 fn a_sampled_entry_is_no_exact_one() {
