@@ -24,7 +24,7 @@ pub trait Events: Send {
 pub fn topic(spec: &JobSpec, kind: TaskKind) -> String {
     match kind {
         TaskKind::Shard => topics::teacher_tasks(&spec.teacher.pool),
-        TaskKind::Train | TaskKind::Evaluate => topics::student_tasks(&spec.student.pool),
+        TaskKind::Train | TaskKind::Replica | TaskKind::Evaluate => topics::student_tasks(&spec.student.pool),
     }
 }
 

@@ -217,6 +217,8 @@ pub async fn grant_grace(context: &Context) -> Result<u64> {
 pub enum Fate {
     /// The task is `Ready` again.
     Redone,
+    /// Nobody does the task any more; its job can do without.
+    GivenUp,
     JobFailed,
 }
 
@@ -246,6 +248,10 @@ pub async fn redo(
         task.id.short()
     );
     tasks::set_state(&mut *conn, &task.id, TaskState::Failed).await?;
+    if task.kind == TaskKind::Replica {
+        tracing::warn!(job = %task.job_id, task = task.id.short(), "the training goes on without this replica: {message}");
+        return Ok(Fate::GivenUp);
+    }
     fail_job(conn, task, (Code::AttemptsExhausted.as_str(), &message), now_ms).await?;
     Ok(Fate::JobFailed)
 }

@@ -109,7 +109,7 @@ async fn tell_unserved(context: &Context, conn: &mut Connection, task: &Task) ->
     let job = jobs::get(&mut *conn, &task.job_id).await?;
     let (role, pool) = match task.kind {
         TaskKind::Shard => ("teacher", job.spec.teacher.pool),
-        TaskKind::Train | TaskKind::Evaluate => ("student", job.spec.student.pool),
+        TaskKind::Train | TaskKind::Replica | TaskKind::Evaluate => ("student", job.spec.student.pool),
     };
     tracing::warn!(job = %job.id, task = task.id.short(), pool, "no {role} of this pool takes the task");
     let what = proto::TaskUnclaimed { task: task.id.short().to_owned(), pool, role: role.to_owned() };

@@ -2,8 +2,8 @@
 //!
 //! What holds of every plan (see the property tests): each row lies in exactly one shard; shards
 //! are contiguous, in row order, and only a split's last one is short; training shards are counted
-//! before held-out ones; no shard mixes splits; one train task and one evaluation, the evaluation
-//! waiting for the training.
+//! before held-out ones; no shard mixes splits; one train task with its replicas and one
+//! evaluation, which waits for the training.
 
 use retort_core::{
     Code, Error, Result,
@@ -89,6 +89,8 @@ pub struct Slice {
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct PlannedTask {
     pub kind: TaskKind,
+    /// Of a replica, from 1; else 0.
+    pub number: u32,
     /// Present for `TaskKind::Shard`.
     pub slice: Option<Slice>,
     pub state: TaskState,
@@ -101,6 +103,7 @@ impl PlannedTask {
         match (self.kind, self.slice) {
             (TaskKind::Shard, slice) => TaskId::shard(job, slice.map_or(0, |slice| slice.shard)),
             (TaskKind::Train, _) => TaskId::train(job),
+            (TaskKind::Replica, _) => TaskId::replica(job, self.number),
             (TaskKind::Evaluate, _) => TaskId::evaluate(job),
         }
     }
@@ -162,15 +165,37 @@ pub fn plan(
     let early = EARLY_HELD_OUT_ROWS.div_ceil(shard_rows.into()).min(EARLY_HELD_OUT_SHARDS.into());
     let mut tasks = Vec::with_capacity(train.len() + held_out.len() + 2);
     for slice in train {
-        tasks.push(PlannedTask { kind: TaskKind::Shard, slice: Some(slice), state: TaskState::Ready, priority: 10 });
+        tasks.push(PlannedTask {
+            kind: TaskKind::Shard,
+            number: 0,
+            slice: Some(slice),
+            state: TaskState::Ready,
+            priority: 10,
+        });
     }
     for (nth, slice) in (0u64..).zip(held_out) {
         let priority = if nth < early { 0 } else { 20 };
-        tasks.push(PlannedTask { kind: TaskKind::Shard, slice: Some(slice), state: TaskState::Ready, priority });
+        tasks.push(PlannedTask {
+            kind: TaskKind::Shard,
+            number: 0,
+            slice: Some(slice),
+            state: TaskState::Ready,
+            priority,
+        });
     }
-    tasks.push(PlannedTask { kind: TaskKind::Train, slice: None, state: TaskState::Ready, priority: 10 });
+    let training =
+        |kind, number, priority| PlannedTask { kind, number, slice: None, state: TaskState::Ready, priority };
+    tasks.push(training(TaskKind::Train, 0, 10));
+    // After every job's train task: those can do without.
+    tasks.extend((1..spec.train.workers()).map(|number| training(TaskKind::Replica, number, 15)));
     // An evaluation goes before another job's training: it is short and ends a job.
-    tasks.push(PlannedTask { kind: TaskKind::Evaluate, slice: None, state: TaskState::Waiting, priority: 0 });
+    tasks.push(PlannedTask {
+        kind: TaskKind::Evaluate,
+        number: 0,
+        slice: None,
+        state: TaskState::Waiting,
+        priority: 0,
+    });
     Ok((plan, tasks))
 }
 

@@ -5,7 +5,7 @@ use retort_core::{Error, Result};
 use retort_proto::claimed::Task;
 use retort_worker::{Attempt, Handler, Rest, TaskContext};
 
-use crate::{evaluate, settings::Settings, train};
+use crate::{evaluate, parallel, settings::Settings, train};
 
 /// Trains and evaluates.
 #[derive(Debug)]
@@ -25,6 +25,7 @@ impl Handler for Student {
         match &attempt.work {
             Task::Train(task) => train::run(&attempt, task, cx, &self.settings).await?,
             Task::Evaluate(task) => evaluate::run(&attempt, task, cx, &self.settings).await?,
+            Task::Replica(task) => parallel::replica(&attempt, task, cx, &self.settings).await?,
             Task::Shard(_) => {
                 return Err(Error::internal(format!("{} is a teacher's task, on a student's topic", attempt.task)));
             }

@@ -26,6 +26,7 @@ mod init;
 pub mod loss;
 pub mod measure;
 pub mod optimizer;
+mod parallel;
 pub mod resume;
 pub mod schedule;
 mod settings;

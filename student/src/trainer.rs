@@ -64,6 +64,24 @@ pub struct StepReport {
     pub seconds: f64,
 }
 
+/// What some rows of a step came to.
+#[derive(Clone, Copy, Debug, Default, PartialEq)]
+pub struct Share {
+    /// Sum over their target tokens, nats.
+    pub loss: f64,
+    pub positions: u64,
+    /// That went through the student.
+    pub tokens: u64,
+}
+
+impl Share {
+    pub fn add(&mut self, other: Share) {
+        self.loss += other.loss;
+        self.positions += other.positions;
+        self.tokens += other.tokens;
+    }
+}
+
 /// Name of the input embeddings, which are the head too where both are tied.
 const EMBEDDINGS: &str = "model.embed_tokens.weight";
 /// Name of a head of its own.
@@ -116,19 +134,33 @@ impl Trainer {
     /// were. Without a single target token the step counts and changes nothing.
     pub fn step(&mut self, examples: &[Example], check: &dyn Fn() -> Result<()>) -> Result<StepReport> {
         let started = Instant::now();
-        let micro_batches = batch::cut(examples, self.options.limits);
-        let positions: usize = micro_batches.iter().map(|micro| micro.targets.len()).sum();
-        let learning_rate = self.schedule.learning_rate(self.progress.step);
+        let positions = examples.iter().map(|example| example.targets.len()).sum();
+        let share = self.share(examples, positions, check)?;
+        self.update(share, started)
+    }
+
+    /// Adds the gradient of `examples` to what this step has by now: their part of the loss's mean over
+    /// the `positions` target tokens of the whole step.
+    pub fn share(&mut self, examples: &[Example], positions: usize, check: &dyn Fn() -> Result<()>) -> Result<Share> {
         let objective = Objective::of(&self.options.train.loss, self.progress.step, self.options.steps);
-        let mut sums = Sums::default();
-        for micro in &micro_batches {
+        let mut share = Share::default();
+        for micro in &batch::cut(examples, self.options.limits) {
             check()?;
-            sums.add(self.accumulate(micro, &objective, 1.0 / positions as f64)?);
+            share.loss += self.accumulate(micro, &objective, 1.0 / positions as f64)?.loss;
+            share.positions += micro.targets.len() as u64;
+            share.tokens += micro.ids_n.len() as u64;
         }
+        Ok(share)
+    }
+
+    /// Ends a step that began at `started`, whose rows came to `whole` and whose gradient is collected.
+    pub fn update(&mut self, whole: Share, started: Instant) -> Result<StepReport> {
+        let Share { loss: sum, positions, tokens } = whole;
+        let learning_rate = self.schedule.learning_rate(self.progress.step);
         let mut gradient_norm = 0.0;
         let mut loss = None;
         if positions > 0 {
-            let mean = sums.loss / positions as f64;
+            let mean = sum / positions as f64;
             gradient_norm = self.optimizer.gradient_norm()?;
             if !mean.is_finite() || !gradient_norm.is_finite() {
                 self.optimizer.discard()?;
@@ -150,13 +182,12 @@ impl Trainer {
                 }
             }
         }
-        let tokens: usize = micro_batches.iter().map(|micro| micro.ids_n.len()).sum();
         let seconds = started.elapsed().as_secs_f64();
         self.progress.step += 1;
-        self.progress.trained_tokens += tokens as u64;
-        self.progress.target_tokens += positions as u64;
+        self.progress.trained_tokens += tokens;
+        self.progress.target_tokens += positions;
         self.progress.seconds += seconds;
-        Ok(StepReport { step: self.progress.step, loss, gradient_norm, learning_rate, tokens: tokens as u64, seconds })
+        Ok(StepReport { step: self.progress.step, loss, gradient_norm, learning_rate, tokens, seconds })
     }
 
     /// Adds one micro-batch's gradients: the head's by its closed form, then one backward pass

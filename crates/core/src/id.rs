@@ -53,7 +53,7 @@ impl fmt::Display for JobId {
 }
 
 /// A task's id. It is derived from the job and what the task does, so planning twice names the
-/// same tasks: `{job}/shard-00012`, `{job}/train`, `{job}/evaluate`.
+/// same tasks: `{job}/shard-00012`, `{job}/train`, `{job}/replica-00001`, `{job}/evaluate`.
 #[derive(Clone, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
 pub struct TaskId(String);
 
@@ -64,6 +64,16 @@ impl TaskId {
 
     pub fn train(job: &JobId) -> Self {
         Self(format!("{job}/train"))
+    }
+
+    /// `number` counts from 1: the train task itself is the first of its workers.
+    pub fn replica(job: &JobId, number: u32) -> Self {
+        Self(format!("{job}/replica-{number:05}"))
+    }
+
+    /// The number of a replica's task.
+    pub fn replica_number(&self) -> Option<u32> {
+        self.short().strip_prefix("replica-")?.parse().ok()
     }
 
     pub fn evaluate(job: &JobId) -> Self {

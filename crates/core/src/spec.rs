@@ -178,6 +178,61 @@ pub struct Train {
     pub activation_checkpointing: bool,
     #[serde(deserialize_with = "section", skip_serializing_if = "is_default")]
     pub guard: Guard,
+    /// Of the running average of the weights, which is what is judged and exported; 0 for none.
+    #[serde(skip_serializing_if = "is_default")]
+    pub ema_decay: f64,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub parallel: Option<Parallel>,
+}
+
+impl Train {
+    /// Workers that train the one model.
+    pub fn workers(&self) -> u32 {
+        self.parallel.as_ref().map_or(1, |parallel| parallel.workers)
+    }
+}
+
+/// How several workers train one model.
+#[derive(Clone, Copy, Debug, PartialEq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct Parallel {
+    /// Workers of the student's pool, at most: training goes on with those that are there.
+    pub workers: u32,
+    #[serde(default)]
+    pub mode: Sharing,
+    /// Optimiser steps that a worker does by itself between two exchanges (`diloco`).
+    #[serde(default = "default_inner_steps")]
+    pub inner_steps: u32,
+    /// Of the exchange's Nesterov step (`diloco`).
+    #[serde(default = "default_outer_learning_rate")]
+    pub outer_learning_rate: f64,
+    #[serde(default = "default_outer_momentum")]
+    pub outer_momentum: f64,
+}
+
+impl Parallel {
+    /// With the defaults.
+    pub fn of(workers: u32) -> Self {
+        Self {
+            workers,
+            mode: Sharing::default(),
+            inner_steps: default_inner_steps(),
+            outer_learning_rate: default_outer_learning_rate(),
+            outer_momentum: default_outer_momentum(),
+        }
+    }
+}
+
+/// What workers that train one model exchange.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum Sharing {
+    /// Every step's gradient, over the network: the result is one worker's.
+    #[default]
+    Synchronous,
+    /// How far the weights have come after many steps, through the object store (Douillard et al., "DiLoCo:
+    /// Distributed Low-Communication Training of Language Models", 2023).
+    Diloco,
 }
 
 /// When a step is left out, the weights as they were; up to five in a row.
@@ -228,6 +283,8 @@ impl Default for Train {
             freeze_embeddings: false,
             activation_checkpointing: false,
             guard: Guard::default(),
+            ema_decay: 0.0,
+            parallel: None,
         }
     }
 }
@@ -268,6 +325,18 @@ fn default_held_out_fraction() -> f64 {
 
 fn default_shard_rows() -> u32 {
     16
+}
+
+fn default_inner_steps() -> u32 {
+    50
+}
+
+fn default_outer_learning_rate() -> f64 {
+    0.7
+}
+
+fn default_outer_momentum() -> f64 {
+    0.9
 }
 
 fn default_pool() -> String {

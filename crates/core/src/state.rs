@@ -70,6 +70,8 @@ named! {
     TaskKind {
         Shard = "shard",
         Train = "train",
+        /// Computes beside the train task of its job, for as long as that runs.
+        Replica = "replica",
         Evaluate = "evaluate",
     }
 }

@@ -32,6 +32,8 @@ train:
   decay_ratio: 0.3
   activation_checkpointing: true
   guard: {norm_ratio: 7}
+  ema_decay: 0.99
+  parallel: {workers: 3, mode: diloco, inner_steps: 20, outer_learning_rate: 0.5}
   loss:
     forward_kl: {from: 1, to: 0.5, until: 0.25}
     reverse_kl: 0.1

@@ -11,7 +11,10 @@ use tonic::{Request, Response, Status};
 use super::{invalid, refuse};
 use crate::{
     context::Context,
-    database::{jobs, shards},
+    database::{
+        jobs::{self, Job},
+        shards,
+    },
     events::is_sha256,
     intake,
     leases::{self, Beat, Claim, Lease},
@@ -56,10 +59,10 @@ impl Workers {
                     rows: slice.rows,
                 })
             }
-            TaskKind::Train => Task::Train(proto::TrainTask {
-                shards: job.plan.train_shards,
-                rows: job.plan.train_rows,
-                steps: job.plan.optimizer_steps,
+            TaskKind::Train => Task::Train(train_task(job)),
+            TaskKind::Replica => Task::Replica(proto::ReplicaTask {
+                number: task.id.replica_number().ok_or_else(incomplete)?,
+                train: Some(train_task(job)),
             }),
             TaskKind::Evaluate => {
                 let finish = job.train_finish.as_ref().ok_or_else(incomplete)?;
@@ -186,6 +189,10 @@ fn worker_id(text: &str) -> Result<&str> {
     } else {
         Err(invalid("worker_id must have 1 to 128 bytes".to_owned()))
     }
+}
+
+fn train_task(job: &Job) -> proto::TrainTask {
+    proto::TrainTask { shards: job.plan.train_shards, rows: job.plan.train_rows, steps: job.plan.optimizer_steps }
 }
 
 fn not_claimable(reason: proto::not_claimable::Reason) -> Answer {

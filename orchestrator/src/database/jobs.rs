@@ -248,7 +248,7 @@ pub async fn add_published(conn: &mut Connection, id: &JobId, shards: i64, token
 pub async fn judgeable(conn: &mut Connection) -> Result<Vec<JobId>> {
     let ids: Vec<String> = sqlx::query_scalar(
         "SELECT id FROM jobs WHERE state = 'running' AND evaluation_json IS NOT NULL
-             AND NOT EXISTS (SELECT 1 FROM tasks WHERE tasks.job_id = jobs.id AND tasks.state <> 'done')
+             AND NOT EXISTS (SELECT 1 FROM tasks WHERE tasks.job_id = jobs.id AND tasks.state <> 'done' AND tasks.kind <> 'replica')
          ORDER BY id",
     )
     .fetch_all(conn)

@@ -223,6 +223,19 @@ pub async fn cancel_all(conn: &mut Connection, job: &JobId) -> Result<()> {
     Ok(())
 }
 
+/// A job's replicas have nothing to do any more.
+pub async fn cancel_replicas(conn: &mut Connection, job: &JobId) -> Result<()> {
+    sqlx::query(
+        "UPDATE tasks SET state = 'cancelled', lease_until_ms = NULL
+         WHERE job_id = ? AND kind = 'replica' AND state IN ('waiting', 'ready', 'queued', 'leased')",
+    )
+    .bind(job.as_str())
+    .execute(conn)
+    .await
+    .db()?;
+    Ok(())
+}
+
 /// Target tokens and seconds of the shards being computed now.
 pub async fn running_progress(conn: &mut Connection, job: &JobId) -> Result<Vec<(u64, f64)>> {
     let rows: Vec<(i64, f64)> = sqlx::query_as(

@@ -22,6 +22,8 @@ use crate::{
 /// A failed attempt is done again after this long, doubling with each attempt.
 const FIRST_BACKOFF_MS: i64 = 1000;
 const LONGEST_BACKOFF_MS: i64 = 30_000;
+/// A replica that made room for others asks for work again after this long.
+const REPLICA_PAUSE_MS: i64 = 5_000;
 /// A task outlives this many failures of its surroundings, about half an hour of a full disk; more
 /// count as failures of its own.
 pub(super) const MAX_OUTAGES: u32 = 60;
@@ -105,6 +107,7 @@ pub(super) async fn apply(context: &Context, conn: &mut Connection, event: &Even
         }
         What::TrainFinished(finish) => {
             done(conn, &task).await?;
+            tasks::cancel_replicas(&mut *conn, &job.id).await?;
             jobs::record_train_finish(&mut *conn, &job.id, finish).await?;
             jobs::record_checkpoint(&mut *conn, &job.id, finish.steps, &finish.checkpoint_key).await?;
             leases::advance(&mut *conn, &job).await?;
@@ -167,10 +170,14 @@ async fn failed(
     if !retryable && !chance {
         let text = format!("{}: {message}", task.id.short());
         tasks::set_state(&mut *conn, &task.id, TaskState::Failed).await?;
-        return leases::fail_job(conn, task, (code, &text), now_ms).await;
+        // The training goes on without a replica.
+        return match task.kind {
+            TaskKind::Replica => Ok(()),
+            _ => leases::fail_job(conn, task, (code, &text), now_ms).await,
+        };
     }
     if code == Code::AttemptYielded.as_str() {
-        return yielded(conn, task).await;
+        return yielded(conn, task, now_ms).await;
     }
     let mut not_before_ms = now_ms;
     if code == Code::WorkerStopped.as_str() {
@@ -194,9 +201,12 @@ async fn may_be_chance(conn: &mut Connection, task: &Task, code: &str) -> Result
 }
 
 /// The student waited for shards and made room for another task. It goes on when the next shard is
-/// published; if all are by now, at once.
-async fn yielded(conn: &mut Connection, task: &Task) -> Result<()> {
+/// published; if all are by now, at once. A replica waits for its train task, and goes on in a while.
+async fn yielded(conn: &mut Connection, task: &Task, now_ms: i64) -> Result<()> {
     tasks::forgive_attempt(&mut *conn, &task.id).await?;
+    if task.kind == TaskKind::Replica {
+        return tasks::make_ready(conn, &task.id, now_ms.saturating_add(REPLICA_PAUSE_MS)).await;
+    }
     match tasks::count_unfinished(&mut *conn, &task.job_id, TaskKind::Shard, Some(Split::Train)).await? {
         0 => tasks::make_ready(conn, &task.id, 0).await,
         _ => tasks::set_state(conn, &task.id, TaskState::Waiting).await,

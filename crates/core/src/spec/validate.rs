@@ -92,6 +92,13 @@ impl JobSpec {
         self.check_loss()?;
         within("train.guard.norm_ratio", train.guard.norm_ratio, 0.0, 1e9)?;
         within("train.guard.loss_ratio", train.guard.loss_ratio, 0.0, 1e9)?;
+        within("train.ema_decay", train.ema_decay, 0.0, 0.999_999)?;
+        if let Some(parallel) = &train.parallel {
+            count("train.parallel.workers", parallel.workers, 1, 64)?;
+            count("train.parallel.inner_steps", parallel.inner_steps, 1, 100_000)?;
+            within("train.parallel.outer_learning_rate", parallel.outer_learning_rate, 1e-6, 10.0)?;
+            within("train.parallel.outer_momentum", parallel.outer_momentum, 0.0, 0.999)?;
+        }
         for (gate, limit, max) in [
             ("gates.max_kl", self.gates.max_kl, 1e6),
             ("gates.max_kl_ratio", self.gates.max_kl_ratio, 1e6),

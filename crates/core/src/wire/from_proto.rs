@@ -3,8 +3,8 @@ use retort_proto as proto;
 use crate::{
     Code, Error, Result,
     spec::{
-        CodecName, FlatSoftTargets, Gates, Guard, Init, JobSpec, Loss, Prompts, Quantiser, Sampling, Schedule,
-        SoftTargets, Student, Teacher, TeacherMode, Train, Weight,
+        CodecName, FlatSoftTargets, Gates, Guard, Init, JobSpec, Loss, Parallel, Prompts, Quantiser, Sampling,
+        Schedule, Sharing, SoftTargets, Student, Teacher, TeacherMode, Train, Weight,
     },
     state::{JobState, Split},
 };
@@ -124,6 +124,27 @@ fn train_from_proto(train: proto::TrainSpec) -> Result<Train> {
             norm_ratio,
             loss_ratio,
         }),
+        ema_decay: train.ema_decay,
+        parallel: train.parallel.map(parallel_from_proto).transpose()?,
+    })
+}
+
+fn parallel_from_proto(parallel: proto::ParallelSpec) -> Result<Parallel> {
+    let mode = match parallel.mode() {
+        proto::Sharing::Unspecified if parallel.mode != 0 => {
+            let message = format!("train.parallel.mode {} is not known", parallel.mode);
+            return Err(Error::new(Code::SpecInvalid, message));
+        }
+        proto::Sharing::Unspecified | proto::Sharing::Synchronous => Sharing::Synchronous,
+        proto::Sharing::Diloco => Sharing::Diloco,
+    };
+    let default = Parallel::of(parallel.workers);
+    Ok(Parallel {
+        mode,
+        inner_steps: parallel.inner_steps.unwrap_or(default.inner_steps),
+        outer_learning_rate: parallel.outer_learning_rate.unwrap_or(default.outer_learning_rate),
+        outer_momentum: parallel.outer_momentum.unwrap_or(default.outer_momentum),
+        ..default
     })
 }
 

@@ -2,7 +2,10 @@ use retort_proto as proto;
 
 use crate::{
     Error,
-    spec::{CodecName, FlatSoftTargets, Init, JobSpec, Loss, Quantiser, Schedule, SoftTargets, TeacherMode, Weight},
+    spec::{
+        CodecName, FlatSoftTargets, Init, JobSpec, Loss, Parallel, Quantiser, Schedule, Sharing, SoftTargets,
+        TeacherMode, Weight,
+    },
     state::{JobState, Split, TaskKind},
 };
 
@@ -77,6 +80,8 @@ pub fn job_spec_to_proto(spec: &JobSpec) -> proto::JobSpec {
                 norm_ratio: spec.train.guard.norm_ratio,
                 loss_ratio: spec.train.guard.loss_ratio,
             }),
+            ema_decay: spec.train.ema_decay,
+            parallel: spec.train.parallel.map(parallel_to_proto),
         }),
         gates: Some(proto::GateSpec {
             max_kl: spec.gates.max_kl,
@@ -84,6 +89,21 @@ pub fn job_spec_to_proto(spec: &JobSpec) -> proto::JobSpec {
             min_top1_agreement: spec.gates.min_top1_agreement,
             max_perplexity_ratio: spec.gates.max_perplexity_ratio,
         }),
+    }
+}
+
+fn parallel_to_proto(parallel: Parallel) -> proto::ParallelSpec {
+    let Parallel { workers, mode, inner_steps, outer_learning_rate, outer_momentum } = parallel;
+    proto::ParallelSpec {
+        workers,
+        mode: match mode {
+            Sharing::Synchronous => proto::Sharing::Synchronous,
+            Sharing::Diloco => proto::Sharing::Diloco,
+        }
+        .into(),
+        inner_steps: Some(inner_steps),
+        outer_learning_rate: Some(outer_learning_rate),
+        outer_momentum: Some(outer_momentum),
     }
 }
 
@@ -153,6 +173,7 @@ pub fn task_kind_to_proto(kind: TaskKind) -> proto::TaskKind {
     match kind {
         TaskKind::Shard => proto::TaskKind::Shard,
         TaskKind::Train => proto::TaskKind::Train,
+        TaskKind::Replica => proto::TaskKind::Replica,
         TaskKind::Evaluate => proto::TaskKind::Evaluate,
     }
 }
