@@ -18,12 +18,14 @@ pub struct Hyper {
     pub epsilon: f64,
     /// Applied to matrices only: norms and biases keep their scale.
     pub weight_decay: f64,
+    /// Of the running average of the weights; 0 for none.
+    pub average_decay: f64,
 }
 
 impl Hyper {
     /// Second moments follow over about 20 steps: runs here are short.
     pub fn new(weight_decay: f64) -> Self {
-        Self { beta1: 0.9, beta2: 0.95, epsilon: 1e-8, weight_decay }
+        Self { beta1: 0.9, beta2: 0.95, epsilon: 1e-8, weight_decay, average_decay: 0.0 }
     }
 }
 
@@ -33,6 +35,8 @@ pub struct AdamW {
     slots: Vec<Slot>,
     /// Updates done.
     step: u32,
+    /// Whether the model has the averages for its weights now.
+    shows_averages: bool,
 }
 
 #[derive(Debug)]
@@ -46,14 +50,16 @@ struct Slot {
     gradient: Tensor,
     first: Tensor,
     second: Tensor,
+    /// f32; the running average of the master.
+    average: Option<Tensor>,
     decays: bool,
 }
 
 impl AdamW {
     /// For `parameters` (name and tensor sharing the model's memory) that require gradients.
     pub fn new(parameters: Vec<(String, Tensor)>, hyper: Hyper) -> Result<Self> {
-        let slots = parameters.into_iter().map(|(name, parameter)| Slot::new(name, parameter));
-        Ok(Self { hyper, slots: slots.collect::<Result<_>>()?, step: 0 })
+        let slots = parameters.into_iter().map(|(name, parameter)| Slot::new(name, parameter, &hyper));
+        Ok(Self { hyper, slots: slots.collect::<Result<_>>()?, step: 0, shows_averages: false })
     }
 
     /// Gradient of the parameter of this name, f32, to be added to in place.
@@ -94,6 +100,8 @@ impl AdamW {
             gradient_scale,
             step_size: learning_rate / (1.0 - self.hyper.beta1.powf(step)),
             second_scale: 1.0 / (1.0 - self.hyper.beta2.powf(step)).sqrt(),
+            // An average of few steps must forget where they began.
+            average_decay: self.hyper.average_decay.min((1.0 + step) / (10.0 + step)),
         };
         no_grad(|| self.slots.iter_mut().try_for_each(|slot| slot.update(&rates)))
             .map_err(torch("cannot update the weights"))
@@ -110,14 +118,58 @@ impl AdamW {
         self.step
     }
 
-    /// All that an equal optimiser needs besides the weights in f32: moments, and masters where the
-    /// model is not f32 itself. Tensors share memory with this optimiser.
+    /// The trained weights in f32, by name, sharing memory with this optimiser: writing into one and then
+    /// calling [`AdamW::put_masters`] changes the model.
+    pub fn masters(&self) -> Vec<(String, Tensor)> {
+        self.slots.iter().map(|slot| (slot.name.clone(), slot.master.shallow_clone())).collect()
+    }
+
+    /// Brings what was written into [`AdamW::masters`] to the model.
+    pub fn put_masters(&mut self) -> Result<()> {
+        let put = |slot: &mut Slot| -> Result<(), TchError> {
+            if !slot.is_f32() {
+                slot.parameter.f_copy_(&slot.master)?;
+            }
+            Ok(())
+        };
+        no_grad(|| self.slots.iter_mut().try_for_each(put)).map_err(torch("cannot set the weights"))
+    }
+
+    /// Has the model compute with the weights' averages, or with the weights again. Without averages it
+    /// does nothing.
+    pub fn show_averages(&mut self, shown: bool) -> Result<()> {
+        if self.shows_averages == shown {
+            return Ok(());
+        }
+        let show = |slot: &mut Slot| -> Result<(), TchError> {
+            let is_f32 = slot.is_f32();
+            let Some(average) = &mut slot.average else { return Ok(()) };
+            if is_f32 {
+                // The parameter is the only place of the weights: they change places.
+                let weights = slot.master.f_copy()?;
+                slot.master.f_copy_(average)?;
+                average.f_copy_(&weights)?;
+            } else {
+                slot.parameter.f_copy_(if shown { average } else { &slot.master })?;
+            }
+            Ok(())
+        };
+        no_grad(|| self.slots.iter_mut().try_for_each(show)).map_err(torch("cannot take the weights' averages"))?;
+        self.shows_averages = shown;
+        Ok(())
+    }
+
+    /// All that an equal optimiser needs besides the weights in f32: moments, averages, and masters where
+    /// the model's folder does not hold them in f32. Tensors share memory with this optimiser.
     pub fn state(&self) -> Vec<(String, Tensor)> {
         let mut state = Vec::with_capacity(3 * self.slots.len());
         for slot in &self.slots {
             state.push((format!("first.{}", slot.name), slot.first.shallow_clone()));
             state.push((format!("second.{}", slot.name), slot.second.shallow_clone()));
-            if !slot.is_f32() {
+            if let Some(average) = &slot.average {
+                state.push((format!("average.{}", slot.name), average.shallow_clone()));
+            }
+            if !slot.is_f32() || slot.average.is_some() {
                 state.push((format!("master.{}", slot.name), slot.master.shallow_clone()));
             }
         }
@@ -140,9 +192,7 @@ impl AdamW {
             }
             no_grad(|| tensor.f_copy_(from)).map_err(|error| format!("{name:?}: {error}"))?;
         }
-        for slot in self.slots.iter_mut().filter(|slot| !slot.is_f32()) {
-            no_grad(|| slot.parameter.f_copy_(&slot.master)).map_err(|error| format!("{:?}: {error}", slot.name))?;
-        }
+        self.put_masters().map_err(|error| error.message)?;
         self.step = step;
         Ok(())
     }
@@ -155,10 +205,11 @@ struct Rates {
     gradient_scale: f64,
     step_size: f64,
     second_scale: f64,
+    average_decay: f64,
 }
 
 impl Slot {
-    fn new(name: String, parameter: Tensor) -> Result<Self> {
+    fn new(name: String, parameter: Tensor, hyper: &Hyper) -> Result<Self> {
         let failed = torch("cannot set the optimiser up");
         let parts = || -> Result<_, TchError> {
             // Autograd adds in place to a gradient that is there, so that it stays where it is and
@@ -172,15 +223,16 @@ impl Slot {
                     Kind::Float => (flat.shallow_clone(), own.f_detach()?),
                     _ => (flat.f_to_kind(Kind::Float)?, zeros()?),
                 };
-                Ok((master, gradient, zeros()?, zeros()?))
+                let average = if hyper.average_decay > 0.0 { Some(master.f_copy()?) } else { None };
+                Ok((master, gradient, zeros()?, zeros()?, average))
             })
         };
-        let (master, gradient, first, second) = parts().map_err(failed)?;
+        let (master, gradient, first, second, average) = parts().map_err(failed)?;
         if ![&master, &gradient, &first, &second].iter().all(|tensor| tensor.is_contiguous()) {
             return Err(Error::internal(format!("the parameter {name:?} is not contiguous")));
         }
         let decays = parameter.dim() > 1;
-        Ok(Self { name, parameter, master, gradient, first, second, decays })
+        Ok(Self { name, parameter, master, gradient, first, second, average, decays })
     }
 
     fn is_f32(&self) -> bool {
@@ -190,6 +242,7 @@ impl Slot {
     fn update(&mut self, rates: &Rates) -> Result<(), TchError> {
         let flat = |tensor: &Tensor| tensor.f_view([-1]);
         let arrays = [flat(&self.master)?, flat(&self.gradient)?, flat(&self.first)?, flat(&self.second)?];
+        let average = self.average.as_ref().map(flat).transpose()?;
         let count = self.master.numel() as i64;
         let stride = if self.master.device() == tch::Device::Cpu { STRIDE } else { count.max(1) };
         let decay = if self.decays { 1.0 - rates.learning_rate * rates.hyper.weight_decay } else { 1.0 };
@@ -214,6 +267,9 @@ impl Slot {
                 let _ = weight.f_mul_scalar_(decay)?;
             }
             let _ = weight.f_add_(&step)?;
+            if let Some(average) = &average {
+                let _ = part(average)?.f_lerp_(&weight, 1.0 - rates.average_decay)?;
+            }
             let _ = gradient.f_zero_()?;
         }
         if !self.is_f32() {

@@ -6,12 +6,14 @@ use retort_worker::{Attempt, TaskContext};
 
 use crate::settings::Settings;
 
+pub(crate) mod diloco;
+
 /// The attempt at `{job}/replica-N`: computes for the lead until that is done and the task cancelled.
-pub async fn replica(attempt: &Attempt, _task: &ReplicaTask, _cx: &TaskContext, _settings: &Settings) -> Result<()> {
-    let mode = attempt.spec.train.parallel.map(|parallel| parallel.mode).unwrap_or_default();
-    match mode {
-        Sharing::Synchronous | Sharing::Diloco => {
-            Err(Error::internal(format!("{} has no way to follow its lead", attempt.task)))
-        }
+pub async fn replica(attempt: &Attempt, task: &ReplicaTask, cx: &TaskContext, settings: &Settings) -> Result<()> {
+    let incomplete = || Error::internal(format!("{} lacks what a replica needs", attempt.task));
+    let train = task.train.as_ref().ok_or_else(incomplete)?;
+    match attempt.spec.train.parallel.map(|parallel| parallel.mode).unwrap_or_default() {
+        Sharing::Diloco => diloco::replica(attempt, task.number, train, cx, settings).await,
+        Sharing::Synchronous => Err(incomplete()),
     }
 }

@@ -3,7 +3,8 @@
 //! ```text
 //! model/                       a Hugging Face folder, the weights in the student's kind
 //! state/trainer.json           how far the run has come
-//! state/optimizer.safetensors  moments, and f32 masters where the student is not f32 itself
+//! state/outer.safetensors      the outer optimiser's velocity, where workers exchange weights
+//! state/optimizer.safetensors  moments, averages, and f32 masters where model/ does not hold them
 //! ```
 
 use std::{fs, path::Path};
@@ -16,6 +17,7 @@ use tch::{Device, Kind, Tensor};
 
 use crate::{
     failure::{llama, torch},
+    parallel::diloco::outer::Rounds,
     trainer::{Options, Progress, Trainer},
 };
 
@@ -31,6 +33,9 @@ struct State {
     /// Updates of the optimiser: fewer than steps where a step had no target.
     updates: u32,
     dtype: String,
+    /// Where workers exchange weights.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    rounds: Option<Rounds>,
 }
 
 /// A Hugging Face folder of the student's weights, complete with the teacher's tokenizer and chat
@@ -52,8 +57,8 @@ pub fn export(model: &Model, teacher: &Path, into: &Path) -> Result<()> {
 }
 
 /// Writes everything that [`load`] needs. `teacher` lends tokenizer and chat template.
-pub fn save(trainer: &Trainer, teacher: &Path, dir: &Path) -> Result<()> {
-    export(&trainer.model, teacher, &dir.join("model"))?;
+pub fn save(trainer: &mut Trainer, teacher: &Path, dir: &Path) -> Result<()> {
+    trainer.judged(|model, _| export(model, teacher, &dir.join("model")))?;
     let folder = dir.join("state");
     fs::create_dir_all(&folder).map_err(|error| Error::io(&folder, error))?;
     let state = State {
@@ -61,12 +66,18 @@ pub fn save(trainer: &Trainer, teacher: &Path, dir: &Path) -> Result<()> {
         progress: trainer.progress,
         updates: trainer.optimizer.step(),
         dtype: dtype(trainer.model.kind()).to_owned(),
+        rounds: trainer.outer.as_ref().map(|outer| outer.rounds.clone()),
     };
     let json = serde_json::to_vec_pretty(&state).map_err(|error| Error::internal(error.to_string()))?;
     let path = folder.join("trainer.json");
     fs::write(&path, json).map_err(|error| Error::io(&path, error))?;
     Tensor::write_safetensors(&trainer.optimizer.state(), folder.join("optimizer.safetensors"))
-        .map_err(torch("cannot write the optimiser's state"))
+        .map_err(torch("cannot write the optimiser's state"))?;
+    if let Some(outer) = &trainer.outer {
+        Tensor::write_safetensors(outer.state(), folder.join("outer.safetensors"))
+            .map_err(torch("cannot write the outer optimiser's state"))?;
+    }
+    Ok(())
 }
 
 /// The trainer that [`save`] wrote, on `device`. The checkpoint must have been computed in `kind`.
@@ -102,6 +113,13 @@ pub fn load(dir: &Path, options: Options, device: Device, kind: Kind) -> Result<
     let moments = Tensor::read_safetensors(dir.join("state/optimizer.safetensors"))
         .map_err(|error| corrupt("state/optimizer.safetensors", error.to_string()))?;
     trainer.optimizer.restore(state.updates, &moments).map_err(|why| corrupt("state/optimizer.safetensors", why))?;
+    if let Some(outer) = &mut trainer.outer {
+        let velocity = Tensor::read_safetensors(dir.join("state/outer.safetensors"))
+            .map_err(|error| corrupt("state/outer.safetensors", error.to_string()))?;
+        outer
+            .restore(state.rounds.unwrap_or_default(), &velocity)
+            .map_err(|why| corrupt("state/outer.safetensors", why))?;
+    }
     trainer.progress = state.progress;
     Ok(trainer)
 }

@@ -6,7 +6,7 @@ use std::{
 };
 
 use retort_artifact::{checkpoint, checkpoint::Manifest, paths, sha256_hex};
-use retort_core::{Code, Error, Result, state::Split, task_group::TaskGroup};
+use retort_core::{Code, Error, Result, spec::JobSpec, state::Split, task_group::TaskGroup};
 use retort_proto::{TrainFinished, TrainProgress, TrainTask, worker_event::What};
 use retort_worker::{Attempt, ModelThread, TaskContext};
 use serde_json::json;
@@ -20,6 +20,7 @@ use crate::{
     held_out::HeldOutSample,
     init::{self, Teacher},
     measure::{Tally, measure},
+    parallel::diloco,
     resume,
     settings::Settings,
     shards::ShardStream,
@@ -48,7 +49,10 @@ pub async fn run(attempt: &Attempt, task: &TrainTask, cx: &TaskContext, settings
     }
     let options = Options { train: attempt.spec.train.clone(), steps, limits: settings.limits() };
     let mut run = Run::start(attempt, cx, settings, options).await?;
-    run.train(order).await?;
+    match attempt.spec.train.diloco() {
+        Some(parallel) => diloco::lead(&mut run, order, parallel.inner_steps).await?,
+        None => run.train(order).await?,
+    }
     run.finish().await
 }
 
@@ -66,20 +70,20 @@ struct StepRows {
 }
 
 /// One attempt under way.
-struct Run<'a> {
-    attempt: &'a Attempt,
-    cx: &'a TaskContext,
-    settings: &'a Settings,
-    steps: u32,
-    spec_sha256: String,
+pub(crate) struct Run<'a> {
+    pub(crate) attempt: &'a Attempt,
+    pub(crate) cx: &'a TaskContext,
+    pub(crate) settings: &'a Settings,
+    pub(crate) steps: u32,
+    pub(crate) spec_sha256: String,
     teacher: Arc<Teacher>,
     // Before the workspace: nothing may write there while it is removed.
-    uploader: Uploader,
-    thread: ModelThread<Option<Trainer>>,
-    workspace: Workspace,
+    pub(crate) uploader: Uploader,
+    pub(crate) thread: ModelThread<Option<Trainer>>,
+    pub(crate) workspace: Workspace,
     held_out: HeldOutSample,
-    progress: Progress,
-    initial_key: String,
+    pub(crate) progress: Progress,
+    pub(crate) initial_key: String,
     /// Prefix of the newest checkpoint; empty before the first.
     checkpoint_key: String,
     shards: Vec<Consumed>,
@@ -95,7 +99,6 @@ impl<'a> Run<'a> {
     ) -> Result<Self> {
         let teacher = init::open_teacher(&attempt.spec.teacher.model).await?;
         let job = attempt.job.as_str().to_owned();
-        let spec = serde_json::to_vec(&attempt.spec).map_err(|error| Error::internal(error.to_string()))?;
         let workspace = Workspace::create(&settings.work_dir, attempt)?;
         let folder = workspace.path().to_owned();
         let stream = ShardStream::new(cx.clone(), attempt.clone(), Split::HeldOut, Teacher::clone(&teacher), folder);
@@ -104,7 +107,7 @@ impl<'a> Run<'a> {
             cx,
             settings,
             steps: options.steps,
-            spec_sha256: sha256_hex(&spec),
+            spec_sha256: spec_sha256(&attempt.spec)?,
             uploader: Uploader::new(cx.clone(), job),
             thread: ModelThread::spawn("trainer", || None)?,
             workspace,
@@ -189,15 +192,19 @@ impl<'a> Run<'a> {
         Ok(())
     }
 
+    pub(crate) fn training_data(&self, order: Order) -> Result<TrainingData> {
+        let (cx, teacher, folder) = (self.cx.clone(), Teacher::clone(&self.teacher), self.workspace.path());
+        let stream = ShardStream::new(cx, self.attempt.clone(), Split::Train, teacher, folder.to_owned());
+        let temperature = self.attempt.spec.loss_temperature();
+        TrainingData::new(stream, order, self.teacher.vocab_size, temperature, folder)
+    }
+
     /// Every step that is left.
     async fn train(&mut self, order: Order) -> Result<()> {
         let first = self.progress.step;
         let first_pass = order.steps_per_pass();
         let (send, mut rows) = mpsc::channel(READ_AHEAD);
-        let (cx, teacher, folder) = (self.cx.clone(), Teacher::clone(&self.teacher), self.workspace.path());
-        let stream = ShardStream::new(cx, self.attempt.clone(), Split::Train, teacher, folder.to_owned());
-        let temperature = self.attempt.spec.loss_temperature();
-        let data = TrainingData::new(stream, order, self.teacher.vocab_size, temperature, folder)?;
+        let data = self.training_data(order)?;
         // Dropped with this call, and with it the task.
         let mut loader = TaskGroup::new(CancellationToken::new());
         loader.spawn("loader", load_rows(data, first..self.steps, send));
@@ -260,7 +267,7 @@ impl<'a> Run<'a> {
         let folder = self.workspace.path().join(format!("checkpoint-{step}"));
         let (target, teacher) = (folder.clone(), Arc::clone(&self.teacher));
         let save = move |slot: &mut Option<Trainer>| {
-            resume::save(slot.as_ref().ok_or_else(no_trainer)?, &teacher.folder, &target)
+            resume::save(slot.as_mut().ok_or_else(no_trainer)?, &teacher.folder, &target)
         };
         self.thread.call(save).await??;
         self.checkpoint_key = paths::checkpoint(self.attempt.job.as_str(), step, self.attempt.epoch);
@@ -285,12 +292,36 @@ impl<'a> Run<'a> {
         let measure = move |slot: &mut Option<Trainer>| -> Result<Tally> {
             let trainer = slot.as_mut().ok_or_else(no_trainer)?;
             let mut sum = Tally::default();
-            let tallies = measure(&trainer.model, &mut trainer.loss, &examples, limits, &|| cx.check())?;
+            let tallies = trainer.judged(|model, loss| measure(model, loss, &examples, limits, &|| cx.check()))?;
             tallies.iter().for_each(|tally| sum.add(tally));
             Ok(sum)
         };
         let tally = self.thread.call(measure).await??;
         Ok((tally.tokens > 0).then(|| tally.mean_kl()))
+    }
+
+    /// After steps that others took part in: a checkpoint where one is due since `before` steps were done.
+    pub(crate) async fn after_steps(&mut self, before: u32, rate: f64, shards: &[Consumed]) -> Result<()> {
+        self.shards = shards.to_vec();
+        let (step, every) = (self.progress.step, self.attempt.spec.train.checkpoint_steps);
+        let mut held_out_kl = None;
+        if step == self.steps || (every > 0 && step / every > before / every) {
+            self.write_checkpoint().await?;
+            held_out_kl = self.held_out_kl().await?;
+        }
+        self.cx.emit_lossy(self.progress_event(held_out_kl, rate)).await;
+        Ok(())
+    }
+
+    /// What a step of this worker says while `workers` take steps at the same time.
+    pub(crate) fn step_event(&self, report: &StepReport, workers: f64) -> What {
+        What::TrainProgress(TrainProgress {
+            step: report.step,
+            loss: report.loss.unwrap_or(self.progress.loss),
+            tokens_per_second: workers * report.tokens as f64 / report.seconds.max(1e-9),
+            trained_tokens: self.progress.trained_tokens,
+            held_out_kl: None,
+        })
     }
 
     async fn finish(mut self) -> Result<()> {
@@ -331,6 +362,11 @@ impl<'a> Run<'a> {
             held_out_kl,
         })
     }
+}
+
+/// Of a job's spec in canonical form.
+pub(crate) fn spec_sha256(spec: &JobSpec) -> Result<String> {
+    Ok(sha256_hex(&serde_json::to_vec(spec).map_err(|error| Error::internal(error.to_string()))?))
 }
 
 /// Reads the rows of each step until nobody wants them any more.

@@ -18,6 +18,7 @@ use crate::{
     guard::Watched,
     loss::{ChunkedLoss, Sums, objective::Objective},
     optimizer::{AdamW, Hyper},
+    parallel::diloco::outer::Outer,
     schedule::Schedule,
 };
 
@@ -94,6 +95,8 @@ pub struct Trainer {
     pub(crate) optimizer: AdamW,
     pub(crate) options: Options,
     pub(crate) progress: Progress,
+    /// Where weights are exchanged with other workers.
+    pub(crate) outer: Option<Outer>,
     schedule: Schedule,
     /// The head's gradient, shared with the optimiser; `None` where the head stays as it is.
     head_grad_vh: Option<Tensor>,
@@ -111,16 +114,27 @@ impl Trainer {
             }
             parameters.retain(|(name, _)| !is_frozen(name));
         }
-        let optimizer = AdamW::new(parameters, Hyper::new(options.train.weight_decay))?;
+        let average_decay = options.train.ema_decay;
+        let optimizer = AdamW::new(parameters, Hyper { average_decay, ..Hyper::new(options.train.weight_decay) })?;
         let head = if model.config().tie_word_embeddings { EMBEDDINGS } else { HEAD };
         let head_grad_vh = if options.train.freeze_embeddings { None } else { Some(optimizer.gradient(head)?) };
         let loss = ChunkedLoss::new(model.config().vocab_size, model.kind(), model.device())?;
+        let outer = options.train.diloco().map(|parallel| Outer::new(parallel, options.steps, &optimizer.masters()));
+        let outer = outer.transpose()?;
         let schedule = Schedule::new(&options.train, options.steps);
-        Ok(Self { model, loss, optimizer, options, progress: Progress::default(), schedule, head_grad_vh })
+        Ok(Self { model, loss, optimizer, options, progress: Progress::default(), outer, schedule, head_grad_vh })
     }
 
     pub fn model(&self) -> &Model {
         &self.model
+    }
+
+    /// Works with the weights that are judged and exported: their running average, where there is one.
+    pub fn judged<T>(&mut self, work: impl FnOnce(&Model, &mut ChunkedLoss) -> Result<T>) -> Result<T> {
+        self.optimizer.show_averages(true)?;
+        let done = work(&self.model, &mut self.loss);
+        self.optimizer.show_averages(false)?;
+        done
     }
 
     pub fn progress(&self) -> Progress {

@@ -87,6 +87,53 @@ pub fn state_prefix(prefix: &str) -> String {
     format!("{prefix}state/")
 }
 
+/// What workers that train a job's model together exchange. `epoch` is the fencing number of the lead's attempt.
+pub fn exchange(job: &str, epoch: u64) -> String {
+    format!("jobs/{job}/exchange/{epoch:06}/")
+}
+
+/// The exchange of every lead that a job had.
+pub fn exchanges_prefix(job: &str) -> String {
+    format!("jobs/{job}/exchange/")
+}
+
+/// That its lead takes replicas.
+pub fn exchange_open(job: &str, epoch: u64) -> String {
+    format!("{}open.json", exchange(job, epoch))
+}
+
+/// Every [`exchange_replica`].
+pub fn exchange_replicas(job: &str, epoch: u64) -> String {
+    format!("{}replicas/", exchange(job, epoch))
+}
+
+/// That a replica can take part in this round and later ones; `replica` is its number and the epoch of its
+/// attempt.
+pub fn exchange_replica(job: &str, epoch: u64, replica: (u32, u64), round: u32) -> String {
+    format!("{}{:05}-{}-{round}.json", exchange_replicas(job, epoch), replica.0, replica.1)
+}
+
+/// Everything of a round.
+pub fn exchange_round(job: &str, epoch: u64, round: u32) -> String {
+    format!("{}rounds/{round:06}/", exchange(job, epoch))
+}
+
+/// The weights that a round begins with, laid out like a checkpoint.
+pub fn exchange_weights(job: &str, epoch: u64, round: u32) -> String {
+    format!("{}weights/", exchange_round(job, epoch, round))
+}
+
+/// How far a replica's weights came in a round, laid out like a checkpoint.
+pub fn exchange_delta(job: &str, epoch: u64, round: u32, replica: (u32, u64)) -> String {
+    format!("{}deltas/{:05}-{}/", exchange_round(job, epoch, round), replica.0, replica.1)
+}
+
+/// Epoch of the lead and what comes after it, of a key of an exchange.
+pub fn parse_exchange<'a>(job: &str, key: &'a str) -> Option<(u64, &'a str)> {
+    let (epoch, rest) = key.strip_prefix(&exchanges_prefix(job))?.split_once('/')?;
+    Some((epoch.parse().ok()?, rest))
+}
+
 pub fn report(job: &str) -> String {
     format!("jobs/{job}/report.json")
 }
@@ -127,6 +174,18 @@ pub fn parse_checkpoint(job: &str, key: &str) -> Option<(u32, u64)> {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn an_exchange_lies_below_its_job_and_lead() {
+        let delta = exchange_delta("j", 2, 7, (1, 3));
+        assert_eq!(delta, "jobs/j/exchange/000002/rounds/000007/deltas/00001-3/");
+        assert!(
+            delta.starts_with(&exchange_round("j", 2, 7)) && exchange_weights("j", 2, 7).ends_with("000007/weights/")
+        );
+        assert_eq!(parse_exchange("j", &exchange_open("j", 2)), Some((2, "open.json")));
+        assert_eq!(parse_exchange("j", &shard("j", 1, 1)), None);
+        assert_eq!(exchange_replica("j", 2, (1, 3), 8), "jobs/j/exchange/000002/replicas/00001-3-8.json");
+    }
 
     #[test]
     fn keys_are_what_the_format_says() {

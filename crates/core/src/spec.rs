@@ -186,6 +186,11 @@ pub struct Train {
 }
 
 impl Train {
+    /// Where workers exchange weights, and not gradients.
+    pub fn diloco(&self) -> Option<&Parallel> {
+        self.parallel.as_ref().filter(|parallel| parallel.mode == Sharing::Diloco && parallel.workers > 1)
+    }
+
     /// Workers that train the one model.
     pub fn workers(&self) -> u32 {
         self.parallel.as_ref().map_or(1, |parallel| parallel.workers)

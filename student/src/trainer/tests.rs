@@ -74,7 +74,7 @@ fn resumed_it_ends_with_the_same_bytes() {
         for step in 0..stop {
             first.step(&rows(step), &|| Ok(())).unwrap();
         }
-        resume::save(&first, &teacher.folder, &dir).unwrap();
+        resume::save(&mut first, &teacher.folder, &dir).unwrap();
         let mut second = resume::load(&dir, options(), Device::Cpu, Kind::Float).unwrap();
         assert_eq!(second.progress().step, stop);
         drop(first);
@@ -93,7 +93,7 @@ fn an_exported_folder_is_whole_and_a_damaged_state_is_refused() {
     let teacher = tiny_teacher(&folder.path().join("teacher"), 1, VOCAB.into());
     let trainer = Trainer::new(model(true), options()).unwrap();
     let dir = folder.path().join("checkpoint");
-    resume::save(&trainer, &teacher.folder, &dir).unwrap();
+    resume::save(&mut trainer, &teacher.folder, &dir).unwrap();
     for name in ["config.json", "model.safetensors", "tokenizer.json", "generation_config.json"] {
         assert!(dir.join("model").join(name).exists(), "{name}");
     }
@@ -185,7 +185,7 @@ fn frozen_embeddings_stay_as_they_are() {
         }
         let folder = tempfile::tempdir().unwrap();
         let teacher = tiny_teacher(&folder.path().join("teacher"), 1, VOCAB.into());
-        resume::save(&frozen, &teacher.folder, &folder.path().join("checkpoint")).unwrap();
+        resume::save(&mut frozen, &teacher.folder, &folder.path().join("checkpoint")).unwrap();
         let mut resumed =
             resume::load(&folder.path().join("checkpoint"), frozen_options, Device::Cpu, Kind::Float).unwrap();
         frozen.step(&rows(1), &|| Ok(())).unwrap();
@@ -233,7 +233,7 @@ fn a_leap_is_left_out_and_leaves_no_trace_in_the_weights() {
     for step in 0..12 {
         trainer.step(&rows(step), &|| Ok(())).unwrap();
     }
-    resume::save(&trainer, &teacher.folder, &folder.path().join("checkpoint")).unwrap();
+    resume::save(&mut trainer, &teacher.folder, &folder.path().join("checkpoint")).unwrap();
     let resumed = resume::load(&folder.path().join("checkpoint"), long, Device::Cpu, Kind::Float).unwrap();
     let mut leap = rows(1);
     leap.iter_mut().for_each(|row| row.support.masses.iter_mut().for_each(|mass| *mass *= 1e4));

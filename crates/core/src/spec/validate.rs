@@ -98,6 +98,13 @@ impl JobSpec {
             count("train.parallel.inner_steps", parallel.inner_steps, 1, 100_000)?;
             within("train.parallel.outer_learning_rate", parallel.outer_learning_rate, 1e-6, 10.0)?;
             within("train.parallel.outer_momentum", parallel.outer_momentum, 0.0, 0.999)?;
+            if train.diloco().is_some() && train.ema_decay > 0.0 {
+                return Err(invalid(
+                    "train.ema_decay averages one worker's weights, and with train.parallel.mode diloco each has its \
+                     own; leave one of them out"
+                        .to_owned(),
+                ));
+            }
         }
         for (gate, limit, max) in [
             ("gates.max_kl", self.gates.max_kl, 1e6),

@@ -1,0 +1,318 @@
+//! What a trainer keeps for the exchange: where the round began, and the outer optimiser.
+
+use std::path::Path;
+
+use retort_core::{Code, Error, Result, spec::Parallel};
+use serde::{Deserialize, Serialize};
+use tch::{Kind, TchError, Tensor, no_grad};
+
+use super::ledger::Ledger;
+use crate::{failure::torch, trainer::Trainer};
+
+type Named = Vec<(String, Tensor)>;
+
+/// Of what a checkpoint holds as JSON.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Rounds {
+    /// Done.
+    pub round: u32,
+    pub ledger: Ledger,
+}
+
+/// The outer optimiser: stochastic gradient descent with Nesterov's momentum over how far the workers came
+/// (Sutskever et al., "On the importance of initialization and momentum in deep learning", 2013, as PyTorch
+/// computes it; DiLoCo's choice).
+#[derive(Debug)]
+pub struct Outer {
+    pub rounds: Rounds,
+    learning_rate: f64,
+    momentum: f64,
+    /// f32, in the order of the optimiser's parameters.
+    velocity: Named,
+    /// Weights that the round began with.
+    start: Vec<Tensor>,
+}
+
+impl Outer {
+    pub fn new(parallel: &Parallel, batches: u32, masters: &Named) -> Result<Self> {
+        let zeros = |(name, master): &(String, Tensor)| Ok((name.clone(), master.f_zeros_like()?));
+        let velocity: Result<Named, TchError> = no_grad(|| masters.iter().map(zeros).collect());
+        Ok(Self {
+            rounds: Rounds { round: 0, ledger: Ledger::new(batches) },
+            learning_rate: parallel.outer_learning_rate,
+            momentum: parallel.outer_momentum,
+            velocity: velocity.map_err(torch("cannot set the outer optimiser up"))?,
+            start: Vec::new(),
+        })
+    }
+
+    /// Tensors of a checkpoint, sharing memory.
+    pub fn state(&self) -> &[(String, Tensor)] {
+        &self.velocity
+    }
+
+    /// Takes over what [`Outer::state`] gave; the text of an error says what does not fit.
+    pub fn restore(&mut self, rounds: Rounds, state: &[(String, Tensor)]) -> Result<(), String> {
+        if !rounds.ledger.is_sound(self.rounds.ledger.total()) {
+            return Err("its batches are not those of this run".to_owned());
+        }
+        copy_named(state, &mut self.velocity)?;
+        self.rounds = rounds;
+        Ok(())
+    }
+}
+
+impl Trainer {
+    /// A round begins: with the weights of `from`, or else with those that are there, which `into` gets.
+    pub(super) fn begin_round(&mut self, from: Option<&Path>, into: Option<&Path>) -> Result<()> {
+        let mut masters = self.optimizer.masters();
+        if let Some(path) = from {
+            let weights = read(path)?;
+            copy_named(&weights, &mut masters).map_err(|why| unfit(path, &why))?;
+            self.optimizer.put_masters()?;
+        }
+        if let Some(path) = into {
+            write(path, &masters)?;
+        }
+        let copies: Result<Vec<Tensor>, TchError> =
+            no_grad(|| masters.iter().map(|(_, master)| master.f_copy()).collect());
+        self.outer_mut()?.start = copies.map_err(torch("cannot keep the round's weights"))?;
+        Ok(())
+    }
+
+    /// Writes how far the weights came since the round began: the start less what they are now, f32.
+    pub(super) fn write_delta(&mut self, path: &Path) -> Result<()> {
+        let masters = self.optimizer.masters();
+        let outer = self.outer_mut()?;
+        if outer.start.len() != masters.len() {
+            return Err(Error::internal("no round has begun"));
+        }
+        let delta = |((name, master), start): (&(String, Tensor), &Tensor)| Ok((name.clone(), start.f_sub(master)?));
+        let deltas: Result<Named, TchError> = no_grad(|| masters.iter().zip(&outer.start).map(delta).collect());
+        write(path, &deltas.map_err(torch("cannot compare weights"))?)
+    }
+
+    /// A round ends: the mean of this worker's way and of those in `others` is one outer step from where the
+    /// round began. One that does not fit, or is not finite, is left out; which of `others` counted.
+    pub(super) fn end_round(&mut self, others: &[std::path::PathBuf]) -> Result<Vec<bool>> {
+        let mut masters = self.optimizer.masters();
+        let outer = self.outer_mut()?;
+        if outer.start.len() != masters.len() {
+            return Err(Error::internal("no round has begun"));
+        }
+        let failed = torch("cannot take the outer step");
+        // The sum of ways is formed where this worker's weights are: its own way first.
+        let own = || -> Result<(), TchError> {
+            for ((_, master), start) in masters.iter_mut().zip(&outer.start) {
+                let _ = master.f_neg_()?;
+                let _ = master.f_add_(start)?;
+            }
+            Ok(())
+        };
+        no_grad(own).map_err(&failed)?;
+        let mut counted = Vec::with_capacity(others.len());
+        for path in others {
+            let added = read(path).map_err(|error| error.message).and_then(|way| add_finite(&way, &mut masters));
+            if let Err(why) = &added {
+                tracing::warn!(path = %path.display(), "what a replica sent does not count: {why}");
+            }
+            counted.push(added.is_ok());
+        }
+        let workers = 1.0 + counted.iter().filter(|&&counts| counts).count() as f64;
+        let (rate, momentum) = (outer.learning_rate, outer.momentum);
+        let step = || -> Result<(), TchError> {
+            for (((_, sum), start), (_, velocity)) in masters.iter_mut().zip(&outer.start).zip(&mut outer.velocity) {
+                let mut mean = sum.f_div_scalar_(workers)?;
+                let mut velocity = velocity.f_mul_scalar_(momentum)?;
+                let velocity = velocity.f_add_(&mean)?;
+                let _ = mean.f_add_(&velocity.f_mul_scalar(momentum)?)?;
+                let mut weight = mean.f_mul_scalar_(-rate)?;
+                let _ = weight.f_add_(start)?;
+            }
+            Ok(())
+        };
+        no_grad(step).map_err(failed)?;
+        outer.start.clear();
+        outer.rounds.round += 1;
+        self.optimizer.put_masters()?;
+        Ok(counted)
+    }
+
+    pub(super) fn outer_mut(&mut self) -> Result<&mut Outer> {
+        self.outer.as_mut().ok_or_else(|| Error::internal("this trainer takes part in no exchange"))
+    }
+}
+
+/// Bytes that the tensors of an exchanged file may take, at most: the weights and their names.
+pub(super) fn max_bytes(masters: &Named) -> u64 {
+    masters.iter().map(|(name, master)| 4 * master.numel() as u64 + name.len() as u64 + 256).sum::<u64>() + 4096
+}
+
+fn write(path: &Path, tensors: &Named) -> Result<()> {
+    if let Some(folder) = path.parent() {
+        std::fs::create_dir_all(folder).map_err(|error| Error::io(folder, error))?;
+    }
+    Tensor::write_safetensors(tensors, path).map_err(torch("cannot write weights"))
+}
+
+fn read(path: &Path) -> Result<Named> {
+    Tensor::read_safetensors(path).map_err(|error| unfit(path, &error.to_string()))
+}
+
+fn unfit(path: &Path, why: &str) -> Error {
+    Error::new(Code::CheckpointCorrupt, format!("{}: {why}", path.display()))
+}
+
+/// Copies into `to` what `from` has under the same names.
+fn copy_named(from: &Named, to: &mut Named) -> Result<(), String> {
+    for ((name, to), from) in to.iter_mut().zip(matching(from, to)?) {
+        no_grad(|| to.f_copy_(from)).map_err(|error| format!("{name:?}: {error}"))?;
+    }
+    Ok(())
+}
+
+/// Adds `from` to `to`, once all of it is known to be finite.
+fn add_finite(from: &Named, to: &mut Named) -> Result<(), String> {
+    let from = matching(from, to)?;
+    let sum = |tensor: &&Tensor| tensor.f_sum(Kind::Double)?.f_double_value(&[]);
+    let sums: Result<Vec<f64>, TchError> = no_grad(|| from.iter().map(sum).collect());
+    if sums.map_err(|error| error.to_string())?.iter().any(|sum| !sum.is_finite()) {
+        return Err("it is not finite".to_owned());
+    }
+    for ((name, to), from) in to.iter_mut().zip(from) {
+        no_grad(|| to.f_add_(&from.f_to_device(to.device())?)).map_err(|error| format!("{name:?}: {error}"))?;
+    }
+    Ok(())
+}
+
+/// Of `from`, the tensors that `to` names, in its order.
+fn matching<'a>(from: &'a Named, to: &Named) -> Result<Vec<&'a Tensor>, String> {
+    if from.len() != to.len() {
+        return Err(format!("it holds {} tensors, the student trains {}", from.len(), to.len()));
+    }
+    let found: std::collections::HashMap<&str, &Tensor> =
+        from.iter().map(|(name, tensor)| (name.as_str(), tensor)).collect();
+    let find = |(name, to): &(String, Tensor)| {
+        let tensor = *found.get(name.as_str()).ok_or_else(|| format!("it lacks {name:?}"))?;
+        if tensor.size() != to.size() || tensor.kind() != Kind::Float {
+            return Err(format!("{name:?} is {:?} {:?}, not f32 {:?}", tensor.kind(), tensor.size(), to.size()));
+        }
+        Ok(tensor)
+    };
+    to.iter().map(find).collect()
+}
+
+#[cfg(test)]
+mod tests {
+    use retort_core::spec::{Sharing, Train};
+    use tch::Device;
+
+    use super::*;
+    use crate::{
+        batch,
+        example::tests::{alone, example},
+        init::tests::tiny_config,
+        trainer::Options,
+    };
+
+    const VOCAB: u32 = 40;
+
+    fn trainer(parallel: Parallel) -> Trainer {
+        let config = tiny_config(2, VOCAB.into());
+        let model = alone(|| retort_llama::Model::init(config, Device::Cpu, Kind::Float, 5)).unwrap();
+        let train = Train { learning_rate: 5e-3, parallel: Some(parallel), ..Train::default() };
+        Trainer::new(model, Options { train, steps: 40, limits: batch::Limits { max_tokens: 60 } }).unwrap()
+    }
+
+    fn parallel(outer_learning_rate: f64, outer_momentum: f64) -> Parallel {
+        Parallel { mode: Sharing::Diloco, outer_learning_rate, outer_momentum, ..Parallel::of(2) }
+    }
+
+    fn step(trainer: &mut Trainer, seed: u64) {
+        let rows: Vec<_> = (0..3).map(|i| example(seed + i, 4, 9, 5, VOCAB)).collect();
+        trainer.step(&rows, &|| Ok(())).unwrap();
+    }
+
+    fn weights(trainer: &Trainer) -> Vec<Tensor> {
+        trainer.optimizer.masters().iter().map(|(_, master)| master.detach().to_kind(Kind::Double)).collect()
+    }
+
+    fn furthest(a: &[Tensor], b: &[Tensor]) -> f64 {
+        a.iter().zip(b).map(|(a, b)| (a - b).abs().max().double_value(&[])).fold(0.0, f64::max)
+    }
+
+    /// One worker, a whole outer step without momentum: the exchange changes nothing.
+    #[test]
+    fn alone_and_without_momentum_it_is_plain_training() {
+        let (mut plain, mut outer) = (trainer(parallel(1.0, 0.0)), trainer(parallel(1.0, 0.0)));
+        for round in 0..3 {
+            outer.begin_round(None, None).unwrap();
+            for i in 0..4 {
+                step(&mut plain, 10 * round + i);
+                step(&mut outer, 10 * round + i);
+            }
+            outer.end_round(&[]).unwrap();
+        }
+        assert!(furthest(&weights(&plain), &weights(&outer)) < 1e-5);
+        assert_eq!(outer.outer.as_ref().unwrap().rounds.round, 3);
+    }
+
+    /// Two workers over two rounds against the formula in double precision.
+    #[test]
+    fn the_outer_step_is_the_papers() {
+        let folder = tempfile::tempdir().unwrap();
+        let (rate, momentum) = (0.7, 0.9);
+        let (mut lead, mut replica) = (trainer(parallel(rate, momentum)), trainer(parallel(rate, momentum)));
+        let mut expected = weights(&lead);
+        let mut velocity: Vec<Tensor> = expected.iter().map(Tensor::zeros_like).collect();
+        for round in 0..2 {
+            let (start, delta) = (folder.path().join("start"), folder.path().join("delta"));
+            lead.begin_round(None, Some(&start)).unwrap();
+            replica.begin_round(Some(&start), None).unwrap();
+            assert_eq!(furthest(&weights(&lead), &weights(&replica)), 0.0);
+            for i in 0..3 {
+                step(&mut lead, 100 * round + i);
+                step(&mut replica, 100 * round + 50 + i);
+            }
+            replica.write_delta(&delta).unwrap();
+            for (i, (a, b)) in weights(&lead).iter().zip(weights(&replica)).enumerate() {
+                let mean = (&expected[i] * 2.0 - a - b) / 2.0;
+                velocity[i] = &velocity[i] * momentum + &mean;
+                expected[i] = &expected[i] - (mean + &velocity[i] * momentum) * rate;
+            }
+            assert_eq!(lead.end_round(&[delta]).unwrap(), [true]);
+            assert!(furthest(&weights(&lead), &expected) < 1e-5);
+        }
+    }
+
+    #[test]
+    fn what_does_not_fit_or_is_not_finite_does_not_count() {
+        let folder = tempfile::tempdir().unwrap();
+        let path = |name: &str| folder.path().join(name);
+        let mut replica = trainer(parallel(0.7, 0.9));
+        replica.begin_round(None, None).unwrap();
+        step(&mut replica, 1);
+        replica.write_delta(&path("sound")).unwrap();
+        let mut broken = Tensor::read_safetensors(path("sound")).unwrap();
+        let _ = broken[1].1.fill_(f64::NAN);
+        Tensor::write_safetensors(&broken, path("nan")).unwrap();
+        broken.truncate(3);
+        Tensor::write_safetensors(&broken, path("few")).unwrap();
+        std::fs::write(path("torn"), &std::fs::read(path("sound")).unwrap()[..1000]).unwrap();
+
+        let with = |others: &[&str]| {
+            let mut lead = trainer(parallel(0.7, 0.9));
+            lead.begin_round(None, None).unwrap();
+            step(&mut lead, 2);
+            let paths: Vec<_> = others.iter().map(|name| path(name)).collect();
+            let counted = lead.end_round(&paths).unwrap();
+            (counted, weights(&lead))
+        };
+        let (_, sound) = with(&["sound"]);
+        let (counted, all) = with(&["nan", "few", "sound", "torn", "missing"]);
+        assert_eq!(counted, [false, false, true, false, false]);
+        assert_eq!(furthest(&sound, &all), 0.0);
+        assert!(max_bytes(&replica.optimizer.masters()) >= std::fs::metadata(path("sound")).unwrap().len());
+        assert_eq!(replica.begin_round(Some(&path("torn")), None).unwrap_err().code, Code::CheckpointCorrupt);
+    }
+}

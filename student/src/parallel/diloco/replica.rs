@@ -1,0 +1,189 @@
+//! A replica: waits for the lead's rounds and trains its part of each.
+
+use std::{sync::Arc, time::Duration};
+
+use retort_artifact::checkpoint;
+use retort_core::{Code, Error, Result, state::Split};
+use retort_llama::Model;
+use retort_proto::TrainTask;
+use retort_worker::{Attempt, ModelThread, TaskContext};
+use tokio::time::Instant;
+
+use super::{
+    exchange::{Exchange, Replica, Round},
+    inner::{self, Pace, no_trainer},
+    outer,
+};
+use crate::{
+    data::{Order, TrainingData},
+    failure::llama,
+    init,
+    settings::Settings,
+    shards::ShardStream,
+    train::spec_sha256,
+    trainer::{Options, Trainer},
+    workspace::Workspace,
+};
+
+/// Between two looks for a round; the first wait of a stretch is the shortest.
+const POLL: (Duration, Duration) = (Duration::from_millis(100), Duration::from_secs(1));
+/// A replica without a lead for this long makes room when another task waits.
+const PATIENCE: Duration = Duration::from_secs(20);
+
+/// Until the attempt is cancelled, which is how a replica ends.
+pub(crate) async fn replica(
+    attempt: &Attempt,
+    number: u32,
+    task: &TrainTask,
+    cx: &TaskContext,
+    settings: &Settings,
+) -> Result<()> {
+    let workspace = Workspace::create(&settings.work_dir, attempt)?;
+    let teacher = init::open_teacher(&attempt.spec.teacher.model).await?;
+    let order = Order::new(attempt.spec.seed, task.rows, attempt.spec.train.batch_rows);
+    let folder = workspace.path().to_owned();
+    let stream = ShardStream::new(cx.clone(), attempt.clone(), Split::Train, (*teacher).clone(), folder.clone());
+    let first_pass = order.steps_per_pass();
+    let data = TrainingData::new(stream, order, teacher.vocab_size, attempt.spec.loss_temperature(), &folder)?;
+    let options = Options { train: attempt.spec.train.clone(), steps: task.steps, limits: settings.limits() };
+    let mut follower = Follower {
+        attempt,
+        cx,
+        settings,
+        replica: (number, attempt.epoch),
+        spec_sha256: spec_sha256(&attempt.spec)?,
+        options,
+        first_pass,
+        data,
+        thread: ModelThread::spawn("trainer", || None)?,
+        initial_key: None,
+        workspace: Arc::new(workspace),
+    };
+    follower.follow().await
+}
+
+struct Follower<'a> {
+    attempt: &'a Attempt,
+    cx: &'a TaskContext,
+    settings: &'a Settings,
+    replica: Replica,
+    spec_sha256: String,
+    options: Options,
+    first_pass: u64,
+    data: TrainingData,
+    thread: ModelThread<Option<Trainer>>,
+    /// Of the weights that the trainer was made with.
+    initial_key: Option<String>,
+    workspace: Arc<Workspace>,
+}
+
+impl Follower<'_> {
+    async fn follow(&mut self) -> Result<()> {
+        let (mut lead, mut done): (Option<Exchange>, Option<u32>) = (None, None);
+        let mut ready = None;
+        let (mut wait, mut heard) = (POLL.0, Instant::now());
+        loop {
+            self.cx.check()?;
+            let newest = Exchange::newest(&self.cx.store, self.attempt.job.as_str(), &self.spec_sha256).await?;
+            if newest.as_ref().map(|lead| lead.epoch) != lead.as_ref().map(|lead| lead.epoch) {
+                (lead, done, ready) = (newest, None, None);
+            }
+            let mut round = None;
+            if let Some(lead) = &lead {
+                let next = done.map_or(0, |done| done + 1);
+                if ready.is_none() {
+                    lead.say_ready(self.replica, next, None).await?;
+                    ready = Some(next);
+                }
+                round = lead.next_round(done).await?;
+            }
+            match (&lead, round) {
+                (Some(lead), Some(round)) => {
+                    (heard, wait) = (Instant::now(), POLL.0);
+                    let named = round.parts.iter().any(|part| part.replica == self.replica);
+                    match self.take_part(lead, &round).await {
+                        // The lead went on meanwhile.
+                        Err(error) if error.code == Code::ObjectNotFound => {
+                            tracing::warn!(round = round.round, "too late for a round: {}", error.chain());
+                        }
+                        outcome => outcome?,
+                    }
+                    done = Some(round.round);
+                    if named {
+                        lead.say_ready(self.replica, round.round + 1, ready).await?;
+                        ready = Some(round.round + 1);
+                    }
+                }
+                _ if heard.elapsed() > PATIENCE && self.cx.others_wait() => {
+                    let message = format!("no round came for {} s and another task waits", PATIENCE.as_secs());
+                    return Err(Error::new(Code::AttemptYielded, message));
+                }
+                _ => {
+                    tokio::select! {
+                        () = self.cx.cancelled.cancelled() => {}
+                        () = tokio::time::sleep(wait) => {}
+                    }
+                    wait = (wait * 3 / 2).min(POLL.1);
+                }
+            }
+        }
+    }
+
+    async fn take_part(&mut self, lead: &Exchange, round: &Round) -> Result<()> {
+        let Some(part) = round.parts.iter().find(|part| part.replica == self.replica) else { return Ok(()) };
+        if part.batches.iter().any(|&batch| batch >= self.options.steps) {
+            let message = format!("round {} names batches beyond the plan's {}", round.round, self.options.steps);
+            return Err(Error::new(Code::CheckpointCorrupt, message));
+        }
+        self.make_trainer(&round.initial_key).await?;
+        let max_bytes = self
+            .thread
+            .call(|slot| Ok::<_, Error>(outer::max_bytes(&slot.as_ref().ok_or_else(no_trainer)?.optimizer.masters())))
+            .await??;
+        let folder = self.workspace.path().join(format!("round-{}", round.round));
+        let weights = lead.fetch_weights(round.round, max_bytes, &folder.join("weights")).await?;
+        let begin =
+            move |slot: &mut Option<Trainer>| slot.as_mut().ok_or_else(no_trainer)?.begin_round(Some(&weights), None);
+        self.thread.call(begin).await??;
+
+        let pace =
+            Pace { step: round.step, stride: round.workers, steps: self.options.steps, first_pass: self.first_pass };
+        let (threads, cx) = (self.settings.threads, self.cx);
+        let delivery =
+            inner::train(&self.thread, &mut self.data, cx, threads, &part.batches, pace, async |_| {}).await?;
+
+        let target = folder.join("delta");
+        let file = Exchange::file(&target);
+        let write = move |slot: &mut Option<Trainer>| slot.as_mut().ok_or_else(no_trainer)?.write_delta(&file);
+        self.thread.call(write).await??;
+        lead.deliver(round, self.replica, &delivery, &target).await?;
+        tokio::fs::remove_dir_all(&folder).await.map_err(|error| Error::io(&folder, error))?;
+        tracing::info!(
+            round = round.round,
+            steps = part.batches.len(),
+            loss = delivery.loss / delivery.target_tokens.max(1) as f64,
+            tokens_per_second = (delivery.tokens as f64 / delivery.seconds.max(1e-9)) as u64,
+            "a round's part is done"
+        );
+        Ok(())
+    }
+
+    /// With the job's weights before training, of which what is trained is set anew each round.
+    async fn make_trainer(&mut self, initial_key: &str) -> Result<()> {
+        if self.initial_key.as_deref() == Some(initial_key) {
+            return Ok(());
+        }
+        let folder = self.workspace.path().join("initial");
+        checkpoint::fetch_below(&self.cx.store, initial_key, "model/", &folder).await?;
+        let (device, kind, options) = (self.settings.device, self.settings.kind, self.options.clone());
+        let make = move |slot: &mut Option<Trainer>| -> Result<()> {
+            *slot = None;
+            let model = Model::load(&folder.join("model"), device, kind).map_err(llama)?;
+            *slot = Some(Trainer::new(model, options)?);
+            std::fs::remove_dir_all(&folder).map_err(|error| Error::io(&folder, error))
+        };
+        self.thread.call(make).await??;
+        self.initial_key = Some(initial_key.to_owned());
+        Ok(())
+    }
+}
