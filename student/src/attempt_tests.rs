@@ -1,5 +1,6 @@
 //! Whole attempts against a real store and a stand-in orchestrator and broker: what a job would see.
 
+mod diloco;
 mod world;
 
 use std::{fs, time::Duration};

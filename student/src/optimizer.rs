@@ -146,7 +146,7 @@ impl AdamW {
             let Some(average) = &mut slot.average else { return Ok(()) };
             if is_f32 {
                 // The parameter is the only place of the weights: they change places.
-                let weights = slot.master.f_copy()?;
+                let weights = copy_of(&slot.master)?;
                 slot.master.f_copy_(average)?;
                 average.f_copy_(&weights)?;
             } else {
@@ -223,7 +223,7 @@ impl Slot {
                     Kind::Float => (flat.shallow_clone(), own.f_detach()?),
                     _ => (flat.f_to_kind(Kind::Float)?, zeros()?),
                 };
-                let average = if hyper.average_decay > 0.0 { Some(master.f_copy()?) } else { None };
+                let average = if hyper.average_decay > 0.0 { Some(copy_of(&master)?) } else { None };
                 Ok((master, gradient, zeros()?, zeros()?, average))
             })
         };
@@ -277,6 +277,13 @@ impl Slot {
         }
         Ok(())
     }
+}
+
+/// Of the same content in memory of its own.
+pub(crate) fn copy_of(tensor: &Tensor) -> Result<Tensor, TchError> {
+    let mut copy = tensor.f_empty_like()?;
+    copy.f_copy_(tensor)?;
+    Ok(copy)
 }
 
 #[cfg(test)]
@@ -374,6 +381,33 @@ mod tests {
             for ((_, straight), (_, resumed)) in run(None).iter().zip(run(Some(3))) {
                 assert!(straight.detach().equal(&resumed.detach()));
             }
+        }
+    }
+
+    #[test]
+    fn averages_follow_the_weights_and_take_their_place_for_a_while() {
+        for kind in [Kind::Float, Kind::BFloat16] {
+            let parameters = parameters(kind);
+            let own = parameters.iter().map(|(name, tensor)| (name.clone(), tensor.shallow_clone())).collect();
+            let mut optimizer = AdamW::new(own, Hyper { average_decay: 0.9, ..hyper() }).unwrap();
+            let master = |optimizer: &AdamW| optimizer.masters()[0].1.to_kind(Kind::Double).copy();
+            let mut expected = master(&optimizer);
+            for step in 1..=100 {
+                backward(&parameters, step);
+                optimizer.collect().unwrap();
+                optimizer.update(LR, 1.0).unwrap();
+                let decay = (0.9f64).min((1.0 + step as f64) / (10.0 + step as f64));
+                expected = expected * decay + master(&optimizer) * (1.0 - decay);
+            }
+            let furthest = |a: &Tensor, b: &Tensor| (a - b).abs().max().double_value(&[]);
+            let (weights, shown_before) = (master(&optimizer), parameters[0].1.detach().copy());
+            optimizer.show_averages(true).unwrap();
+            let rounding = if kind == Kind::Float { 1e-5 } else { 2e-2 };
+            assert!(furthest(&parameters[0].1.detach().to_kind(Kind::Double), &expected) < rounding);
+            assert!(furthest(&weights, &expected) > 1e-2, "an average that is the weights shows nothing");
+            optimizer.show_averages(false).unwrap();
+            assert!(parameters[0].1.detach().equal(&shown_before));
+            assert_eq!(furthest(&master(&optimizer), &weights), 0.0);
         }
     }
 

@@ -46,6 +46,8 @@ pub(super) struct World {
     pub(super) header: Header,
     /// They hold the rows that come this much later.
     pub(super) shift: u64,
+    /// More lines of the spec's `train`.
+    pub(super) train: String,
     prompts: (String, String),
     folder: tempfile::TempDir,
     state: Arc<State>,
@@ -109,7 +111,16 @@ impl World {
         fs::create_dir_all(path.parent().unwrap()).unwrap();
         fs::write(&path, &prompts).unwrap();
         let state = Arc::new(State { store: store.clone(), inner: Mutex::default() });
-        Self { prompts: (paths::prompt_set(&sha256), sha256), store, teacher, header, shift: 0, folder, state }
+        Self {
+            prompts: (paths::prompt_set(&sha256), sha256),
+            store,
+            teacher,
+            header,
+            shift: 0,
+            train: String::new(),
+            folder,
+            state,
+        }
     }
 
     /// Every shard is published.
@@ -153,6 +164,12 @@ impl World {
         Task::Train(proto::TrainTask { shards: TRAIN_SHARDS, rows: TRAIN_ROWS, steps })
     }
 
+    pub(super) fn replica_attempt(&self, number: u32, epoch: u64) -> Attempt {
+        let train = proto::TrainTask { shards: TRAIN_SHARDS, rows: TRAIN_ROWS, steps: STEPS };
+        let task = proto::ReplicaTask { number, train: Some(train) };
+        self.attempt(epoch, &format!("replica-{number:05}"), Task::Replica(task))
+    }
+
     pub(super) fn evaluate_attempt(&self, epoch: u64, initial_key: &str, checkpoint_key: &str) -> Attempt {
         let task = proto::EvaluateTask {
             shards: HELD_OUT_SHARDS,
@@ -181,8 +198,9 @@ impl World {
         let yaml = format!(
             "name: t\nseed: 3\nprompts: {{path: p}}\nteacher: {{model: {:?}, sampling: {{max_new_tokens: 6}}}}\n\
              student: {{init: {{prune: {{layers: 2}}}}}}\n\
-             train: {{passes: {PASSES}, batch_rows: {BATCH_ROWS}, learning_rate: 0.02, checkpoint_steps: 7}}\n",
-            self.teacher.folder.display().to_string()
+             train: {{passes: {PASSES}, batch_rows: {BATCH_ROWS}, learning_rate: 0.02, checkpoint_steps: 7{}}}\n",
+            self.teacher.folder.display().to_string(),
+            self.train,
         );
         spec::parse_yaml("spec.yaml", &yaml).unwrap()
     }
@@ -194,6 +212,11 @@ impl World {
             inner.stop = StopSwitch::default();
             inner.stop.clone()
         };
+        self.run_until(attempt, stop).await
+    }
+
+    /// With a switch of its own, so that several can run at once.
+    pub(super) async fn run_until(&self, attempt: &Attempt, stop: StopSwitch) -> Result<()> {
         let cx = TaskContext::new(
             &attempt.claimed,
             WorkerId::generate("student"),

@@ -62,6 +62,13 @@ fn training_brings_the_student_closer_to_the_teacher() {
 /// Stopped anywhere and read back from disk, it ends with the bytes it would have ended with.
 #[test]
 fn resumed_it_ends_with_the_same_bytes() {
+    for ema_decay in [0.0, 0.8] {
+        resumed(&Options { train: Train { ema_decay, ..options().train }, ..options() });
+    }
+}
+
+fn resumed(options: &Options) {
+    let options = || options.clone();
     let folder = tempfile::tempdir().unwrap();
     let teacher = tiny_teacher(&folder.path().join("teacher"), 1, VOCAB.into());
     let mut straight = Trainer::new(model(true), options()).unwrap();
@@ -82,6 +89,11 @@ fn resumed_it_ends_with_the_same_bytes() {
             second.step(&rows(step), &|| Ok(())).unwrap();
         }
         assert!(weights(&second) == weights(&straight), "stopped after {stop}");
+        // What is judged and exported, too.
+        let judged = |trainer: &mut Trainer| trainer.judged(|model, _| Ok(model.head_weight().copy())).unwrap();
+        assert!(judged(&mut second).equal(&judged(&mut straight)));
+        let averaged = options().train.ema_decay > 0.0;
+        assert_eq!(judged(&mut second).equal(&second.model().head_weight()), !averaged);
         assert!((second.progress().loss - straight.progress().loss).abs() < 1e-12);
         assert_eq!(second.progress().target_tokens, straight.progress().target_tokens);
     }

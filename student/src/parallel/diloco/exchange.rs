@@ -6,11 +6,11 @@ use std::{
     path::{Path, PathBuf},
 };
 
-use bytes::Bytes;
 use retort_artifact::{Store, checkpoint, checkpoint::Manifest, paths};
 use retort_core::{Code, Error, Result};
 use serde::{Deserialize, Serialize};
 use serde_json::json;
+use tokio_util::bytes::Bytes;
 
 /// Most batches that a round may name, so that what is read is bounded.
 const MAX_BATCHES: usize = 10_000_000;

@@ -3,6 +3,7 @@
 use std::time::Instant;
 
 use retort_core::{Error, Result};
+use retort_proto::worker_event::What;
 use retort_worker::{ModelThread, TaskContext};
 
 use super::exchange::Delivery;
@@ -31,7 +32,7 @@ impl Pace {
     }
 }
 
-/// Trains `batches` one after another, the next one's rows read beside it; `told` hears of each step.
+/// Trains `batches` one after another, the next one's rows read beside it; what `told` says of each step is sent.
 pub async fn train(
     thread: &ModelThread<Option<Trainer>>,
     data: &mut TrainingData,
@@ -39,7 +40,7 @@ pub async fn train(
     threads: Threads,
     batches: &[u32],
     pace: Pace,
-    mut told: impl AsyncFnMut(&StepReport),
+    told: impl Fn(&StepReport) -> Option<What>,
 ) -> Result<Delivery> {
     let started = Instant::now();
     let mut sum = Delivery::default();
@@ -48,14 +49,14 @@ pub async fn train(
         None => Vec::new(),
     };
     for i in 0..batches.len() {
-        let (examples, at, cx) = (std::mem::take(&mut rows), pace.at(i), cx.clone());
+        let (examples, at, checked) = (std::mem::take(&mut rows), pace.at(i), cx.clone());
         let teacher_done = u64::from(at) >= pace.first_pass;
         let step = thread.call(move |slot| -> Result<(StepReport, u64)> {
             threads.enter(teacher_done);
             let trainer = slot.as_mut().ok_or_else(no_trainer)?;
             let targets = examples.iter().map(|example| example.targets.len() as u64).sum();
             trainer.progress.step = at;
-            Ok((trainer.step(&examples, &|| cx.check())?, targets))
+            Ok((trainer.step(&examples, &|| checked.check())?, targets))
         });
         let next = async {
             match batches.get(i + 1) {
@@ -69,7 +70,9 @@ pub async fn train(
         sum.loss += report.loss.unwrap_or_default() * targets as f64;
         sum.target_tokens += targets;
         sum.tokens += report.tokens;
-        told(&report).await;
+        if let Some(what) = told(&report) {
+            cx.emit_lossy(what).await;
+        }
     }
     sum.seconds = started.elapsed().as_secs_f64();
     Ok(sum)

@@ -168,9 +168,7 @@ impl Lead<'_, '_> {
     async fn train(&mut self, round: &Round, batches: &[u32]) -> Result<Delivery> {
         let pace = Pace { step: round.step, stride: round.workers, steps: self.run.steps, first_pass: self.first_pass };
         let (run, workers) = (&*self.run, f64::from(round.workers));
-        let told = async |report: &crate::trainer::StepReport| {
-            run.cx.emit_lossy(run.step_event(report, workers)).await;
-        };
+        let told = |report: &crate::trainer::StepReport| Some(run.step_event(report, workers));
         inner::train(&run.thread, &mut self.data, run.cx, run.settings.threads, batches, pace, told).await
     }
 

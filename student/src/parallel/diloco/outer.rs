@@ -7,7 +7,7 @@ use serde::{Deserialize, Serialize};
 use tch::{Kind, TchError, Tensor, no_grad};
 
 use super::ledger::Ledger;
-use crate::{failure::torch, trainer::Trainer};
+use crate::{failure::torch, optimizer::copy_of, trainer::Trainer};
 
 type Named = Vec<(String, Tensor)>;
 
@@ -34,7 +34,7 @@ pub struct Outer {
 }
 
 impl Outer {
-    pub fn new(parallel: &Parallel, batches: u32, masters: &Named) -> Result<Self> {
+    pub fn new(parallel: &Parallel, batches: u32, masters: &[(String, Tensor)]) -> Result<Self> {
         let zeros = |(name, master): &(String, Tensor)| Ok((name.clone(), master.f_zeros_like()?));
         let velocity: Result<Named, TchError> = no_grad(|| masters.iter().map(zeros).collect());
         Ok(Self {
@@ -75,7 +75,7 @@ impl Trainer {
             write(path, &masters)?;
         }
         let copies: Result<Vec<Tensor>, TchError> =
-            no_grad(|| masters.iter().map(|(_, master)| master.f_copy()).collect());
+            no_grad(|| masters.iter().map(|(_, master)| copy_of(master)).collect());
         self.outer_mut()?.start = copies.map_err(torch("cannot keep the round's weights"))?;
         Ok(())
     }
@@ -144,11 +144,11 @@ impl Trainer {
 }
 
 /// Bytes that the tensors of an exchanged file may take, at most: the weights and their names.
-pub(super) fn max_bytes(masters: &Named) -> u64 {
+pub(super) fn max_bytes(masters: &[(String, Tensor)]) -> u64 {
     masters.iter().map(|(name, master)| 4 * master.numel() as u64 + name.len() as u64 + 256).sum::<u64>() + 4096
 }
 
-fn write(path: &Path, tensors: &Named) -> Result<()> {
+fn write(path: &Path, tensors: &[(String, Tensor)]) -> Result<()> {
     if let Some(folder) = path.parent() {
         std::fs::create_dir_all(folder).map_err(|error| Error::io(folder, error))?;
     }
@@ -164,15 +164,16 @@ fn unfit(path: &Path, why: &str) -> Error {
 }
 
 /// Copies into `to` what `from` has under the same names.
-fn copy_named(from: &Named, to: &mut Named) -> Result<(), String> {
-    for ((name, to), from) in to.iter_mut().zip(matching(from, to)?) {
+fn copy_named(from: &[(String, Tensor)], to: &mut [(String, Tensor)]) -> Result<(), String> {
+    let from = matching(from, to)?;
+    for ((name, to), from) in to.iter_mut().zip(from) {
         no_grad(|| to.f_copy_(from)).map_err(|error| format!("{name:?}: {error}"))?;
     }
     Ok(())
 }
 
 /// Adds `from` to `to`, once all of it is known to be finite.
-fn add_finite(from: &Named, to: &mut Named) -> Result<(), String> {
+fn add_finite(from: &[(String, Tensor)], to: &mut [(String, Tensor)]) -> Result<(), String> {
     let from = matching(from, to)?;
     let sum = |tensor: &&Tensor| tensor.f_sum(Kind::Double)?.f_double_value(&[]);
     let sums: Result<Vec<f64>, TchError> = no_grad(|| from.iter().map(sum).collect());
@@ -180,13 +181,13 @@ fn add_finite(from: &Named, to: &mut Named) -> Result<(), String> {
         return Err("it is not finite".to_owned());
     }
     for ((name, to), from) in to.iter_mut().zip(from) {
-        no_grad(|| to.f_add_(&from.f_to_device(to.device())?)).map_err(|error| format!("{name:?}: {error}"))?;
+        let _ = no_grad(|| to.f_add_(&from.f_to_device(to.device())?)).map_err(|error| format!("{name:?}: {error}"))?;
     }
     Ok(())
 }
 
 /// Of `from`, the tensors that `to` names, in its order.
-fn matching<'a>(from: &'a Named, to: &Named) -> Result<Vec<&'a Tensor>, String> {
+fn matching<'a>(from: &'a [(String, Tensor)], to: &[(String, Tensor)]) -> Result<Vec<&'a Tensor>, String> {
     if from.len() != to.len() {
         return Err(format!("it holds {} tensors, the student trains {}", from.len(), to.len()));
     }

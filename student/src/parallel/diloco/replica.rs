@@ -149,8 +149,7 @@ impl Follower<'_> {
         let pace =
             Pace { step: round.step, stride: round.workers, steps: self.options.steps, first_pass: self.first_pass };
         let (threads, cx) = (self.settings.threads, self.cx);
-        let delivery =
-            inner::train(&self.thread, &mut self.data, cx, threads, &part.batches, pace, async |_| {}).await?;
+        let delivery = inner::train(&self.thread, &mut self.data, cx, threads, &part.batches, pace, |_| None).await?;
 
         let target = folder.join("delta");
         let file = Exchange::file(&target);
