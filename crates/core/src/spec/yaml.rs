@@ -110,6 +110,9 @@ fn expected(field: Option<&Field>, error: &Yaml) -> Option<String> {
         _ if named("teacher.mode") => "generate or score".to_owned(),
         _ if named("soft_targets.codec") => "full, top_k, top_k_tail, head_draws, threshold or random".to_owned(),
         _ if named("soft_targets.quantiser") => "u8 or f32".to_owned(),
+        _ if named("student.init.prune.layers") => {
+            "a number of layers, or a list of their indices as in [0, 1, 29]".to_owned()
+        }
         _ if named("student.init") => format!("one of {INITS}, as in {{prune: {{layers: 8}}}}"),
         "u32" | "i32" => format!("a whole number from 0 to {}", u32::MAX),
         "u64" | "i64" => format!("a whole number from 0 to {}", u64::MAX),
