@@ -115,7 +115,7 @@ fn by_importance(teacher: &Config, shape: &Config, prune: &Prune, importance: &I
         key_value_shares.push(share(&groups, &key_value_heads));
         kept.push(Layer {
             layer: layer as u32,
-            influence: Some(of.influence),
+            influence: Some(rounded(of.influence)),
             attention_heads_share: Some(share(&of.heads, &query_heads)),
             intermediate_share: Some(share(&of.channels, &channels)),
         });
@@ -129,7 +129,7 @@ fn by_importance(teacher: &Config, shape: &Config, prune: &Prune, importance: &I
         });
     }
     let mean = |shares: &dyn Fn(&Layer) -> Option<f64>| {
-        Some(kept.iter().filter_map(shares).sum::<f64>() / kept.len().max(1) as f64)
+        Some(rounded(kept.iter().filter_map(shares).sum::<f64>() / kept.len().max(1) as f64))
     };
     let plain = unmeasured(teacher, shape, &layers);
     let pruning = Pruning {
@@ -138,7 +138,7 @@ fn by_importance(teacher: &Config, shape: &Config, prune: &Prune, importance: &I
         intermediate: Axis { share: mean(&|layer| layer.intermediate_share), ..plain.intermediate },
         attention_heads: Axis { share: mean(&|layer| layer.attention_heads_share), ..plain.attention_heads },
         key_value_heads: Axis {
-            share: Some(key_value_shares.iter().sum::<f64>() / key_value_shares.len().max(1) as f64),
+            share: Some(rounded(key_value_shares.iter().sum::<f64>() / key_value_shares.len().max(1) as f64)),
             ..plain.key_value_heads
         },
         calibration_rows: importance.texts,
@@ -215,11 +215,16 @@ fn top(importance: &[f64], keep: usize) -> Vec<usize> {
     order
 }
 
+/// To six decimals: figures for a reader, the same once written and read back.
+fn rounded(figure: f64) -> f64 {
+    (figure * 1e6).round() / 1e6
+}
+
 /// Of the sum of all; 1 of nothing.
 fn share(importance: &[f64], kept: &[usize]) -> f64 {
     let whole: f64 = importance.iter().sum();
     let kept: f64 = kept.iter().map(|&index| importance[index]).sum();
-    if whole > 0.0 { kept / whole } else { 1.0 }
+    if whole > 0.0 { rounded(kept / whole) } else { 1.0 }
 }
 
 fn size(size: i64) -> usize {

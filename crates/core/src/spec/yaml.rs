@@ -52,7 +52,9 @@ fn explain(name: &str, text: &str, error: &Yaml) -> Error {
             new(Code::SpecMalformed, format!("student.init takes one of {INITS}, not several"))
         }
         // Our own words, about keys that do not go together.
-        Yaml::Message { msg, .. } | Yaml::ExternalMessage { msg, .. } if msg.starts_with("teacher.soft_targets.") => {
+        Yaml::Message { msg, .. } | Yaml::ExternalMessage { msg, .. }
+            if msg.starts_with("teacher.soft_targets.") || msg.starts_with("student.init.prune.") =>
+        {
             new(Code::SpecInvalid, first_line(msg))
         }
         Yaml::Message { msg, .. } | Yaml::ExternalMessage { msg, .. } => new(Code::SpecMalformed, first_line(msg)),
@@ -110,9 +112,6 @@ fn expected(field: Option<&Field>, error: &Yaml) -> Option<String> {
         _ if named("teacher.mode") => "generate or score".to_owned(),
         _ if named("soft_targets.codec") => "full, top_k, top_k_tail, head_draws, threshold or random".to_owned(),
         _ if named("soft_targets.quantiser") => "u8 or f32".to_owned(),
-        _ if named("student.init.prune.layers") => {
-            "a number of layers, or a list of their indices as in [0, 1, 29]".to_owned()
-        }
         _ if named("student.init") => format!("one of {INITS}, as in {{prune: {{layers: 8}}}}"),
         "u32" | "i32" => format!("a whole number from 0 to {}", u32::MAX),
         "u64" | "i64" => format!("a whole number from 0 to {}", u64::MAX),

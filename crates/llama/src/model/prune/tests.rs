@@ -24,7 +24,7 @@ fn biased(tie_word_embeddings: bool) -> Model {
     for (at, (_, tensor)) in (0i64..).zip(model.parameters()) {
         // Biases and norms that all differ.
         if tensor.dim() == 1 {
-            let numbers = Tensor::arange(tensor.numel() as i64, (Kind::Float, tensor.device())) * 0.01 + at;
+            let numbers = Tensor::arange(tensor.numel() as i64, (Kind::Float, tensor.device())) * 0.01 + at as f64 * 0.01;
             tch::no_grad(|| tensor.shallow_clone().copy_(&numbers));
         }
     }
