@@ -137,6 +137,7 @@ pub fn report(report: &proto::Report) -> Value {
             "train": stored.train.as_ref().map(fidelity),
             "held_out": stored.held_out.as_ref().map(fidelity),
         })),
+        "pruning": report.pruning.as_ref().map(pruning),
         "promoted": report.promoted,
         "artifacts": artifacts,
     })
@@ -180,6 +181,27 @@ fn fidelity(fidelity: &proto::Fidelity) -> Value {
         "mean_abs_error": fidelity.mean_abs_error,
         "argmax_agreement": fidelity.argmax_agreement,
         "kl": fidelity.kl,
+    })
+}
+
+fn pruning(pruning: &proto::Pruning) -> Value {
+    let axis = |axis: &Option<proto::PrunedAxis>| {
+        axis.as_ref().map(|axis| json!({ "kept": axis.kept, "of": axis.of, "share": axis.share }))
+    };
+    json!({
+        "layers": pruning.layers.iter().map(|layer| json!({
+            "layer": layer.layer,
+            "influence": layer.influence,
+            "attention_heads_share": layer.attention_heads_share,
+            "intermediate_share": layer.intermediate_share,
+        })).collect::<Vec<_>>(),
+        "depth": axis(&pruning.depth),
+        "hidden": axis(&pruning.hidden),
+        "intermediate": axis(&pruning.intermediate),
+        "attention_heads": axis(&pruning.attention_heads),
+        "key_value_heads": axis(&pruning.key_value_heads),
+        "calibration_rows": pruning.calibration_rows,
+        "calibration_tokens": pruning.calibration_tokens,
     })
 }
 

@@ -62,6 +62,12 @@ fn cost(job: &proto::Job, report: &proto::Report) -> String {
         let (kl, kept) = (fixed(stored.kl), percent(stored.argmax_agreement));
         row("rounding", format!("KL {kl} nats/token over what is kept, top-1 kept at {kept}"));
     }
+    if let Some(pruning) = &report.pruning {
+        row("pruned", depth(pruning));
+        if let Some(width) = width(pruning) {
+            row("", width);
+        }
+    }
     if report.reused > 0 {
         let shards = job.plan.as_ref().map_or(0, |plan| u64::from(plan.train_shards) + u64::from(plan.held_out_shards));
         let of = if shards > 0 { format!(" of {}", count(shards)) } else { String::new() };
@@ -95,6 +101,39 @@ fn cost(job: &proto::Job, report: &proto::Report) -> String {
         text.push_str(&format!("  and {} more\n", redone - REDONE));
     }
     text
+}
+
+/// `layers 0-6, 27-29 of 30, 61.0 % of their influence`.
+fn depth(pruning: &proto::Pruning) -> String {
+    let layers: Vec<u32> = pruning.layers.iter().map(|layer| layer.layer).collect();
+    let runs = layers.chunk_by(|a, b| a.checked_add(1) == Some(*b)).map(|run| match run {
+        [first, .., last] => format!("{first}-{last}"),
+        one => one.iter().map(u32::to_string).collect(),
+    });
+    let depth = pruning.depth.unwrap_or_default();
+    let mut text = format!("layers {} of {}", runs.collect::<Vec<_>>().join(", "), count(depth.of.into()));
+    if let Some(share) = depth.share {
+        text.push_str(&format!(", {} of their influence", percent(share)));
+    }
+    text
+}
+
+/// What else was cut, and the share of importance that is left of it; `None` where nothing was.
+fn width(pruning: &proto::Pruning) -> Option<String> {
+    let axes = [
+        ("hidden channels", pruning.hidden),
+        ("intermediate channels", pruning.intermediate),
+        ("attention heads", pruning.attention_heads),
+        ("key-value heads", pruning.key_value_heads),
+    ];
+    let cut = axes.into_iter().filter_map(|(name, axis)| Some((name, axis?))).filter(|(_, axis)| axis.kept < axis.of);
+    let parts: Vec<String> = cut
+        .map(|(name, axis)| {
+            let share = axis.share.map(|share| format!(" ({})", percent(share))).unwrap_or_default();
+            format!("{} of {} {name}{share}", count(axis.kept.into()), count(axis.of.into()))
+        })
+        .collect();
+    (!parts.is_empty()).then(|| format!("{}; of importance on {} rows", parts.join(", "), pruning.calibration_rows))
 }
 
 fn quality(report: &proto::Report) -> String {

@@ -96,19 +96,7 @@ fn no_larger(student: &Config, teacher: &Config) -> Result<()> {
 fn student(spec: &JobSpec, teacher: &Folder) -> Result<(Config, u64)> {
     let positions = teacher.positions();
     match &spec.student.init {
-        Init::Prune { layers } => {
-            let has = teacher.config.num_hidden_layers;
-            if i64::from(*layers) > has {
-                return Err(Error::new(
-                    Code::SpecInvalid,
-                    format!(
-                        "student.init.prune.layers is {layers}; the teacher {} has {has} layers to keep",
-                        teacher.path().display()
-                    ),
-                ));
-            }
-            Ok((Config { num_hidden_layers: (*layers).into(), ..teacher.config.clone() }, positions))
-        }
+        Init::Prune(prune) => Ok((teacher.config.pruned(prune)?, positions)),
         Init::Checkpoint { model } => {
             let student = Folder::open("student.init.checkpoint.model", model)?;
             if student.config.vocab_size != teacher.config.vocab_size {

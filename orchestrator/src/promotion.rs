@@ -283,6 +283,7 @@ async fn report(
         redone,
         reused: u32::try_from(reused.len()).unwrap_or(u32::MAX),
         soft_targets,
+        pruning: finish.pruning.clone(),
         promoted: promoted.map(Model::resource_name).unwrap_or_default(),
         artifacts,
     })

@@ -3,6 +3,7 @@
 
 use std::collections::BTreeMap;
 
+use retort_core::pruning::Pruning;
 use serde::{Deserialize, Serialize};
 
 use crate::database::shards::Fidelity;
@@ -56,6 +57,9 @@ pub struct TrainFinish {
     pub tokens_per_second: f64,
     #[serde(with = "number")]
     pub final_loss: f64,
+    /// Of a student that was cut out of its teacher.
+    #[serde(default)]
+    pub pruning: Option<Pruning>,
 }
 
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
@@ -103,6 +107,8 @@ pub struct Report {
     pub reused: u32,
     #[serde(default)]
     pub soft_targets: SoftTargets,
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub pruning: Option<Pruning>,
     /// `models/{name}/versions/{n}`; empty when a gate failed.
     pub promoted: String,
     /// Where the artefacts lie, as store keys.

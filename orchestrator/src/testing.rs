@@ -18,7 +18,7 @@ use retort_core::{
     Code, Error, Result,
     clock::ManualClock,
     id::{JobId, TaskId},
-    spec::{Gates, Init, JobSpec, Prompts, Student, Teacher, Train},
+    spec::{Gates, Init, JobSpec, Prompts, Prune, Student, Teacher, Train},
     state::TaskState,
     wire::timestamp_to_proto,
 };
@@ -216,7 +216,7 @@ pub fn spec(folder: &Path) -> JobSpec {
             sampling: retort_core::spec::Sampling { max_new_tokens: 8, ..Default::default() },
             soft_targets: Default::default(),
         },
-        student: Student { pool: "default".to_owned(), init: Init::Prune { layers: 1 } },
+        student: Student { pool: "default".to_owned(), init: Init::Prune(Prune::to_layers(1)) },
         train: Train { passes: 2, batch_rows: 4, ..Train::default() },
         gates: Gates { max_kl: Some(0.5), ..Gates::default() },
     }
@@ -262,6 +262,7 @@ pub fn train_finished(job: &JobId, epoch: u64) -> proto::TrainFinished {
         seconds: 3.0,
         tokens_per_second: 40.0,
         final_loss: 0.5,
+        pruning: Some(proto::Pruning { calibration_rows: 9, ..Default::default() }),
     }
 }
 

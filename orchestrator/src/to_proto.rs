@@ -1,6 +1,8 @@
 //! The orchestrator's own types -> `retort.v1`.
 
-use retort_core::wire::{duration_to_proto, job_spec_to_proto, job_state_to_proto, timestamp_to_proto};
+use retort_core::wire::{
+    duration_to_proto, job_spec_to_proto, job_state_to_proto, pruning_to_proto, timestamp_to_proto,
+};
 use retort_proto as proto;
 
 use crate::{
@@ -85,6 +87,7 @@ pub fn report_to_proto(report: &Report) -> proto::Report {
             train: fidelity_to_proto(&report.soft_targets.train),
             held_out: fidelity_to_proto(&report.soft_targets.held_out),
         }),
+        pruning: report.pruning.as_ref().map(pruning_to_proto),
     }
 }
 

@@ -6,7 +6,12 @@ mod world;
 use std::{fs, time::Duration};
 
 use retort_artifact::{checkpoint, paths};
-use retort_core::{Code, spec::Init};
+use retort_core::{
+    Code,
+    pruning::Pruning,
+    spec::{Choose, Init, Prune},
+    wire::pruning_from_proto,
+};
 use retort_proto::worker_event::What;
 use retort_worker::Stop;
 use world::{HELD_OUT_SHARDS, JOB, STEPS, TRAIN_SHARDS, World};
@@ -197,7 +202,7 @@ async fn a_plan_that_does_not_fit_the_rows_is_refused_before_training() {
     attempt.work = World::train_task(STEPS + 1);
     assert_eq!(world.run(&attempt).await.unwrap_err().code, Code::Internal);
     let mut attempt = world.train_attempt(2);
-    attempt.spec.student.init = Init::Prune { layers: 9 };
+    attempt.spec.student.init = Init::Prune(Prune::to_layers(9));
     assert_eq!(world.run(&attempt).await.unwrap_err().code, Code::SpecInvalid);
     assert!(world.events().is_empty());
 }
@@ -214,4 +219,47 @@ async fn a_cancelled_attempt_that_waits_for_shards_stops_at_once() {
         .await
         .unwrap();
     assert_eq!(done.unwrap_err().code, Code::JobCancelled);
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_student_pruned_by_importance_waits_for_its_rows_and_is_the_same_after_a_stop() {
+    let by_importance = Init::Prune(Prune {
+        choose: Choose::BlockInfluence,
+        hidden_size: Some(12),
+        intermediate_size: Some(20),
+        num_key_value_heads: Some(1),
+        // More than the first shard has.
+        calibration_rows: 6,
+        ..Prune::to_layers(2)
+    });
+    let straight = World::new();
+    let mut attempt = straight.train_attempt(1);
+    attempt.spec.student.init = by_importance.clone();
+    let publish = async {
+        for shard in 0..TRAIN_SHARDS + HELD_OUT_SHARDS {
+            tokio::time::sleep(Duration::from_millis(50)).await;
+            straight.publish(shard, 1).await;
+        }
+    };
+    let (done, ()) = tokio::join!(straight.run(&attempt), publish);
+    done.unwrap();
+    let What::TrainFinished(finished) = straight.events().pop().unwrap() else { panic!("not finished") };
+    let pruning = pruning_from_proto(finished.pruning.as_ref().unwrap()).unwrap();
+    assert_eq!((pruning.depth.kept, pruning.hidden.kept, pruning.calibration_rows), (2, 12, 6));
+    assert!(pruning.hidden.share.is_some_and(|share| share > 0.5 && share < 1.0), "{:?}", pruning.hidden);
+    let written = fs::read(straight.object(&format!("{}pruning.json", finished.initial_key))).unwrap();
+    assert_eq!(serde_json::from_slice::<Pruning>(&written).unwrap(), pruning);
+
+    let world = World::published().await;
+    world.stop_after_checkpoints(1, Stop::Fenced);
+    attempt = world.train_attempt(1);
+    attempt.spec.student.init = by_importance.clone();
+    assert_eq!(world.run(&attempt).await.unwrap_err().code, Code::AttemptFenced);
+    world.never_stop();
+    attempt = world.train_attempt(2);
+    attempt.spec.student.init = by_importance;
+    world.run(&attempt).await.unwrap();
+    let What::TrainFinished(resumed) = world.events().pop().unwrap() else { panic!("not finished") };
+    assert_eq!(resumed.pruning, finished.pruning);
+    assert_eq!(final_weights(&world).await, final_weights(&straight).await);
 }

@@ -7,6 +7,7 @@ use std::{
 
 use retort_core::{
     Code, Error, Result,
+    pruning::Pruning,
     random::{Counter, Purpose},
     spec::{Init, JobSpec},
 };
@@ -14,7 +15,7 @@ use retort_llama::{Config, Model, Tokenizer};
 use tch::{Device, Kind};
 use url::Url;
 
-use crate::failure::llama;
+use crate::{failure::llama, prune};
 
 /// What the student must share with its teacher.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -44,11 +45,24 @@ pub(crate) async fn open_teacher(model: &str) -> Result<Arc<Teacher>> {
     opened.map_err(|error| Error::internal(format!("reading the teacher's folder failed: {error}")))?.map(Arc::new)
 }
 
-/// The student before its first step. Deterministic in the spec.
-pub fn initial_model(spec: &JobSpec, teacher: &Teacher, device: Device, kind: Kind) -> Result<Model> {
-    match &spec.student.init {
-        Init::Prune { layers } => prune(teacher, *layers, device, kind),
-        Init::Checkpoint { model } => from_checkpoint(teacher, &folder(model)?, device, kind),
+/// The student before its first step, and what was kept of its teacher if it was cut out of it. Deterministic in
+/// the spec and in `texts`, which pruning by importance reads; `check` is asked between them.
+pub fn initial_model(
+    spec: &JobSpec,
+    teacher: &Teacher,
+    texts: &[Vec<u32>],
+    (device, kind): (Device, Kind),
+    check: &dyn Fn() -> Result<()>,
+) -> Result<(Model, Option<Pruning>)> {
+    let model = match &spec.student.init {
+        Init::Prune(prune) => {
+            // What cannot be is said before weights are read.
+            Config::from_dir(&teacher.folder).map_err(llama)?.pruned(prune)?;
+            let whole = Model::load(&teacher.folder, device, kind).map_err(llama)?;
+            let (model, pruning) = prune::prune(&whole, prune, texts, check)?;
+            return Ok((model, Some(pruning)));
+        }
+        Init::Checkpoint { model } => from_checkpoint(teacher, &folder(model)?, device, kind)?,
         Init::Config {
             hidden_size,
             intermediate_size,
@@ -67,20 +81,10 @@ pub fn initial_model(spec: &JobSpec, teacher: &Teacher, device: Device, kind: Ki
                 ..Config::from_dir(&teacher.folder).map_err(llama)?
             };
             let seed = Counter::new(spec.seed, Purpose::Init, 0, 0).next_u64();
-            Model::init(config, device, kind, seed.cast_signed()).map_err(llama)
+            Model::init(config, device, kind, seed.cast_signed()).map_err(llama)?
         }
-    }
-}
-
-/// `keep` of `layers` layers: the first seven tenths of them from the front, the others from the end;
-/// one contiguous block goes.
-///
-/// That the deep layers but for the last are the ones to spare is found by Gromov et al., "The
-/// Unreasonable Ineffectiveness of the Deeper Layers" (2024); where to cut was tried on SmolLM2, see
-/// `docs/decisions/007-layers-kept.md`.
-pub fn kept_layers(layers: usize, keep: usize) -> Vec<usize> {
-    let front = (7 * keep + 5) / 10;
-    (0..front).chain(layers - (keep - front)..layers).collect()
+    };
+    Ok((model, None))
 }
 
 /// The folder behind a path or `file://` URL.
@@ -91,23 +95,6 @@ pub(crate) fn folder(model: &str) -> Result<PathBuf> {
     Url::parse(model).ok().and_then(|url| url.to_file_path().ok()).ok_or_else(|| {
         Error::new(Code::SpecInvalid, format!("{model:?} is no file URL of this machine; write file:///path/to/folder"))
     })
-}
-
-fn prune(teacher: &Teacher, keep: u32, device: Device, kind: Kind) -> Result<Model> {
-    let config = Config::from_dir(&teacher.folder).map_err(llama)?;
-    let layers = config.num_hidden_layers.unsigned_abs() as usize;
-    let keep = keep as usize;
-    if keep == 0 || keep > layers {
-        return Err(Error::new(
-            Code::SpecInvalid,
-            format!(
-                "student.init.prune.layers is {keep}, but the teacher in {} has {layers} layers; keep 1 to {layers}",
-                teacher.folder.display()
-            ),
-        ));
-    }
-    let whole = Model::load(&teacher.folder, device, kind).map_err(llama)?;
-    whole.prune_layers(&kept_layers(layers, keep)).map_err(llama)
 }
 
 fn from_checkpoint(teacher: &Teacher, folder: &Path, device: Device, kind: Kind) -> Result<Model> {

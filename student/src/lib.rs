@@ -12,6 +12,7 @@
 //! - A loss that is not finite stops the attempt before the optimiser steps.
 
 pub mod batch;
+mod calibration;
 mod checkpoints;
 pub mod cli;
 mod data;
@@ -27,6 +28,7 @@ pub mod loss;
 pub mod measure;
 pub mod optimizer;
 mod parallel;
+pub mod prune;
 pub mod resume;
 pub mod schedule;
 mod settings;
@@ -37,7 +39,8 @@ pub mod trainer;
 mod workspace;
 
 pub use handler::Student;
-pub use init::{Teacher, kept_layers};
+pub use init::Teacher;
+pub use prune::kept_layers;
 pub use settings::{Settings, Threads};
 
 #[cfg(test)]

@@ -1,12 +1,20 @@
 //! The attempt at `{job}/train`: from the newest checkpoint, or the initial weights, to the last step.
 
 use std::{
+    path::Path,
     sync::Arc,
     time::{Duration, Instant},
 };
 
 use retort_artifact::{checkpoint, checkpoint::Manifest, paths, sha256_hex};
-use retort_core::{Code, Error, Result, spec::JobSpec, state::Split, task_group::TaskGroup};
+use retort_core::{
+    Code, Error, Result,
+    pruning::Pruning,
+    spec::{Init, JobSpec},
+    state::Split,
+    task_group::TaskGroup,
+    wire::pruning_to_proto,
+};
 use retort_proto::{TrainFinished, TrainProgress, TrainTask, worker_event::What};
 use retort_worker::{Attempt, ModelThread, TaskContext};
 use serde_json::json;
@@ -14,6 +22,7 @@ use tokio::sync::mpsc;
 use tokio_util::sync::CancellationToken;
 
 use crate::{
+    calibration,
     checkpoints::Uploader,
     data::{Consumed, Order, TrainingData},
     example::Example,
@@ -36,6 +45,8 @@ const REPORT_EVERY: Duration = Duration::from_secs(1);
 const INITIAL_KEY: &str = "initial_key";
 /// Name in a manifest's extra fields of the shards read so far.
 const SHARDS: &str = "shards";
+/// Name in a manifest's extra fields of what was kept of the teacher.
+const PRUNING: &str = "pruning";
 
 /// Trains, writes checkpoints, and emits `TrainFinished`.
 pub async fn run(attempt: &Attempt, task: &TrainTask, cx: &TaskContext, settings: &Settings) -> Result<()> {
@@ -87,6 +98,8 @@ pub(crate) struct Run<'a> {
     /// Prefix of the newest checkpoint; empty before the first.
     checkpoint_key: String,
     shards: Vec<Consumed>,
+    /// What was kept of the teacher, where the student was cut out of it.
+    pruning: Option<Pruning>,
 }
 
 impl<'a> Run<'a> {
@@ -117,6 +130,7 @@ impl<'a> Run<'a> {
             initial_key: String::new(),
             checkpoint_key: String::new(),
             shards: Vec::new(),
+            pruning: None,
         };
         let resumed = run.resume(&options).await?;
         let store = &run.cx.store;
@@ -150,6 +164,7 @@ impl<'a> Run<'a> {
             }
             let initial = manifest.extra.get(INITIAL_KEY).and_then(|key| key.as_str());
             self.initial_key = initial.unwrap_or_default().to_owned();
+            self.pruning = manifest.extra.get(PRUNING).and_then(|pruning| serde_json::from_value(pruning.clone()).ok());
             self.checkpoint_key = prefix;
             self.progress = progress;
             tracing::info!(step = progress.step, steps = self.steps, "resumed");
@@ -174,16 +189,23 @@ impl<'a> Run<'a> {
     async fn begin(&mut self, options: Options) -> Result<()> {
         let (device, kind) = (self.settings.device, self.settings.kind);
         let (spec, teacher) = (self.attempt.spec.clone(), Arc::clone(&self.teacher));
+        let (cx, threads, texts) = (self.cx.clone(), self.settings.threads, self.calibration_texts().await?);
         let folder = self.workspace.path().join("initial");
         let target = folder.clone();
         self.initial_key = paths::initial(self.attempt.job.as_str(), self.attempt.epoch);
-        let begin = move |slot: &mut Option<Trainer>| -> Result<()> {
-            let trainer = Trainer::new(init::initial_model(&spec, &teacher, device, kind)?, options)?;
+        let begin = move |slot: &mut Option<Trainer>| -> Result<Option<Pruning>> {
+            threads.enter(false);
+            let check = || cx.check();
+            let (model, pruning) = init::initial_model(&spec, &teacher, &texts, (device, kind), &check)?;
+            let trainer = Trainer::new(model, options)?;
             resume::export(trainer.model(), &teacher.folder, &target.join("model"))?;
+            if let Some(pruning) = &pruning {
+                write_pruning(pruning, &target)?;
+            }
             *slot = Some(trainer);
-            Ok(())
+            Ok(pruning)
         };
-        self.thread.call(begin).await??;
+        self.pruning = self.thread.call(begin).await??;
         let manifest = self.manifest();
         self.uploader.start(folder, self.initial_key.clone(), manifest).await?;
         if let Some(kl) = self.held_out_kl().await? {
@@ -197,6 +219,17 @@ impl<'a> Run<'a> {
         let stream = ShardStream::new(cx, self.attempt.clone(), Split::Train, teacher, folder.to_owned());
         let temperature = self.attempt.spec.loss_temperature();
         TrainingData::new(stream, order, self.teacher.vocab_size, temperature, folder)
+    }
+
+    /// What the initial weights are chosen by, where they are; waits until it is published.
+    async fn calibration_texts(&self) -> Result<Vec<Vec<u32>>> {
+        let Init::Prune(prune) = &self.attempt.spec.student.init else { return Ok(Vec::new()) };
+        if !prune.needs_calibration() {
+            return Ok(Vec::new());
+        }
+        let (cx, teacher, folder) = (self.cx.clone(), Teacher::clone(&self.teacher), self.workspace.path().to_owned());
+        let stream = ShardStream::new(cx, self.attempt.clone(), Split::Train, teacher, folder);
+        calibration::texts(stream, prune.calibration_rows as usize, self.teacher.vocab_size).await
     }
 
     /// Every step that is left.
@@ -335,6 +368,7 @@ impl<'a> Run<'a> {
             seconds,
             tokens_per_second: trained_tokens as f64 / seconds.max(1e-9),
             final_loss: loss,
+            pruning: self.pruning.as_ref().map(pruning_to_proto),
         };
         self.cx.emit(What::TrainFinished(finished)).await
     }
@@ -350,6 +384,9 @@ impl<'a> Run<'a> {
         };
         manifest.extra.insert(INITIAL_KEY.to_owned(), json!(self.initial_key));
         manifest.extra.insert(SHARDS.to_owned(), json!(self.shards));
+        if let Some(pruning) = &self.pruning {
+            manifest.extra.insert(PRUNING.to_owned(), json!(pruning));
+        }
         manifest
     }
 
@@ -380,6 +417,28 @@ async fn load_rows(mut data: TrainingData, steps: std::ops::Range<u32>, send: mp
             break;
         }
     }
+    Ok(())
+}
+
+/// As `pruning.json` beside the weights, and in the log.
+fn write_pruning(pruning: &Pruning, folder: &Path) -> Result<()> {
+    let path = folder.join("pruning.json");
+    let json = serde_json::to_vec_pretty(pruning).map_err(|error| Error::internal(error.to_string()))?;
+    std::fs::write(&path, json).map_err(|error| Error::io(&path, error))?;
+    let layers: Vec<u32> = pruning.layers.iter().map(|layer| layer.layer).collect();
+    tracing::info!(
+        ?layers,
+        influence_kept = pruning.depth.share,
+        hidden_size = pruning.hidden.kept,
+        hidden_kept = pruning.hidden.share,
+        intermediate_size = pruning.intermediate.kept,
+        intermediate_kept = pruning.intermediate.share,
+        attention_heads = pruning.attention_heads.kept,
+        attention_heads_kept = pruning.attention_heads.share,
+        calibration_rows = pruning.calibration_rows,
+        calibration_tokens = pruning.calibration_tokens,
+        "pruned"
+    );
     Ok(())
 }
 

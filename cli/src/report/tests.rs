@@ -35,6 +35,7 @@ fn job() -> proto::Job {
         }],
         reused: 0,
         soft_targets: None,
+        pruning: None,
         promoted: String::new(),
         artifacts: HashMap::from([
             ("shards".to_owned(), "jobs/j/shards/".to_owned()),
@@ -166,4 +167,29 @@ fn what_was_reused_and_what_storing_cost_is_said_when_known() {
     assert!(text.contains("rounding      KL 0.0123 nats/token over what is kept, top-1 kept at 99.8 %\n"), "{text}");
     assert!(text.contains("reused        3 of 5 shards, computed for other jobs\n"), "{text}");
     assert!(!text.contains("0 tokens/s\n"), "{text}");
+}
+
+#[test]
+fn what_was_pruned_is_said_in_two_lines() {
+    let mut job = job();
+    let axis = |kept, of, share| Some(proto::PrunedAxis { kept, of, share });
+    let layer = |layer| proto::PrunedLayer { layer, ..Default::default() };
+    let report = job.report.as_mut().unwrap();
+    report.pruning = Some(proto::Pruning {
+        layers: [0, 1, 2, 5, 28, 29].map(layer).to_vec(),
+        depth: axis(6, 30, Some(0.5)),
+        hidden: axis(576, 576, None),
+        intermediate: axis(1024, 1536, Some(0.875)),
+        attention_heads: axis(6, 9, Some(0.75)),
+        key_value_heads: axis(3, 3, None),
+        calibration_rows: 32,
+        calibration_tokens: 4000,
+    });
+    let text = render(&job, &Surroundings::default());
+    assert!(text.contains("pruned        layers 0-2, 5, 28-29 of 30, 50.0 % of their influence\n"), "{text}");
+    let width =
+        "1,024 of 1,536 intermediate channels (87.5 %), 6 of 9 attention heads (75.0 %); of importance on 32 rows\n";
+    assert!(text.contains(width), "{text}");
+    let json = json::report(job.report.as_ref().unwrap());
+    assert_eq!((&json["pruning"]["depth"]["kept"], &json["pruning"]["layers"][3]["layer"]), (&6.into(), &5.into()));
 }

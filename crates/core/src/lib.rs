@@ -4,6 +4,7 @@
 pub mod clock;
 pub mod error;
 pub mod id;
+pub mod pruning;
 pub mod random;
 pub mod spec;
 pub mod state;

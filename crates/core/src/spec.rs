@@ -1,6 +1,7 @@
 //! The job spec: what a user writes in YAML, with defaults and the checks that need no file.
 
 mod loss;
+mod prune;
 mod soft_targets;
 mod validate;
 mod yaml;
@@ -8,6 +9,7 @@ mod yaml;
 use serde::{Deserialize, Deserializer, Serialize};
 
 pub use loss::{Loss, Weight};
+pub use prune::{Choose, Layers, Prune};
 pub use soft_targets::{
     Codec, CodecName, Flat as FlatSoftTargets, HELD_OUT_CODEC, MAX_DRAWS, MAX_HEAD, MAX_TEMPERATURES, Quantiser,
     SoftTargets, TEMPERATURES,
@@ -133,8 +135,8 @@ pub struct Student {
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case", deny_unknown_fields)]
 pub enum Init {
-    /// This many of the teacher's layers: seven tenths of them its first ones, the others its last.
-    Prune { layers: u32 },
+    /// Some of the teacher's layers, heads and channels.
+    Prune(Prune),
     /// A Hugging Face folder with the teacher's vocabulary.
     Checkpoint { model: String },
     /// Random weights in this shape, with the teacher's vocabulary.

@@ -109,6 +109,34 @@ fn shapes_that_do_not_divide_are_refused() {
 }
 
 #[test]
+fn a_pruning_that_cannot_be_is_named_with_the_way_out() {
+    for (text, expected) in [
+        ("{}", "student.init.prune cuts nothing; give layers, or a size such as intermediate_size"),
+        ("{choose: even}", "cuts nothing"),
+        ("{layers: []}", "the length of student.init.prune.layers is 0; it must lie between 1 and 1024"),
+        ("{layers: [0, 3, 3]}", "student.init.prune.layers has 3 and then 3; name each layer once, in ascending order"),
+        ("{layers: [4, 2]}", "has 4 and then 2"),
+        ("{layers: [1, 2], choose: even}", "student.init.prune.choose has nothing to choose; give"),
+        ("{hidden_size: 8, choose: block_influence}", "choose has nothing to choose"),
+        ("{layers: 2, choose: best}", "\"best\" is not known here; known here: ends, even, block_influence"),
+        ("{layers: 2, intermediate_size: 0}", "student.init.prune.intermediate_size is 0; it must lie between 1"),
+        ("{layers: 2, calibration_rows: 4096}", "calibration_rows is 4096; it must lie between 1 and 1024"),
+        (
+            "{num_attention_heads: 7, num_key_value_heads: 2}",
+            "student.init.prune: num_key_value_heads (2) must divide num_attention_heads (7)",
+        ),
+        ("{layers: many}", "student.init.prune.layers is \"many\"; it must be a number of layers, or a list of"),
+        ("{layers: -2}", "student.init.prune.layers is -2; it must be a number of layers, or a list of"),
+        ("{layers: 2.5}", "layers is 2.5; it must be"),
+        ("{layers: 2, width: 3}", "unknown key \"width\""),
+    ] {
+        let yaml = GOOD.replace("prune:\n      layers: 10", &format!("prune: {text}"));
+        let message = parse_yaml("job.yaml", &yaml).unwrap_err().message;
+        assert!(message.contains(expected), "{text}: {message}");
+    }
+}
+
+#[test]
 fn random_embeddings_are_not_frozen() {
     let yaml = GOOD.replace(
         "    prune:\n      layers: 10\n",

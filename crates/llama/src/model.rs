@@ -12,10 +12,14 @@ use crate::{
 };
 
 pub(crate) mod block;
+mod importance;
 mod packed;
+mod prune;
 
 use block::{Block, Weight, norm};
+pub use importance::{Importance, LayerImportance, NormImportance, Observer};
 pub use packed::Tape;
+pub use prune::{Cut, LayerCut};
 
 /// A model whose tensors all lie on one device in one kind.
 #[derive(Debug)]
@@ -71,30 +75,6 @@ impl Model {
         let table = config.tensors();
         let named = tch::no_grad(|| table.into_iter().map(draw).collect::<Result<_>>())?;
         Self::assemble(config, named, device, kind)
-    }
-
-    /// A model of the layers `keep`, in ascending order, with its own copy of every weight.
-    pub fn prune_layers(&self, keep: &[usize]) -> Result<Self> {
-        let layers = self.blocks.len();
-        let ascending = keep.windows(2).all(|pair| pair[0] < pair[1]);
-        if keep.is_empty() || !ascending || keep.iter().any(|&layer| layer >= layers) {
-            return Err(Error::Invalid(format!(
-                "layers {keep:?} cannot be kept: name some of 0 to {}, in ascending order",
-                layers - 1
-            )));
-        }
-        let config = Config { num_hidden_layers: keep.len() as i64, ..self.config.clone() };
-        let named: HashMap<&str, &Tensor> = self.named.iter().map(|(name, tensor)| (name.as_str(), tensor)).collect();
-        let copy = |(name, _): (String, Vec<i64>)| {
-            let source = source_name(&name, keep);
-            let tensor = named.get(source.as_str()).ok_or_else(|| Error::Invalid(format!("no tensor {source:?}")))?;
-            let mut copy = tensor.f_detach()?.f_empty_like()?;
-            copy.f_copy_(tensor)?;
-            Ok((name, copy))
-        };
-        let table = config.tensors();
-        let copies = tch::no_grad(|| table.into_iter().map(copy).collect::<Result<_>>())?;
-        Self::assemble(config, copies, self.device, self.kind)
     }
 
     pub fn config(&self) -> &Config {
@@ -251,16 +231,6 @@ impl Model {
         }
         Ok(hidden_bth)
     }
-}
-
-/// The name in the unpruned model of a pruned model's tensor.
-fn source_name(name: &str, keep: &[usize]) -> String {
-    let renamed = name.strip_prefix("model.layers.").and_then(|rest| {
-        let (layer, rest) = rest.split_once('.')?;
-        let source = keep.get(layer.parse::<usize>().ok()?)?;
-        Some(format!("model.layers.{source}.{rest}"))
-    });
-    renamed.unwrap_or_else(|| name.to_owned())
 }
 
 fn report_unused(folder: &Folder, table: &[(String, Vec<i64>)]) {

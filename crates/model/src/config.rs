@@ -7,6 +7,7 @@ use serde_json::{Map, Value, json};
 
 use crate::file::{malformed, read_json, read_json_if_there};
 
+mod pruned;
 mod read;
 #[cfg(test)]
 mod tests;

@@ -1,6 +1,6 @@
 use std::path::Path;
 
-use retort_core::spec::{Init, TeacherMode};
+use retort_core::spec::{Init, Prune, TeacherMode};
 use serde_json::json;
 
 use super::*;
@@ -269,7 +269,11 @@ async fn weights_that_end_early_are_refused() {
 #[tokio::test]
 async fn a_student_must_fit_its_teacher() {
     check(Code::SpecInvalid, "student.init.prune.layers is 3; the teacher", |_, spec| {
-        spec.student.init = Init::Prune { layers: 3 };
+        spec.student.init = Init::Prune(Prune::to_layers(3));
+    })
+    .await;
+    check(Code::SpecInvalid, "student.init.prune.hidden_size is 9; the teacher has 8", |_, spec| {
+        spec.student.init = Init::Prune(Prune { hidden_size: Some(9), ..Prune::default() });
     })
     .await;
     let student = |config: serde_json::Value, words: usize| {
@@ -287,6 +291,10 @@ async fn a_student_must_fit_its_teacher() {
     let (world, mut spec) = inputs().await;
     student(config(16), 2)(world.folder.path(), &mut spec);
     assert_eq!(admit(&world.context, &spec).await.unwrap().plan.student_parameters, 128 + 2 * 592 + 8);
+    spec.student.init = Init::Prune(Prune { intermediate_size: Some(5), hidden_size: Some(6), ..Prune::to_layers(1) });
+    let plan = admit(&world.context, &spec).await.unwrap().plan;
+    // embedding 16x6; q, k, v and o 6x8 each, mlp 3x5x6, norms 12; last norm 6.
+    assert_eq!(plan.student_parameters, 96 + 4 * 48 + 90 + 12 + 6);
     let of_width = |width| Init::Config {
         hidden_size: width,
         intermediate_size: width,

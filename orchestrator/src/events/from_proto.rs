@@ -4,6 +4,7 @@ use retort_artifact::paths;
 use retort_core::{
     Code, Error, Result,
     id::{JobId, TaskId},
+    wire::pruning_from_proto,
 };
 use retort_proto::{self as proto, worker_event};
 
@@ -126,6 +127,7 @@ fn what_from_proto(job: &JobId, task: &TaskId, epoch: u64, time_ms: i64, what: &
             seconds: not_negative(finished.seconds),
             tokens_per_second: finished.tokens_per_second,
             final_loss: finished.final_loss,
+            pruning: finished.pruning.as_ref().map(pruning_from_proto).transpose()?,
         }),
         worker_event::What::EvaluationReady(ready) => {
             if ready.after_by_tag.len() > MAX_TAGS {

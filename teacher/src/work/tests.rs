@@ -82,7 +82,7 @@ fn the_name_says_nothing_of_who_asks() {
         }),
         ("the teacher's folder", |o, _| o.spec.teacher.model = "/copy".to_owned()),
         ("the pool", |o, _| o.spec.teacher.pool = "large".to_owned()),
-        ("the student", |o, _| o.spec.student.init = Init::Prune { layers: 9 }),
+        ("the student", |o, _| o.spec.student.init = Init::Prune(retort_core::spec::Prune::to_layers(9))),
         ("training", |o, _| o.spec.train.learning_rate = 1.0),
         ("gates", |o, _| o.spec.gates.max_kl = Some(0.1)),
         ("a completion that is not read", |o, _| row(o, |row| row.completion = None)),

@@ -3,6 +3,7 @@
 //! ```text
 //! fidelity FOLDER                             everything; a second run goes on where the first stopped
 //! fidelity FOLDER train STUDENT SETTING SEED  one training, as the first form starts them
+//! fidelity FOLDER prune JSON [LEARNING_RATE]  what student.init.prune: JSON leaves, and after one pass
 //! ```
 //!
 //! A teacher writes answers to the demo's prompts; its whole distribution at each of their tokens is kept
@@ -14,6 +15,7 @@
 mod compare;
 mod corpus;
 mod distillkit;
+mod pruning;
 mod settings;
 mod speed;
 mod students;
@@ -45,7 +47,11 @@ fn main() -> Result<(), Failure> {
             let result = training::run(&folder, &Student::named(student)?, setting, seed)?;
             write(&result_path(&folder, student, setting, seed), &result)
         }
-        _ => Err("usage: fidelity FOLDER [train STUDENT SETTING SEED]".into()),
+        [folder, "prune", spec] => Ok(println!("{}", pruning::run(Path::new(folder), spec, None)?)),
+        [folder, "prune", spec, rate] => {
+            Ok(println!("{}", pruning::run(Path::new(folder), spec, Some(rate.parse()?))?))
+        }
+        _ => Err("usage: fidelity FOLDER [train STUDENT SETTING SEED | prune JSON [LEARNING_RATE]]".into()),
     }
 }
 

@@ -33,8 +33,6 @@ const BATCH_ROWS: usize = 4;
 
 pub fn run(folder: &Path, student: &Student, setting: &str, seed: u64) -> Result<Value, Failure> {
     let corpus = Corpus::open(folder)?;
-    // Indices among the corpus's rows.
-    let rows: Vec<usize> = corpus.of(false).map(|(index, _)| index).collect();
     let stored: Option<Vec<SparseTargets>> = match setting {
         ONLINE => None,
         name => {
@@ -42,15 +40,30 @@ pub fn run(folder: &Path, student: &Student, setting: &str, seed: u64) -> Result
             Some(decoded(&corpus, &setting.ok_or("no such setting")?, seed)?.targets)
         }
     };
-    let steps = rows.len().div_ceil(BATCH_ROWS) as u32 * PASSES;
-    let train = Train {
+    let options = Train {
         learning_rate: student.learning_rate,
         freeze_embeddings: student.freeze_embeddings,
         ..Train::default()
     };
+    let result = train(&corpus, student.start()?, stored, options, seed)?;
+    eprintln!("{}, {setting}, seed {seed}: KL {} -> {} nats", student.name, result["kl_before"], result["kl"]);
+    Ok(result)
+}
+
+/// One pass over the training rows' stored targets, or whole distributions.
+pub fn train(
+    corpus: &Corpus,
+    start: Model,
+    stored: Option<Vec<SparseTargets>>,
+    train: Train,
+    seed: u64,
+) -> Result<Value, Failure> {
+    // Indices among the corpus's rows.
+    let rows: Vec<usize> = corpus.of(false).map(|(index, _)| index).collect();
+    let steps = rows.len().div_ceil(BATCH_ROWS) as u32 * PASSES;
     let limits = Limits::for_device(Device::Cpu);
-    let mut trainer = Trainer::new(student.start()?, Options { train, steps, limits })?;
-    let before = held_out_kl(&corpus, trainer.model())?;
+    let mut trainer = Trainer::new(start, Options { train, steps, limits })?;
+    let before = held_out_kl(corpus, trainer.model())?;
     let started = Instant::now();
     for pass in 0..PASSES {
         let mut order: Vec<u64> = (0..rows.len() as u64).collect();
@@ -60,7 +73,7 @@ pub fn run(folder: &Path, student: &Student, setting: &str, seed: u64) -> Result
                 let row = &corpus.rows[rows[at as usize]];
                 let targets = match &stored {
                     Some(stored) => stored[at as usize].clone(),
-                    None => whole(&corpus, rows[at as usize]),
+                    None => whole(corpus, rows[at as usize]),
                 };
                 example(row, targets)
             };
@@ -70,8 +83,7 @@ pub fn run(folder: &Path, student: &Student, setting: &str, seed: u64) -> Result
     }
     let seconds = started.elapsed().as_secs_f64();
     let progress = trainer.progress();
-    let kl = held_out_kl(&corpus, trainer.model())?;
-    eprintln!("{}, {setting}, seed {seed}: KL {before:.4} -> {kl:.4} nats in {seconds:.0} s", student.name);
+    let kl = held_out_kl(corpus, trainer.model())?;
     Ok(json!({
         "seed": seed, "kl_before": before, "kl": kl, "steps": progress.step, "trained_tokens": progress.trained_tokens,
         "target_tokens": progress.target_tokens, "seconds": seconds,
@@ -92,8 +104,8 @@ fn whole(corpus: &Corpus, index: usize) -> SparseTargets {
         offsets: (0..=positions as u32).map(|p| p * vocab_size).collect(),
         ids: (0..positions).flat_map(|_| 0..vocab_size).collect(),
         masses: logprobs.iter().map(|logprob| logprob.exp()).collect(),
+        heads: vec![true; logprobs.len()],
         logprobs,
-        heads: vec![],
         residuals: vec![0.0; positions],
         top_ids: vec![0; positions],
         label_logprobs: vec![0.0; positions],
@@ -133,7 +145,7 @@ pub fn logit_gradient(q_nv: &Tensor, targets: &SparseTargets) -> Tensor {
 }
 
 /// Mean KL(teacher || student) over the whole vocabulary at the held-out targets, nats.
-fn held_out_kl(corpus: &Corpus, model: &Model) -> Result<f64, Failure> {
+pub fn held_out_kl(corpus: &Corpus, model: &Model) -> Result<f64, Failure> {
     tch::no_grad(|| {
         let mut kl = 0.0;
         for (index, row) in corpus.of(true) {

@@ -32,7 +32,7 @@ impl JobSpec {
         }
         self.teacher.soft_targets.check()?;
         match &self.student.init {
-            Init::Prune { layers } => count("student.init.prune.layers", *layers, 1, 1024)?,
+            Init::Prune(prune) => prune.check()?,
             Init::Checkpoint { model } => filled("student.init.checkpoint.model", model)?,
             Init::Config {
                 hidden_size,
@@ -180,7 +180,7 @@ pub(super) fn count(field: &str, value: u32, min: u32, max: u32) -> Result<()> {
     }
 }
 
-fn divides(field: &str, part: &str, divisor: u32, whole: &str, dividend: u32) -> Result<()> {
+pub(super) fn divides(field: &str, part: &str, divisor: u32, whole: &str, dividend: u32) -> Result<()> {
     if dividend.is_multiple_of(divisor) {
         Ok(())
     } else {

@@ -52,7 +52,9 @@ fn explain(name: &str, text: &str, error: &Yaml) -> Error {
             new(Code::SpecMalformed, format!("student.init takes one of {INITS}, not several"))
         }
         // Our own words, about keys that do not go together.
-        Yaml::Message { msg, .. } | Yaml::ExternalMessage { msg, .. } if msg.starts_with("teacher.soft_targets.") => {
+        Yaml::Message { msg, .. } | Yaml::ExternalMessage { msg, .. }
+            if msg.starts_with("teacher.soft_targets.") || msg.starts_with("student.init.prune.") =>
+        {
             new(Code::SpecInvalid, first_line(msg))
         }
         Yaml::Message { msg, .. } | Yaml::ExternalMessage { msg, .. } => new(Code::SpecMalformed, first_line(msg)),

@@ -3,8 +3,8 @@ use retort_proto as proto;
 use crate::{
     Code, Error, Result,
     spec::{
-        CodecName, FlatSoftTargets, Gates, Guard, Init, JobSpec, Loss, Parallel, Prompts, Quantiser, Sampling,
-        Schedule, Sharing, SoftTargets, Student, Teacher, TeacherMode, Train, Weight,
+        Choose, CodecName, FlatSoftTargets, Gates, Guard, Init, JobSpec, Layers, Loss, Parallel, Prompts, Prune,
+        Quantiser, Sampling, Schedule, Sharing, SoftTargets, Student, Teacher, TeacherMode, Train, Weight,
     },
     state::{JobState, Split},
 };
@@ -52,7 +52,7 @@ pub fn job_spec_from_proto(spec: proto::JobSpec) -> Result<JobSpec> {
     });
     let soft_targets = teacher.soft_targets.map(soft_targets_from_proto).transpose()?.unwrap_or_default();
     let init = match required("student.init", student.init)? {
-        proto::student_spec::Init::Prune(prune) => Init::Prune { layers: prune.layers },
+        proto::student_spec::Init::Prune(prune) => Init::Prune(prune_from_proto(prune)?),
         proto::student_spec::Init::Checkpoint(model) => Init::Checkpoint { model },
         proto::student_spec::Init::Config(config) => Init::Config {
             hidden_size: config.hidden_size,
@@ -94,6 +94,36 @@ pub fn job_spec_from_proto(spec: proto::JobSpec) -> Result<JobSpec> {
     };
     spec.validate()?;
     Ok(spec)
+}
+
+fn prune_from_proto(prune: proto::PruneInit) -> Result<Prune> {
+    let choose = match proto::ChooseLayers::try_from(prune.choose) {
+        Ok(proto::ChooseLayers::Unspecified | proto::ChooseLayers::Ends) => Choose::Ends,
+        Ok(proto::ChooseLayers::Even) => Choose::Even,
+        Ok(proto::ChooseLayers::BlockInfluence) => Choose::BlockInfluence,
+        Err(_) => {
+            let message = format!("student.init.prune.choose {} is not known", prune.choose);
+            return Err(Error::new(Code::SpecInvalid, message));
+        }
+    };
+    let layers = match (prune.layers, prune.these_layers) {
+        (0, these) if these.is_empty() => None,
+        (0, these) => Some(Layers::These(these)),
+        (layers, these) if these.is_empty() => Some(Layers::Count(layers)),
+        (layers, _) => {
+            let message = format!("student.init.prune has {layers} layers and a list of them; give one of the two");
+            return Err(Error::new(Code::SpecInvalid, message));
+        }
+    };
+    Ok(Prune {
+        layers,
+        choose,
+        hidden_size: prune.hidden_size,
+        intermediate_size: prune.intermediate_size,
+        num_attention_heads: prune.num_attention_heads,
+        num_key_value_heads: prune.num_key_value_heads,
+        calibration_rows: prune.calibration_rows.unwrap_or(Prune::default().calibration_rows),
+    })
 }
 
 fn train_from_proto(train: proto::TrainSpec) -> Result<Train> {

@@ -3,8 +3,8 @@ use retort_proto as proto;
 use crate::{
     Error,
     spec::{
-        CodecName, FlatSoftTargets, Init, JobSpec, Loss, Parallel, Quantiser, Schedule, Sharing, SoftTargets,
-        TeacherMode, Weight,
+        Choose, CodecName, FlatSoftTargets, Init, JobSpec, Layers, Loss, Parallel, Prune, Quantiser, Schedule, Sharing,
+        SoftTargets, TeacherMode, Weight,
     },
     state::{JobState, Split, TaskKind},
 };
@@ -40,7 +40,7 @@ pub fn job_spec_to_proto(spec: &JobSpec) -> proto::JobSpec {
         student: Some(proto::StudentSpec {
             pool: spec.student.pool.clone(),
             init: Some(match &spec.student.init {
-                Init::Prune { layers } => proto::student_spec::Init::Prune(proto::PruneInit { layers: *layers }),
+                Init::Prune(prune) => proto::student_spec::Init::Prune(prune_to_proto(prune)),
                 Init::Checkpoint { model } => proto::student_spec::Init::Checkpoint(model.clone()),
                 Init::Config {
                     hidden_size,
@@ -104,6 +104,29 @@ fn parallel_to_proto(parallel: Parallel) -> proto::ParallelSpec {
         inner_steps: Some(inner_steps),
         outer_learning_rate: Some(outer_learning_rate),
         outer_momentum: Some(outer_momentum),
+    }
+}
+
+fn prune_to_proto(prune: &Prune) -> proto::PruneInit {
+    let (layers, these_layers) = match &prune.layers {
+        None => (0, vec![]),
+        Some(Layers::Count(layers)) => (*layers, vec![]),
+        Some(Layers::These(layers)) => (0, layers.clone()),
+    };
+    let choose = match prune.choose {
+        Choose::Ends => proto::ChooseLayers::Ends,
+        Choose::Even => proto::ChooseLayers::Even,
+        Choose::BlockInfluence => proto::ChooseLayers::BlockInfluence,
+    };
+    proto::PruneInit {
+        layers,
+        these_layers,
+        choose: choose.into(),
+        hidden_size: prune.hidden_size,
+        intermediate_size: prune.intermediate_size,
+        num_attention_heads: prune.num_attention_heads,
+        num_key_value_heads: prune.num_key_value_heads,
+        calibration_rows: Some(prune.calibration_rows),
     }
 }
 

@@ -24,6 +24,22 @@ struct Linear {
     bias: Option<Tensor>,
 }
 
+/// What a block computes on the way, in this order.
+pub(crate) enum Seen<'a> {
+    InputNorm {
+        from_bth: &'a Tensor,
+        to_bth: &'a Tensor,
+    },
+    /// The heads' outputs one after another, `[b, t, q * d]`.
+    Mixed(&'a Tensor),
+    PostNorm {
+        from_bth: &'a Tensor,
+        to_bth: &'a Tensor,
+    },
+    /// The activations inside the feed-forward block, `[b, t, inner]`.
+    Inner(&'a Tensor),
+}
+
 impl Block {
     pub(crate) fn assemble(layer: i64, find: &dyn Fn(&str) -> Result<Option<Weight>>) -> Result<Self> {
         let needed = |name: &str| {
@@ -57,21 +73,37 @@ impl Block {
         angles: &Angles,
         attend: impl FnOnce(&Tensor, &Tensor, &Tensor) -> Result<Tensor>,
     ) -> Result<Tensor> {
+        self.forward_seen(config, hidden_bth, angles, attend, |_| Ok(()))
+    }
+
+    /// As [`Block::forward`]; `see` is shown what it computes on the way.
+    pub(crate) fn forward_seen(
+        &self,
+        config: &Config,
+        hidden_bth: &Tensor,
+        angles: &Angles,
+        attend: impl FnOnce(&Tensor, &Tensor, &Tensor) -> Result<Tensor>,
+        mut see: impl FnMut(Seen) -> Result<()>,
+    ) -> Result<Tensor> {
         let (rows, tokens, _) = hidden_bth.size3()?;
         let split = |projected: Tensor, heads: i64| -> Result<Tensor> {
             Ok(projected.f_view([rows, tokens, heads, config.head_dim])?.f_transpose(1, 2)?)
         };
         let normed_bth = norm(hidden_bth, &self.input_norm_h, config.rms_norm_eps)?;
+        see(Seen::InputNorm { from_bth: hidden_bth, to_bth: &normed_bth })?;
         let query_bqtd = angles.rotate(&split(self.query.forward(&normed_bth)?, config.num_attention_heads)?)?;
         let key_bktd = angles.rotate(&split(self.key.forward(&normed_bth)?, config.num_key_value_heads)?)?;
         let value_bktd = split(self.value.forward(&normed_bth)?, config.num_key_value_heads)?;
         let mixed_bqtd = attend(&query_bqtd, &key_bktd, &value_bktd)?;
         let mixed = mixed_bqtd.f_transpose(1, 2)?.f_reshape([rows, tokens, -1])?;
+        see(Seen::Mixed(&mixed))?;
         let hidden_bth = hidden_bth.f_add(&self.output.forward(&mixed)?)?;
 
         let normed_bth = norm(&hidden_bth, &self.post_norm_h, config.rms_norm_eps)?;
+        see(Seen::PostNorm { from_bth: &hidden_bth, to_bth: &normed_bth })?;
         let gate = self.gate.forward(&normed_bth)?.f_silu()?;
         let inner = gate.f_mul(&self.up.forward(&normed_bth)?)?;
+        see(Seen::Inner(&inner))?;
         Ok(hidden_bth.f_add(&self.down.forward(&inner)?)?)
     }
 }

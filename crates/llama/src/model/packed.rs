@@ -11,12 +11,12 @@ use crate::{
 };
 
 /// Where documents begin and end, and what their positions need.
-struct Documents {
+pub(super) struct Documents {
     lengths: Vec<i64>,
     /// Of each run of documents of one length: documents, tokens of each, and the window's bias where the
     /// causal mask does not say it all.
     runs: Vec<(i64, i64, Option<Tensor>)>,
-    angles: Angles,
+    pub(super) angles: Angles,
 }
 
 /// What [`Model::backward`] computes the blocks again from: their inputs, `[1, n, h]` each, and the last one's
@@ -79,7 +79,7 @@ impl Model {
         })
     }
 
-    fn documents(&self, ids_n: &Tensor, lengths: &[i64]) -> Result<Documents> {
+    pub(super) fn documents(&self, ids_n: &Tensor, lengths: &[i64]) -> Result<Documents> {
         let tokens: i64 = lengths.iter().sum();
         let shape = ids_n.size();
         if shape != [tokens] || lengths.iter().any(|&length| length < 1) || tokens < 1 {
@@ -125,7 +125,7 @@ impl Model {
 
 impl Documents {
     /// Each document over itself; a run of documents of one length goes together. `[1, heads, n, d]` each.
-    fn attend(&self, query_1qnd: &Tensor, key_1knd: &Tensor, value_1knd: &Tensor) -> Result<Tensor> {
+    pub(super) fn attend(&self, query_1qnd: &Tensor, key_1knd: &Tensor, value_1knd: &Tensor) -> Result<Tensor> {
         let sizes: Vec<i64> = self.runs.iter().map(|(count, tokens, _)| count * tokens).collect();
         let split = |heads: &Tensor| heads.f_split_with_sizes(&sizes[..], 2);
         let (queries, keys, values) = (split(query_1qnd)?, split(key_1knd)?, split(value_1knd)?);

@@ -1,7 +1,7 @@
 use super::*;
 use crate::{Architecture, Llama3Scaling, folder_sha256, greedy};
 
-fn config() -> Config {
+pub(super) fn config() -> Config {
     Config {
         architecture: Architecture::Llama,
         hidden_size: 24,
@@ -32,19 +32,19 @@ fn config() -> Config {
     }
 }
 
-fn random(config: Config) -> Model {
+pub(super) fn random(config: Config) -> Model {
     Model::init(config, Device::Cpu, Kind::Float, 11).unwrap()
 }
 
-fn ids_bt(rows: i64, tokens: i64) -> Tensor {
+pub(super) fn ids_bt(rows: i64, tokens: i64) -> Tensor {
     (Tensor::arange(rows * tokens, (Kind::Int64, Device::Cpu)) * 7 + 3).remainder(50).view([rows, tokens])
 }
 
-fn logits(model: &Model, ids_bt: &Tensor) -> Tensor {
+pub(super) fn logits(model: &Model, ids_bt: &Tensor) -> Tensor {
     model.head(&model.hidden(ids_bt).unwrap()).unwrap()
 }
 
-fn difference(one: &Tensor, other: &Tensor) -> f64 {
+pub(super) fn difference(one: &Tensor, other: &Tensor) -> f64 {
     (one - other).abs().max().double_value(&[])
 }
 

@@ -1,0 +1,184 @@
+//! How much of what a model does on given texts each layer, head and channel has a part in: what pruning goes by.
+//!
+//! Widths by Muralidharan et al., "Compact Language Models via Pruning and Knowledge Distillation" (2024): the
+//! size of a head's output, of an activation inside the feed-forward block, of a norm's output, as the mean over
+//! a text's tokens and then the L2 norm over texts. Layers by Men et al., "ShortGPT" (2024): block influence.
+//! One forward pass a text, nothing but sums is kept.
+
+use tch::{Kind, Tensor};
+
+use super::{Model, block::Seen};
+use crate::Result;
+
+/// What [`Observer::finish`] gives. All numbers are at least 0, or not finite where the model's activations are
+/// not.
+#[derive(Clone, Debug, PartialEq)]
+pub struct Importance {
+    /// Of every layer of the model.
+    pub layers: Vec<LayerImportance>,
+    pub final_norm: NormImportance,
+    pub texts: u32,
+    pub tokens: u64,
+}
+
+#[derive(Clone, Debug, PartialEq)]
+pub struct LayerImportance {
+    /// 1 - cosine of the layer's input and output, mean over all tokens; 0 to 2.
+    pub influence: f64,
+    /// Of each query head: the L2 norm of its output.
+    pub heads: Vec<f64>,
+    /// Of each channel inside the feed-forward block: its activation's absolute value.
+    pub channels: Vec<f64>,
+    pub input_norm: NormImportance,
+    pub post_norm: NormImportance,
+}
+
+/// One number a hidden channel.
+#[derive(Clone, Debug, PartialEq)]
+pub struct NormImportance {
+    /// The absolute value of the norm's output.
+    pub outputs: Vec<f64>,
+    /// Share of a token's squared input that lies in the channel, mean over all tokens; they sum to 1.
+    pub energy: Vec<f64>,
+}
+
+/// Sums over the texts that a model has been shown.
+#[derive(Debug)]
+pub struct Observer<'a> {
+    model: &'a Model,
+    layers: Vec<LayerSums>,
+    final_norm: NormSums,
+    texts: u32,
+    tokens: u64,
+}
+
+#[derive(Debug, Default)]
+struct LayerSums {
+    turn: f64,
+    heads: Sums,
+    channels: Sums,
+    input_norm: NormSums,
+    post_norm: NormSums,
+}
+
+#[derive(Debug, Default)]
+struct NormSums {
+    outputs: Sums,
+    /// Over tokens, not squared.
+    energy: Sums,
+}
+
+/// One sum a channel.
+#[derive(Debug, Default)]
+struct Sums(Vec<f64>);
+
+impl<'a> Observer<'a> {
+    /// Nothing seen yet.
+    pub fn new(model: &'a Model) -> Self {
+        let layers = (0..model.blocks.len()).map(|_| LayerSums::default()).collect();
+        Self { model, layers, final_norm: NormSums::default(), texts: 0, tokens: 0 }
+    }
+
+    /// Runs the model over a text of at least one token id, and no more than its context; records no gradients.
+    pub fn add(&mut self, ids: &[i64]) -> Result<()> {
+        tch::no_grad(|| self.observe(ids))
+    }
+
+    /// Zeros where nothing was seen.
+    pub fn finish(self) -> Importance {
+        let tokens = self.tokens.max(1) as f64;
+        let norm = |sums: NormSums| NormImportance { outputs: sums.outputs.root(), energy: sums.energy.over(tokens) };
+        let layer = |sums: LayerSums| LayerImportance {
+            // Unlike `max`, keeps what is not a number.
+            influence: (sums.turn / tokens).clamp(0.0, 2.0),
+            heads: sums.heads.root(),
+            channels: sums.channels.root(),
+            input_norm: norm(sums.input_norm),
+            post_norm: norm(sums.post_norm),
+        };
+        Importance {
+            layers: self.layers.into_iter().map(layer).collect(),
+            final_norm: norm(self.final_norm),
+            texts: self.texts,
+            tokens: self.tokens,
+        }
+    }
+
+    fn observe(&mut self, ids: &[i64]) -> Result<()> {
+        let model = self.model;
+        let ids_n = Tensor::f_from_slice(ids)?;
+        let documents = model.documents(&ids_n, &[ids.len() as i64])?;
+        let mut hidden_1nh = model.embed(&ids_n)?.f_unsqueeze(0)?;
+        for (block, sums) in model.blocks.iter().zip(&mut self.layers) {
+            let attend = |query: &Tensor, key: &Tensor, value: &Tensor| documents.attend(query, key, value);
+            let see = |seen: Seen| match seen {
+                Seen::InputNorm { from_bth, to_bth } => sums.input_norm.add(from_bth, to_bth),
+                Seen::Mixed(mixed) => {
+                    let heads = [-1, model.config.num_attention_heads, model.config.head_dim];
+                    let heads_nqd = mixed.f_to_kind(Kind::Float)?.f_view(heads)?;
+                    let size_nq = heads_nqd.f_square()?.f_sum_dim_intlist([-1i64].as_slice(), false, Kind::Float)?;
+                    sums.heads.add_square_of_mean(&size_nq.f_sqrt()?)
+                }
+                Seen::PostNorm { from_bth, to_bth } => sums.post_norm.add(from_bth, to_bth),
+                Seen::Inner(inner) => sums.channels.add_square_of_mean(&rows(inner)?.f_abs()?),
+            };
+            let next_1nh = block.forward_seen(&model.config, &hidden_1nh, &documents.angles, attend, see)?;
+            sums.turn += turn(&rows(&hidden_1nh)?, &rows(&next_1nh)?)?;
+            hidden_1nh = next_1nh;
+        }
+        self.final_norm.add(&hidden_1nh, &model.final_norm(&hidden_1nh)?)?;
+        self.texts = self.texts.saturating_add(1);
+        self.tokens += ids.len() as u64;
+        Ok(())
+    }
+}
+
+impl NormSums {
+    fn add(&mut self, from_1nh: &Tensor, to_1nh: &Tensor) -> Result<()> {
+        self.outputs.add_square_of_mean(&rows(to_1nh)?.f_abs()?)?;
+        let square_nh = rows(from_1nh)?.f_square()?;
+        let whole_n1 = square_nh
+            .f_sum_dim_intlist([-1i64].as_slice(), true, Kind::Float)?
+            .f_clamp_min(f64::from(f32::MIN_POSITIVE))?;
+        self.energy
+            .add(&square_nh.f_div(&whole_n1)?.f_sum_dim_intlist([0i64].as_slice(), false, Kind::Double)?, |sum| sum)
+    }
+}
+
+impl Sums {
+    /// `values_nc` is `[n, c]`.
+    fn add_square_of_mean(&mut self, values_nc: &Tensor) -> Result<()> {
+        self.add(&values_nc.f_mean_dim([0i64].as_slice(), false, Kind::Double)?, |mean| mean * mean)
+    }
+
+    fn add(&mut self, values_c: &Tensor, of: impl Fn(f64) -> f64) -> Result<()> {
+        let values = Vec::<f64>::try_from(values_c.f_to_kind(Kind::Double)?)?;
+        self.0.resize(values.len(), 0.0);
+        for (sum, value) in self.0.iter_mut().zip(values) {
+            *sum += of(value);
+        }
+        Ok(())
+    }
+
+    fn root(self) -> Vec<f64> {
+        self.0.into_iter().map(f64::sqrt).collect()
+    }
+
+    fn over(self, count: f64) -> Vec<f64> {
+        self.0.into_iter().map(|sum| sum / count).collect()
+    }
+}
+
+/// `[1, n, c]` as f32 `[n, c]`.
+fn rows(values_1nc: &Tensor) -> Result<Tensor> {
+    Ok(values_1nc.f_squeeze_dim(0)?.f_to_kind(Kind::Float)?)
+}
+
+/// Sum over tokens of 1 - cosine between the rows of two `[n, h]`.
+fn turn(before_nh: &Tensor, after_nh: &Tensor) -> Result<f64> {
+    let cosine_n = Tensor::f_cosine_similarity(before_nh, after_nh, -1, 1e-8)?.f_to_kind(Kind::Double)?;
+    Ok(cosine_n.f_neg()?.f_add_scalar(1.0)?.f_sum(Kind::Double)?.f_double_value(&[])?)
+}
+
+#[cfg(test)]
+mod tests;
