@@ -12,8 +12,10 @@
 //! - A loss that is not finite stops the attempt before the optimiser steps.
 
 pub mod batch;
+pub mod calibration;
 mod checkpoints;
 pub mod cli;
+mod curve;
 mod data;
 mod evaluate;
 pub mod example;

@@ -5,8 +5,12 @@ use std::{
     time::{Duration, Instant},
 };
 
-use retort_artifact::{checkpoint, checkpoint::Manifest, paths, sha256_hex};
-use retort_core::{Code, Error, Result, state::Split, task_group::TaskGroup};
+use retort_artifact::{
+    checkpoint,
+    checkpoint::{HELD_OUT, HeldOut, Manifest},
+    paths, sha256_hex,
+};
+use retort_core::{Code, Error, Result, spec::Promote, state::Split, task_group::TaskGroup};
 use retort_proto::{TrainFinished, TrainProgress, TrainTask, worker_event::What};
 use retort_worker::{Attempt, ModelThread, TaskContext};
 use serde_json::json;
@@ -15,6 +19,7 @@ use tokio_util::sync::CancellationToken;
 
 use crate::{
     checkpoints::Uploader,
+    curve::Curve,
     data::{Consumed, Order, TrainingData},
     example::Example,
     held_out::HeldOutSample,
@@ -83,6 +88,7 @@ struct Run<'a> {
     /// Prefix of the newest checkpoint; empty before the first.
     checkpoint_key: String,
     shards: Vec<Consumed>,
+    curve: Curve,
 }
 
 impl<'a> Run<'a> {
@@ -105,7 +111,7 @@ impl<'a> Run<'a> {
             settings,
             steps: options.steps,
             spec_sha256: sha256_hex(&spec),
-            uploader: Uploader::new(cx.clone(), job),
+            uploader: Uploader::new(cx.clone(), job, attempt.spec.train.keep),
             thread: ModelThread::spawn("trainer", || None)?,
             workspace,
             held_out: HeldOutSample::new(stream, teacher.vocab_size),
@@ -114,6 +120,7 @@ impl<'a> Run<'a> {
             initial_key: String::new(),
             checkpoint_key: String::new(),
             shards: Vec::new(),
+            curve: Curve::default(),
         };
         let resumed = run.resume(&options).await?;
         let store = &run.cx.store;
@@ -148,6 +155,7 @@ impl<'a> Run<'a> {
             let initial = manifest.extra.get(INITIAL_KEY).and_then(|key| key.as_str());
             self.initial_key = initial.unwrap_or_default().to_owned();
             self.checkpoint_key = prefix;
+            self.curve = Curve::of(&manifest);
             self.progress = progress;
             tracing::info!(step = progress.step, steps = self.steps, "resumed");
             return Ok(true);
@@ -181,10 +189,11 @@ impl<'a> Run<'a> {
             Ok(())
         };
         self.thread.call(begin).await??;
-        let manifest = self.manifest();
+        let held_out = self.judge().await?;
+        let manifest = self.manifest(held_out);
         self.uploader.start(folder, self.initial_key.clone(), manifest).await?;
-        if let Some(kl) = self.held_out_kl().await? {
-            self.cx.emit_lossy(self.progress_event(kl.into(), 0.0)).await;
+        if let Some(held_out) = held_out {
+            self.cx.emit_lossy(self.progress_event(Some(held_out.kl), 0.0)).await;
         }
         Ok(())
     }
@@ -217,11 +226,11 @@ impl<'a> Run<'a> {
             let report = self.step(examples, u64::from(step) >= first_pass).await?;
             let every = self.attempt.spec.train.checkpoint_steps;
             let last = report.step == self.steps;
-            let mut held_out_kl = None;
+            let mut held_out = None;
             if last || (every > 0 && report.step % every == 0) {
-                self.write_checkpoint().await?;
-                held_out_kl = self.held_out_kl().await?;
+                held_out = self.write_checkpoint().await?;
             }
+            let held_out_kl = held_out.map(|held_out| held_out.kl);
             if last || held_out_kl.is_some() || reported.is_none_or(|at| at.elapsed() >= REPORT_EVERY) {
                 reported = Some(Instant::now());
                 let rate = report.tokens as f64 / report.seconds.max(1e-9);
@@ -233,6 +242,8 @@ impl<'a> Run<'a> {
                     learning_rate = report.learning_rate,
                     tokens_per_second = rate as u64,
                     held_out_kl,
+                    held_out_top1 = held_out.map(|held_out| held_out.top1_agreement),
+                    held_out_calibration_error = held_out.map(|held_out| held_out.calibration_error),
                     "trained"
                 );
                 self.cx.emit_lossy(self.progress_event(held_out_kl, rate)).await;
@@ -255,7 +266,9 @@ impl<'a> Run<'a> {
         Ok(report)
     }
 
-    async fn write_checkpoint(&mut self) -> Result<()> {
+    /// Judges first, so that the manifest can say how good the checkpoint is.
+    async fn write_checkpoint(&mut self) -> Result<Option<HeldOut>> {
+        let held_out = self.judge().await?;
         let step = self.progress.step;
         let folder = self.workspace.path().join(format!("checkpoint-{step}"));
         let (target, teacher) = (folder.clone(), Arc::clone(&self.teacher));
@@ -264,8 +277,9 @@ impl<'a> Run<'a> {
         };
         self.thread.call(save).await??;
         self.checkpoint_key = paths::checkpoint(self.attempt.job.as_str(), step, self.attempt.epoch);
-        let manifest = self.manifest();
-        self.uploader.start(folder, self.checkpoint_key.clone(), manifest).await
+        let manifest = self.manifest(held_out);
+        self.uploader.start(folder, self.checkpoint_key.clone(), manifest).await?;
+        Ok(held_out)
     }
 
     /// Before the task is handed back: what was trained since the last checkpoint is not lost.
@@ -278,8 +292,8 @@ impl<'a> Run<'a> {
         self.uploader.finish().await
     }
 
-    /// On the held-out rows at hand, nats a token; `None` while none is published.
-    async fn held_out_kl(&mut self) -> Result<Option<f64>> {
+    /// On the held-out rows at hand; `None` while none is published.
+    async fn judge(&mut self) -> Result<Option<HeldOut>> {
         let examples = self.held_out.rows().await?.to_vec();
         let (cx, limits) = (self.cx.clone(), self.settings.limits());
         let measure = move |slot: &mut Option<Trainer>| -> Result<Tally> {
@@ -289,26 +303,51 @@ impl<'a> Run<'a> {
             tallies.iter().for_each(|tally| sum.add(tally));
             Ok(sum)
         };
-        let tally = self.thread.call(measure).await??;
-        Ok((tally.tokens > 0).then(|| tally.mean_kl()))
+        let quality = self.thread.call(measure).await??.quality();
+        let held_out = HeldOut {
+            step: self.progress.step,
+            target_tokens: self.progress.target_tokens,
+            kl: quality.kl,
+            top1_agreement: quality.top1_agreement,
+            calibration_error: quality.calibration_error.unwrap_or(f64::NAN),
+            tokens: quality.tokens,
+        };
+        if !held_out.is_sound() {
+            return Ok(None);
+        }
+        self.curve.push(held_out);
+        Ok(Some(held_out))
+    }
+
+    /// Prefix of the checkpoint that is to be judged.
+    async fn chosen(&self) -> Result<String> {
+        if self.attempt.spec.train.promote == Promote::Best
+            && let Some((prefix, manifest)) = checkpoint::best(&self.cx.store, self.attempt.job.as_str()).await?
+        {
+            tracing::info!(step = manifest.step, key = prefix, "the best checkpoint is to be judged");
+            return Ok(prefix);
+        }
+        Ok(self.checkpoint_key.clone())
     }
 
     async fn finish(mut self) -> Result<()> {
         self.uploader.finish().await?;
+        let checkpoint_key = self.chosen().await?;
         let Progress { step, trained_tokens, seconds, loss, .. } = self.progress;
         let finished = TrainFinished {
             steps: step,
-            checkpoint_key: self.checkpoint_key,
+            checkpoint_key,
             initial_key: self.initial_key,
             trained_tokens,
             seconds,
             tokens_per_second: trained_tokens as f64 / seconds.max(1e-9),
             final_loss: loss,
+            curve: self.curve.to_proto(),
         };
         self.cx.emit(What::TrainFinished(finished)).await
     }
 
-    fn manifest(&self) -> Manifest {
+    fn manifest(&self, held_out: Option<HeldOut>) -> Manifest {
         let mut manifest = Manifest {
             job: self.attempt.job.as_str().to_owned(),
             step: self.progress.step,
@@ -319,6 +358,10 @@ impl<'a> Run<'a> {
         };
         manifest.extra.insert(INITIAL_KEY.to_owned(), json!(self.initial_key));
         manifest.extra.insert(SHARDS.to_owned(), json!(self.shards));
+        if let Some(held_out) = held_out {
+            manifest.extra.insert(HELD_OUT.to_owned(), json!(held_out));
+        }
+        self.curve.write(&mut manifest.extra);
         manifest
     }
 

@@ -2,7 +2,9 @@ use retort_proto as proto;
 
 use crate::{
     Error,
-    spec::{CodecName, FlatSoftTargets, Init, JobSpec, Loss, Quantiser, Schedule, SoftTargets, TeacherMode, Weight},
+    spec::{
+        CodecName, FlatSoftTargets, Init, JobSpec, Loss, Promote, Quantiser, Schedule, SoftTargets, TeacherMode, Weight,
+    },
     state::{JobState, Split, TaskKind},
 };
 
@@ -77,12 +79,19 @@ pub fn job_spec_to_proto(spec: &JobSpec) -> proto::JobSpec {
                 norm_ratio: spec.train.guard.norm_ratio,
                 loss_ratio: spec.train.guard.loss_ratio,
             }),
+            keep: Some(proto::KeepSpec { last: Some(spec.train.keep.last), best: Some(spec.train.keep.best) }),
+            promote: match spec.train.promote {
+                Promote::Last => proto::Promote::Last,
+                Promote::Best => proto::Promote::Best,
+            }
+            .into(),
         }),
         gates: Some(proto::GateSpec {
             max_kl: spec.gates.max_kl,
             max_kl_ratio: spec.gates.max_kl_ratio,
             min_top1_agreement: spec.gates.min_top1_agreement,
             max_perplexity_ratio: spec.gates.max_perplexity_ratio,
+            max_calibration_error: spec.gates.max_calibration_error,
         }),
     }
 }
