@@ -121,8 +121,8 @@ fn judged(world: &World) -> Vec<(u32, f64)> {
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn the_best_checkpoint_is_kept_and_judged_whoever_was_killed() {
     let mut world = World::published().await;
-    // Now and then too fast: the end is not the best.
-    world.train = "learning_rate: 0.6, keep: {last: 1}, promote: best".to_owned();
+    // Too fast: the end is not the best.
+    world.train = "learning_rate: 0.3, schedule: constant, keep: {last: 1}, promote: best".to_owned();
     world.stop_after_checkpoints(4, Stop::Fenced);
     assert_eq!(world.run(&world.train_attempt(1)).await.unwrap_err().code, Code::AttemptFenced);
     world.never_stop();
@@ -130,9 +130,11 @@ async fn the_best_checkpoint_is_kept_and_judged_whoever_was_killed() {
 
     let What::TrainFinished(finished) = world.events().pop().unwrap() else { panic!("not finished") };
     let curve: Vec<(u32, f64)> = finished.curve.iter().map(|point| (point.step, point.kl)).collect();
-    assert_eq!(curve[0].0, 0);
     // The second attempt went on with the curve of the first.
-    assert_eq!(curve[1..], judged(&world));
+    let steps: Vec<u32> = curve.iter().map(|(step, _)| *step).collect();
+    assert_eq!(steps, [0, 7, 14, 21, 28, 35, 42, STEPS]);
+    let judged = judged(&world);
+    assert!(judged.len() >= 4 && judged.iter().all(|point| curve.contains(point)), "{judged:?} {curve:?}");
     let (best, _) = *curve[1..].iter().rev().min_by(|a, b| a.1.total_cmp(&b.1)).unwrap();
     assert!(best < STEPS, "{curve:?}");
     assert_eq!(paths::parse_checkpoint(JOB, &finished.checkpoint_key).unwrap().0, best);
