@@ -24,7 +24,9 @@ ALLOWED = {
     "retort-plan": {"retort-core", "retort-model"},
     "retort-worker": {"retort-proto", "retort-core", "retort-process", "retort-artifact", "retort-bus"},
     "retort-broker": {"retort-core", "retort-process"},
-    "retort-orchestrator": {"retort-proto", "retort-core", "retort-process", "retort-artifact", "retort-bus", "retort-model"},
+    "retort-orchestrator": {
+        "retort-proto", "retort-core", "retort-process", "retort-artifact", "retort-bus", "retort-model", "retort-plan",
+    },
     "retort-teacher": {"retort-proto", "retort-core", "retort-process", "retort-artifact", "retort-worker", "retort-kernels", "retort-llama", "retort-model"},
     "retort-student": {"retort-proto", "retort-core", "retort-process", "retort-artifact", "retort-worker", "retort-kernels", "retort-llama"},
     "retort-cli": {

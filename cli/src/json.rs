@@ -1,7 +1,7 @@
 //! Messages of the API as JSON, for `--json`. Field names are those of the `.proto` files, states
 //! are lower case words, times are RFC 3339, durations are seconds.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, HashMap};
 
 use retort_core::wire::job_state_from_proto;
 use retort_proto as proto;
@@ -43,7 +43,8 @@ pub fn event(event: &proto::JobEvent) -> Value {
             json!({ "kind": "train_stepped", "step": stepped.step, "loss": stepped.loss })
         }
         Some(What::CheckpointSaved(saved)) => {
-            json!({ "kind": "checkpoint_saved", "step": saved.step, "key": saved.key })
+            let held_out = saved.held_out.as_ref().map(curve_point);
+            json!({ "kind": "checkpoint_saved", "step": saved.step, "key": saved.key, "held_out": held_out })
         }
         Some(What::TaskUnclaimed(unclaimed)) => json!({
             "kind": "task_unclaimed",
@@ -109,12 +110,15 @@ pub fn model(model: &proto::Model) -> Value {
 }
 
 pub fn report(report: &proto::Report) -> Value {
-    let by_tag: BTreeMap<_, _> = report.after_by_tag.iter().map(|(tag, value)| (tag, quality(value))).collect();
+    let by_tag = |tags: &HashMap<String, proto::Quality>| -> BTreeMap<String, Value> {
+        tags.iter().map(|(tag, value)| (tag.clone(), quality(value))).collect()
+    };
     let artifacts: BTreeMap<_, _> = report.artifacts.iter().collect();
     json!({
         "before": report.before.as_ref().map(quality),
         "after": report.after.as_ref().map(quality),
-        "after_by_tag": by_tag,
+        "before_by_tag": by_tag(&report.before_by_tag),
+        "after_by_tag": by_tag(&report.after_by_tag),
         "gates": report.gates.iter().map(|gate| json!({
             "gate": gate.gate, "limit": gate.limit, "value": gate.value, "passed": gate.passed,
         })).collect::<Vec<_>>(),
@@ -138,6 +142,7 @@ pub fn report(report: &proto::Report) -> Value {
             "held_out": stored.held_out.as_ref().map(fidelity),
         })),
         "pruning": report.pruning.as_ref().map(pruning),
+        "forecast": report.forecast.as_ref().map(forecast),
         "promoted": report.promoted,
         "artifacts": artifacts,
     })
@@ -172,6 +177,42 @@ fn quality(quality: &proto::Quality) -> Value {
         "student_perplexity": quality.student_perplexity,
         "teacher_perplexity": quality.teacher_perplexity,
         "tokens": quality.tokens,
+        "calibration_error": quality.calibration_error,
+        "teacher_calibration_error": quality.teacher_calibration_error,
+    })
+}
+
+fn curve_point(point: &proto::CurvePoint) -> Value {
+    json!({
+        "step": point.step,
+        "target_tokens": point.target_tokens,
+        "kl": point.kl,
+        "top1_agreement": point.top1_agreement,
+        "calibration_error": point.calibration_error,
+        "tokens": point.tokens,
+    })
+}
+
+/// The numbers of the fit are null where there is none.
+fn forecast(forecast: &proto::Forecast) -> Value {
+    let fitted = forecast.none.is_empty();
+    let of_fit = |value: f64| fitted.then_some(value);
+    json!({
+        "curve": forecast.curve.iter().map(curve_point).collect::<Vec<_>>(),
+        "points": forecast.points,
+        "floor": of_fit(forecast.floor),
+        "scale": of_fit(forecast.scale),
+        "exponent": of_fit(forecast.exponent),
+        "confidence": of_fit(forecast.confidence),
+        "predictions": forecast.predictions.iter().map(|prediction| json!({
+            "factor": prediction.factor,
+            "target_tokens": prediction.target_tokens,
+            "kl": prediction.kl,
+            "low": prediction.low,
+            "high": prediction.high,
+        })).collect::<Vec<_>>(),
+        "none": if fitted { None } else { Some(&forecast.none) },
+        "decaying": forecast.decaying,
     })
 }
 

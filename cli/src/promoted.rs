@@ -29,6 +29,8 @@ struct Quality {
     student_perplexity: Option<f64>,
     teacher_perplexity: Option<f64>,
     tokens: u64,
+    calibration_error: Option<f64>,
+    teacher_calibration_error: Option<f64>,
 }
 
 /// Every promoted model, at most `limit`: by name, the newest version of each first, as the
@@ -66,6 +68,8 @@ fn model(name: &str, version: u32, pointer: Pointer) -> proto::Model {
             student_perplexity: number(quality.student_perplexity),
             teacher_perplexity: number(quality.teacher_perplexity),
             tokens: quality.tokens,
+            calibration_error: quality.calibration_error,
+            teacher_calibration_error: quality.teacher_calibration_error,
         }),
     }
 }

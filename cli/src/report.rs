@@ -37,8 +37,14 @@ pub fn render(job: &proto::Job, around: &Surroundings) -> String {
         text.push_str(&format!("{}: {}\n", clean(&error.code), clean(&error.message)));
     }
     if let Some(report) = &job.report {
-        for section in [cost(job, report), quality(report), tags(report), gates(report), samples(report, around.width)]
-        {
+        for section in [
+            cost(job, report),
+            quality(report),
+            tags(report),
+            forecast(report),
+            gates(report),
+            samples(report, around.width),
+        ] {
             if !section.is_empty() {
                 text.push('\n');
                 text.push_str(&section);
@@ -155,6 +161,12 @@ fn quality(report: &proto::Report) -> String {
             perplexity(after.teacher_perplexity),
         ]),
     ];
+    let mut rows = rows.to_vec();
+    if let Some(error) = after.calibration_error {
+        let share = |error: Option<f64>| error.map_or_else(String::new, percent);
+        let cells = [share(before.calibration_error), percent(error), share(after.teacher_calibration_error)];
+        rows.push([vec!["calibration error".to_owned()], cells.to_vec()].concat());
+    }
     let mut text = table(&rows, &[1, 2, 3]);
     let kept = if before.kl > 0.0 && after.kl.is_finite() {
         format!("KL is {} of what it was, ", percent(after.kl / before.kl))
@@ -171,13 +183,44 @@ fn tags(report: &proto::Report) -> String {
     if tags.is_empty() {
         return String::new();
     }
-    let mut rows = vec![["after, by tag", "KL", "top-1", "tokens"].map(str::to_owned).to_vec()];
+    let heads = ["after, by tag", "KL", "top-1", "perplexity", "teacher's", "calibration", "tokens"];
+    let mut rows = vec![heads.map(str::to_owned).to_vec()];
     rows.extend(tags.iter().take(TAGS).map(|(tag, quality)| {
-        vec![shorten(tag, 40), fixed(quality.kl), percent(quality.top1_agreement), count(quality.tokens)]
+        vec![
+            shorten(tag, 40),
+            fixed(quality.kl),
+            percent(quality.top1_agreement),
+            perplexity(quality.student_perplexity),
+            perplexity(quality.teacher_perplexity),
+            quality.calibration_error.map_or_else(|| "-".to_owned(), percent),
+            count(quality.tokens),
+        ]
     }));
-    let mut text = table(&rows, &[1, 2, 3]);
+    let mut text = table(&rows, &[1, 2, 3, 4, 5, 6]);
     if tags.len() > TAGS {
         text.push_str(&format!("and {} more, in the report\n", tags.len() - TAGS));
+    }
+    text
+}
+
+/// A line for each prediction, or one that says why there is none.
+fn forecast(report: &proto::Report) -> String {
+    let Some(forecast) = &report.forecast else { return String::new() };
+    if !forecast.none.is_empty() {
+        return format!("no forecast: {}\n", clean(&forecast.none));
+    }
+    let mut text = String::new();
+    for (i, prediction) in forecast.predictions.iter().enumerate() {
+        text.push_str(&format!(
+            "{:<10}{:>2}x the target tokens: KL {}, {:.0} % interval {} to {}{}\n",
+            if i == 0 { "forecast" } else { "" },
+            prediction.factor,
+            fixed(prediction.kl),
+            100.0 * forecast.confidence,
+            fixed(prediction.low),
+            fixed(prediction.high),
+            if forecast.decaying { "; biased, the learning rate fell" } else { "" }
+        ));
     }
     text
 }

@@ -22,6 +22,7 @@ pub fn judge(gates: &Gates, before: &Quality, after: &Quality) -> Vec<GateResult
             gates.max_perplexity_ratio,
             ratio(after.student_perplexity, after.teacher_perplexity),
         ),
+        at_most("max_calibration_error", gates.max_calibration_error, after.calibration_error.unwrap_or(f64::NAN)),
     ]
     .into_iter()
     .flatten()
@@ -43,7 +44,15 @@ mod tests {
     use super::*;
 
     fn quality(kl: f64, top1: f64, student: f64, teacher: f64) -> Quality {
-        Quality { kl, top1_agreement: top1, student_perplexity: student, teacher_perplexity: teacher, tokens: 10 }
+        Quality {
+            kl,
+            top1_agreement: top1,
+            student_perplexity: student,
+            teacher_perplexity: teacher,
+            tokens: 10,
+            calibration_error: Some(kl / 4.0),
+            teacher_calibration_error: None,
+        }
     }
 
     fn check(gates: Gates, expected: &[(&str, f64, bool)]) {
@@ -62,6 +71,9 @@ mod tests {
         check(Gates { min_top1_agreement: Some(0.7), ..Gates::default() }, &[("min_top1_agreement", 0.6, false)]);
         check(Gates { max_perplexity_ratio: Some(1.5), ..Gates::default() }, &[("max_perplexity_ratio", 1.5, true)]);
         check(Gates { max_perplexity_ratio: Some(1.4), ..Gates::default() }, &[("max_perplexity_ratio", 1.5, false)]);
+        let calibrated = |limit| Gates { max_calibration_error: Some(limit), ..Gates::default() };
+        check(calibrated(0.125), &[("max_calibration_error", 0.125, true)]);
+        check(calibrated(0.12), &[("max_calibration_error", 0.125, false)]);
         check(Gates::default(), &[]);
     }
 
@@ -72,8 +84,9 @@ mod tests {
             max_kl_ratio: Some(1e6),
             min_top1_agreement: Some(0.0),
             max_perplexity_ratio: Some(1e6),
+            max_calibration_error: Some(1.0),
         };
-        let nan = quality(f64::NAN, f64::NAN, f64::INFINITY, 10.0);
+        let nan = Quality { calibration_error: None, ..quality(f64::NAN, f64::NAN, f64::INFINITY, 10.0) };
         assert!(judge(&gates, &quality(2.0, 0.1, 90.0, 10.0), &nan).iter().all(|result| !result.passed));
     }
 

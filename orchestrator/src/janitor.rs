@@ -3,7 +3,7 @@
 use std::{collections::HashSet, time::Duration};
 
 use retort_artifact::{checkpoint, paths};
-use retort_core::{Code, Result, id::JobId};
+use retort_core::{Code, Result, id::JobId, spec::Keep};
 use tokio_util::sync::CancellationToken;
 
 use crate::{
@@ -55,7 +55,8 @@ async fn sweep_ended(context: &Context) -> Result<u64> {
     for id in ended {
         removed += sweep_staged(context, &id).await?;
         // One to go back to is of use only to a training that goes on.
-        removed += checkpoint::prune(&context.store, id.as_str(), 1).await?.len() as u64;
+        let best = jobs::get(&mut *context.database.read().await?, &id).await?.spec.train.keep.best;
+        removed += checkpoint::prune(&context.store, id.as_str(), Keep { last: 1, best }).await?.len() as u64;
         let mut tx = context.database.begin().await?;
         jobs::set_cleaned(&mut tx, &id, context.now_ms()).await?;
         commit(tx).await?;

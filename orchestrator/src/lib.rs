@@ -11,6 +11,7 @@ pub mod bus;
 pub mod context;
 pub mod database;
 pub mod events;
+mod forecast;
 pub mod gates;
 pub mod intake;
 pub mod janitor;

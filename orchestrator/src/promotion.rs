@@ -26,7 +26,7 @@ use crate::{
         models::{self, Model},
         shards, tasks,
     },
-    gates, progress,
+    forecast, gates, progress,
     report::{Evaluation, Quality, Report, SoftTargets, TrainFinish},
     retry::Backoff,
 };
@@ -256,6 +256,11 @@ async fn report(
     };
     let reused = shards::reused_keys(&mut snapshot, &job.id).await?;
     let id = job.id.as_str();
+    let (spec, curve) = (job.spec.clone(), finish.curve.clone());
+    // A tenth of a second of arithmetic.
+    let forecast = tokio::task::spawn_blocking(move || forecast::of(&spec, curve))
+        .await
+        .map_err(|error| Error::internal(format!("the forecast stopped: {error}")))?;
     let mut artifacts = BTreeMap::from([
         ("prompts".to_owned(), paths::prompt_set(&job.prompt_set_sha256)),
         ("shards".to_owned(), paths::shards_prefix(id)),
@@ -271,6 +276,7 @@ async fn report(
     Ok(Report {
         before: evaluation.before.clone(),
         after: evaluation.after.clone(),
+        before_by_tag: evaluation.before_by_tag.clone(),
         after_by_tag: evaluation.after_by_tag.clone(),
         gates: results,
         samples: evaluation.samples.clone(),
@@ -284,6 +290,7 @@ async fn report(
         reused: u32::try_from(reused.len()).unwrap_or(u32::MAX),
         soft_targets,
         pruning: finish.pruning.clone(),
+        forecast,
         promoted: promoted.map(Model::resource_name).unwrap_or_default(),
         artifacts,
     })

@@ -3,7 +3,9 @@
 
 use std::collections::BTreeMap;
 
-use retort_core::pruning::Pruning;
+use retort_artifact::{checkpoint::HeldOut, paths};
+use retort_core::{id::JobId, pruning::Pruning};
+use retort_plan::forecast;
 use serde::{Deserialize, Serialize};
 
 use crate::database::shards::Fidelity;
@@ -23,6 +25,11 @@ pub struct Quality {
     pub teacher_perplexity: f64,
     /// Target tokens judged.
     pub tokens: u64,
+    /// Expected calibration error of the student; absent where no worker said, as the next.
+    #[serde(default)]
+    pub calibration_error: Option<f64>,
+    #[serde(default)]
+    pub teacher_calibration_error: Option<f64>,
 }
 
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
@@ -39,6 +46,8 @@ pub struct Sample {
 pub struct Evaluation {
     pub before: Quality,
     pub after: Quality,
+    #[serde(default)]
+    pub before_by_tag: BTreeMap<String, Quality>,
     pub after_by_tag: BTreeMap<String, Quality>,
     pub samples: Vec<Sample>,
 }
@@ -60,6 +69,16 @@ pub struct TrainFinish {
     /// Of a student that was cut out of its teacher.
     #[serde(default)]
     pub pruning: Option<Pruning>,
+    /// How the student did on the way, oldest first.
+    #[serde(default)]
+    pub curve: Vec<HeldOut>,
+}
+
+impl TrainFinish {
+    /// Optimiser steps of the checkpoint to judge.
+    pub fn judged_step(&self, job: &JobId) -> u32 {
+        paths::parse_checkpoint(job.as_str(), &self.checkpoint_key).map_or(self.steps, |(step, _)| step)
+    }
 }
 
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
@@ -88,6 +107,8 @@ pub struct Redone {
 pub struct Report {
     pub before: Quality,
     pub after: Quality,
+    #[serde(default)]
+    pub before_by_tag: BTreeMap<String, Quality>,
     pub after_by_tag: BTreeMap<String, Quality>,
     pub gates: Vec<GateResult>,
     pub samples: Vec<Sample>,
@@ -109,10 +130,25 @@ pub struct Report {
     pub soft_targets: SoftTargets,
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub pruning: Option<Pruning>,
+    /// Absent where the student was not judged on the way.
+    #[serde(default)]
+    pub forecast: Option<Forecast>,
     /// `models/{name}/versions/{n}`; empty when a gate failed.
     pub promoted: String,
     /// Where the artefacts lie, as store keys.
     pub artifacts: BTreeMap<String, String>,
+}
+
+/// The held-out curve continued.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub struct Forecast {
+    /// As it was measured, oldest first.
+    pub curve: Vec<HeldOut>,
+    pub fit: Option<forecast::Forecast>,
+    /// Why there is no fit; empty where there is one.
+    pub none: String,
+    /// The learning rate fell over the run, so the forecast is mostly too low.
+    pub decaying: bool,
 }
 
 /// What storing the soft targets cost, means over the target tokens of a split.

@@ -263,6 +263,7 @@ pub fn train_finished(job: &JobId, epoch: u64) -> proto::TrainFinished {
         tokens_per_second: 40.0,
         final_loss: 0.5,
         pruning: Some(proto::Pruning { calibration_rows: 9, ..Default::default() }),
+        curve: Vec::new(),
     }
 }
 
@@ -273,10 +274,13 @@ pub fn evaluation(kl: f64) -> What {
         student_perplexity: perplexity,
         teacher_perplexity: 4.0,
         tokens: 40,
+        calibration_error: Some(0.1),
+        teacher_calibration_error: Some(0.05),
     };
     What::EvaluationReady(proto::EvaluationReady {
         before: Some(quality(2.0, 50.0)),
         after: Some(quality(kl, 5.0)),
+        before_by_tag: [("billing".to_owned(), quality(2.0, 50.0))].into(),
         after_by_tag: [("billing".to_owned(), quality(kl, 5.0))].into(),
         samples: vec![proto::Sample {
             row_id: "row-1".to_owned(),

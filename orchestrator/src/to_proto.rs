@@ -1,8 +1,12 @@
 //! The orchestrator's own types -> `retort.v1`.
 
+use std::collections::{BTreeMap, HashMap};
+
+use retort_artifact::checkpoint::HeldOut;
 use retort_core::wire::{
     duration_to_proto, job_spec_to_proto, job_state_to_proto, pruning_to_proto, timestamp_to_proto,
 };
+use retort_plan::forecast::{CONFIDENCE, Prediction};
 use retort_proto as proto;
 
 use crate::{
@@ -13,7 +17,7 @@ use crate::{
     },
     planner::Plan,
     progress::Progress,
-    report::{GateResult, Quality, Redone, Report, Sample},
+    report::{Forecast, GateResult, Quality, Redone, Report, Sample},
 };
 
 pub fn job_to_proto(job: &Job, progress: &Progress) -> proto::Job {
@@ -77,18 +81,44 @@ pub fn report_to_proto(report: &Report) -> proto::Report {
         redone: report.redone.iter().map(redone_to_proto).collect(),
         promoted: report.promoted.clone(),
         artifacts: report.artifacts.iter().map(|(name, key)| (name.clone(), key.clone())).collect(),
-        after_by_tag: report
-            .after_by_tag
-            .iter()
-            .map(|(tag, quality)| (tag.clone(), quality_to_proto(quality)))
-            .collect(),
+        before_by_tag: by_tag_to_proto(&report.before_by_tag),
+        after_by_tag: by_tag_to_proto(&report.after_by_tag),
         reused: report.reused,
         soft_targets: Some(proto::SoftTargetReport {
             train: fidelity_to_proto(&report.soft_targets.train),
             held_out: fidelity_to_proto(&report.soft_targets.held_out),
         }),
         pruning: report.pruning.as_ref().map(pruning_to_proto),
+        forecast: report.forecast.as_ref().map(forecast_to_proto),
     }
+}
+
+fn by_tag_to_proto(by_tag: &BTreeMap<String, Quality>) -> HashMap<String, proto::Quality> {
+    by_tag.iter().map(|(tag, quality)| (tag.clone(), quality_to_proto(quality))).collect()
+}
+
+fn forecast_to_proto(forecast: &Forecast) -> proto::Forecast {
+    let mut sent = proto::Forecast {
+        curve: forecast.curve.iter().map(held_out_to_proto).collect(),
+        none: forecast.none.clone(),
+        decaying: forecast.decaying,
+        ..Default::default()
+    };
+    if let Some(fit) = &forecast.fit {
+        sent.points = fit.points as u32;
+        (sent.floor, sent.scale, sent.exponent) = (fit.law.floor, fit.law.scale, fit.law.exponent);
+        sent.confidence = CONFIDENCE;
+        let predictions = fit.predictions.iter().map(|&Prediction { factor, tokens, kl, low, high }| {
+            proto::Prediction { factor, target_tokens: tokens, kl, low, high }
+        });
+        sent.predictions = predictions.collect();
+    }
+    sent
+}
+
+pub fn held_out_to_proto(point: &HeldOut) -> proto::CurvePoint {
+    let &HeldOut { step, target_tokens, kl, top1_agreement, calibration_error, tokens } = point;
+    proto::CurvePoint { step, target_tokens, kl, top1_agreement, calibration_error, tokens }
 }
 
 pub fn quality_to_proto(quality: &Quality) -> proto::Quality {
@@ -98,6 +128,8 @@ pub fn quality_to_proto(quality: &Quality) -> proto::Quality {
         student_perplexity: quality.student_perplexity,
         teacher_perplexity: quality.teacher_perplexity,
         tokens: quality.tokens,
+        calibration_error: quality.calibration_error,
+        teacher_calibration_error: quality.teacher_calibration_error,
     }
 }
 

@@ -50,6 +50,17 @@ async fn a_job_trains_while_shards_appear_and_the_student_gets_closer() {
     assert!(measured.count() > 0);
     let manifest = checkpoint::manifest(&world.store, &finished.checkpoint_key).await.unwrap();
     assert_eq!(manifest.extra["shards"].as_array().unwrap().len(), TRAIN_SHARDS as usize);
+    // What a checkpoint's event says of it stands in its manifest, and the curve ends with it.
+    let held_out = manifest.held_out().unwrap();
+    assert_eq!((held_out.step, held_out.target_tokens), (STEPS, manifest.trained_tokens));
+    let written = events.iter().rev().find_map(|what| match what {
+        What::CheckpointWritten(written) => written.held_out,
+        _ => None,
+    });
+    assert_eq!(written, finished.curve.last().copied());
+    assert_eq!(written.unwrap().kl, held_out.kl);
+    assert!(held_out.calibration_error > 0.0 && held_out.calibration_error < 1.0 && held_out.top1_agreement > 0.0);
+    assert!(finished.curve.is_sorted_by_key(|point| point.step) && finished.curve.len() > 3);
     assert_eq!(fs::read_dir(world.work_dir()).unwrap().count(), 0, "the attempt tidied up");
 
     let finished = finished.clone();
@@ -62,6 +73,12 @@ async fn a_job_trains_while_shards_appear_and_the_student_gets_closer() {
     assert!(after.student_perplexity < before.student_perplexity);
     assert_eq!(after.teacher_perplexity, before.teacher_perplexity);
     assert!(after.student_perplexity > after.teacher_perplexity);
+    for quality in [&before, &after, &ready.before_by_tag["even"], &ready.after_by_tag["even"]] {
+        let errors = [quality.calibration_error.unwrap(), quality.teacher_calibration_error.unwrap()];
+        assert!(errors.iter().all(|error| (0.0..1.0).contains(error)), "{errors:?}");
+        assert!(quality.student_perplexity > 1.0 && quality.teacher_perplexity > 1.0);
+    }
+    assert_eq!(before.teacher_calibration_error, after.teacher_calibration_error);
     let of_tags: u64 = ["even", "odd"].iter().map(|tag| ready.after_by_tag[*tag].tokens).sum();
     assert_eq!((of_tags, after.tokens), (before.tokens, before.tokens));
     assert_eq!(ready.samples.len(), 3);
@@ -96,6 +113,58 @@ async fn a_stopped_training_goes_on_and_ends_with_the_same_bytes() {
     let What::TrainFinished(again) = world.events().pop().unwrap() else { panic!("not finished") };
     assert_eq!((again.checkpoint_key, again.steps), (finished.checkpoint_key, STEPS));
     assert_eq!(again.trained_tokens, finished.trained_tokens);
+}
+
+/// Step and KL of every checkpoint's event, in their order.
+fn judged(world: &World) -> Vec<(u32, f64)> {
+    let judged = |what| match what {
+        What::CheckpointWritten(written) => written.held_out.map(|point| (point.step, point.kl)),
+        _ => None,
+    };
+    world.events().into_iter().filter_map(judged).collect()
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn the_best_checkpoint_is_kept_and_judged_whoever_was_killed() {
+    let mut world = World::published().await;
+    // Too fast: the end is not the best.
+    world.train = "learning_rate: 0.3, schedule: constant, keep: {last: 1}, promote: best".to_owned();
+    world.stop_after_checkpoints(4, Stop::Fenced);
+    assert_eq!(world.run(&world.train_attempt(1)).await.unwrap_err().code, Code::AttemptFenced);
+    world.never_stop();
+    world.run(&world.train_attempt(2)).await.unwrap();
+
+    let What::TrainFinished(finished) = world.events().pop().unwrap() else { panic!("not finished") };
+    let curve: Vec<(u32, f64)> = finished.curve.iter().map(|point| (point.step, point.kl)).collect();
+    // The second attempt went on with the curve of the first.
+    let steps: Vec<u32> = curve.iter().map(|(step, _)| *step).collect();
+    assert_eq!(steps, [0, 7, 14, 21, 28, 35, 42, STEPS]);
+    let judged = judged(&world);
+    assert!(judged.len() >= 4 && judged.iter().all(|point| curve.contains(point)), "{judged:?} {curve:?}");
+    let (best, _) = *curve[1..].iter().rev().min_by(|a, b| a.1.total_cmp(&b.1)).unwrap();
+    assert!(best < STEPS, "{curve:?}");
+    assert_eq!(paths::parse_checkpoint(JOB, &finished.checkpoint_key).unwrap().0, best);
+    // It is all there, beside the last.
+    let folder = world.work_dir().join("best");
+    checkpoint::fetch(&world.store, &finished.checkpoint_key, &folder).await.unwrap();
+    let (newest, manifest) = checkpoint::latest(&world.store, JOB).await.unwrap().unwrap();
+    assert_eq!(manifest.step, STEPS);
+    let left = world.store.list(&paths::checkpoints_prefix(JOB)).await.unwrap();
+    assert!(left.iter().all(|entry| entry.key.starts_with(&newest) || entry.key.starts_with(&finished.checkpoint_key)));
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn without_held_out_rows_the_last_checkpoint_is_the_best() {
+    let mut world = World::new();
+    world.train = "learning_rate: 0.02, promote: best".to_owned();
+    for shard in 0..TRAIN_SHARDS {
+        world.publish(shard, 1).await;
+    }
+    world.run(&world.train_attempt(1)).await.unwrap();
+    let What::TrainFinished(finished) = world.events().pop().unwrap() else { panic!("not finished") };
+    assert_eq!(finished.checkpoint_key, paths::checkpoint(JOB, STEPS, 1));
+    assert!(finished.curve.is_empty() && judged(&world).is_empty());
+    assert_eq!(checkpoint::manifest(&world.store, &finished.checkpoint_key).await.unwrap().held_out(), None);
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]

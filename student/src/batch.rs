@@ -69,6 +69,13 @@ impl Targets {
         self.labels.is_empty()
     }
 
+    /// Teacher's log-probability of its most likely token at position `p`; None where the soft target has it
+    /// only as a sample.
+    pub fn top_logprob(&self, p: usize) -> Option<f32> {
+        let mut entries = self.offsets[p]..self.offsets[p + 1];
+        entries.find(|&e| self.heads[e] && self.ids[e] == self.top_ids[p]).map(|e| self.logprobs[e])
+    }
+
     /// Appends every position of a row.
     pub fn push(&mut self, example: &Example) {
         let support = &example.support;

@@ -3,24 +3,24 @@
 use std::path::PathBuf;
 
 use retort_artifact::checkpoint::{self, Manifest};
-use retort_core::{Error, Result, task_group::TaskGroup};
+use retort_core::{Error, Result, spec::Keep, task_group::TaskGroup};
 use retort_proto::{CheckpointWritten, worker_event::What};
 use retort_worker::TaskContext;
 use tokio_util::sync::CancellationToken;
 
-/// Checkpoints that stay in the store: the newest, and one to go back to should it be damaged.
-const KEEP: usize = 2;
+use crate::curve::point_to_proto;
 
 /// Uploads one folder at a time; a second waits for the first.
 pub struct Uploader {
     cx: TaskContext,
     job: String,
+    keep: Keep,
     running: Option<TaskGroup>,
 }
 
 impl Uploader {
-    pub fn new(cx: TaskContext, job: String) -> Self {
-        Self { cx, job, running: None }
+    pub fn new(cx: TaskContext, job: String, keep: Keep) -> Self {
+        Self { cx, job, keep, running: None }
     }
 
     /// Starts uploading `folder` to `prefix`; it is removed afterwards. Answers once the upload
@@ -28,7 +28,7 @@ impl Uploader {
     pub async fn start(&mut self, folder: PathBuf, prefix: String, manifest: Manifest) -> Result<()> {
         self.finish().await?;
         let mut group = TaskGroup::new(CancellationToken::new());
-        group.spawn("checkpoint", upload(self.cx.clone(), self.job.clone(), folder, prefix, manifest));
+        group.spawn("checkpoint", upload(self.cx.clone(), self.job.clone(), self.keep, folder, prefix, manifest));
         self.running = Some(group);
         Ok(())
     }
@@ -45,13 +45,21 @@ impl Uploader {
     }
 }
 
-async fn upload(cx: TaskContext, job: String, folder: PathBuf, prefix: String, manifest: Manifest) -> Result<()> {
+async fn upload(
+    cx: TaskContext,
+    job: String,
+    keep: Keep,
+    folder: PathBuf,
+    prefix: String,
+    manifest: Manifest,
+) -> Result<()> {
     let step = manifest.step;
+    let held_out = manifest.held_out().as_ref().map(point_to_proto);
     checkpoint::publish(&cx.store, &prefix, &folder, manifest).await?;
     tokio::fs::remove_dir_all(&folder).await.map_err(|error| Error::io(&folder, error))?;
     if step > 0 {
-        cx.emit(What::CheckpointWritten(CheckpointWritten { step, key: prefix.clone() })).await?;
-        checkpoint::prune(&cx.store, &job, KEEP).await?;
+        cx.emit(What::CheckpointWritten(CheckpointWritten { step, key: prefix.clone(), held_out })).await?;
+        checkpoint::prune(&cx.store, &job, keep).await?;
     }
     tracing::info!(step, key = prefix, "checkpoint written");
     Ok(())

@@ -43,6 +43,7 @@ pub async fn run(attempt: &Attempt, task: &EvaluateTask, cx: &TaskContext, setti
         samples: samples.collect(),
         before: Some(before.quality),
         after: Some(after.quality),
+        before_by_tag: before.by_tag,
         after_by_tag: after.by_tag,
     };
     cx.emit(What::EvaluationReady(ready)).await

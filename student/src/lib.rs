@@ -15,6 +15,7 @@ pub mod batch;
 mod calibration;
 mod checkpoints;
 pub mod cli;
+mod curve;
 mod data;
 mod evaluate;
 pub mod example;

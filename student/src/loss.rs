@@ -53,6 +53,8 @@ pub struct Measured {
     pub kl: Vec<f64>,
     /// Most likely token.
     pub top_ids: Vec<i64>,
+    /// Its log-probability.
+    pub top_logprobs: Vec<f32>,
     /// Log-probability of the label.
     pub label_logprobs: Vec<f32>,
 }
@@ -151,7 +153,9 @@ impl ChunkedLoss {
                         measured.kl.push(position.forward_kl(0.0, &mut corrections[entries]).0);
                     }
                     measured.label_logprobs.extend(gather(&logprobs_nv, &chunk.labels_n)?);
-                    measured.top_ids.extend(Vec::<i64>::try_from(logprobs_nv.f_argmax(-1, false)?)?);
+                    let (top_logprobs_n, top_ids_n) = logprobs_nv.f_max_dim(-1, false)?;
+                    measured.top_ids.extend(Vec::<i64>::try_from(top_ids_n)?);
+                    measured.top_logprobs.extend(Vec::<f32>::try_from(top_logprobs_n)?);
                     Ok(())
                 };
                 part().map_err(&failed)?;

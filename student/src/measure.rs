@@ -4,7 +4,7 @@ use retort_core::Result;
 use retort_llama::Model;
 use retort_proto::Quality;
 
-use crate::{batch, example::Example, loss::ChunkedLoss, trainer::target_hidden};
+use crate::{batch, calibration::Calibration, example::Example, loss::ChunkedLoss, trainer::target_hidden};
 
 /// Sums over target tokens; those of two sets of rows add up.
 #[derive(Clone, Copy, Debug, Default, PartialEq)]
@@ -18,6 +18,9 @@ pub struct Tally {
     pub student_nll: f64,
     pub teacher_nll: f64,
     pub tokens: u64,
+    pub student_calibration: Calibration,
+    /// Of the tokens whose soft target has the probability of the teacher's most likely token.
+    pub teacher_calibration: Calibration,
 }
 
 impl Tally {
@@ -27,6 +30,8 @@ impl Tally {
         self.student_nll += other.student_nll;
         self.teacher_nll += other.teacher_nll;
         self.tokens += other.tokens;
+        self.student_calibration.add(&other.student_calibration);
+        self.teacher_calibration.add(&other.teacher_calibration);
     }
 
     /// Nats a token; 0 of nothing.
@@ -42,6 +47,8 @@ impl Tally {
             student_perplexity: (self.student_nll / tokens).exp(),
             teacher_perplexity: (self.teacher_nll / tokens).exp(),
             tokens: self.tokens,
+            calibration_error: self.student_calibration.error(),
+            teacher_calibration_error: self.teacher_calibration.error(),
         }
     }
 }
@@ -60,13 +67,19 @@ pub fn measure(
         let hidden_nh = tch::no_grad(|| target_hidden(model, &micro))?;
         let measured = loss.measure(&hidden_nh, &model.head_weight(), &micro.targets)?;
         let mut n = 0;
+        let targets = &micro.targets;
         for &member in &micro.members {
             let tally = &mut tallies[member];
             for p in n..n + examples[member].targets.len() {
+                let (label, top_id) = (targets.labels[p], measured.top_ids[p]);
+                tally.student_calibration.push(f64::from(measured.top_logprobs[p]).exp(), top_id == label);
+                if let Some(logprob) = targets.top_logprob(p) {
+                    tally.teacher_calibration.push(f64::from(logprob).exp(), targets.top_ids[p] == label);
+                }
                 tally.kl += measured.kl[p];
-                tally.agreed += u64::from(measured.top_ids[p] == micro.targets.top_ids[p]);
+                tally.agreed += u64::from(top_id == targets.top_ids[p]);
                 tally.student_nll -= f64::from(measured.label_logprobs[p]);
-                tally.teacher_nll -= f64::from(micro.targets.label_logprobs[p]);
+                tally.teacher_nll -= f64::from(targets.label_logprobs[p]);
                 tally.tokens += 1;
             }
             n += examples[member].targets.len();

@@ -1,5 +1,7 @@
 //! A student cut out of its teacher: what stays is chosen by a rule, or by its importance on calibration texts.
 
+pub(crate) mod calibration;
+
 use retort_core::{
     Code, Error, Result,
     pruning::{Axis, Layer, Pruning},

@@ -6,11 +6,15 @@ use std::{
     time::{Duration, Instant},
 };
 
-use retort_artifact::{checkpoint, checkpoint::Manifest, paths, sha256_hex};
+use retort_artifact::{
+    checkpoint,
+    checkpoint::{HELD_OUT, HeldOut, Manifest},
+    paths, sha256_hex,
+};
 use retort_core::{
     Code, Error, Result,
     pruning::Pruning,
-    spec::{Init, JobSpec},
+    spec::{Init, JobSpec, Promote},
     state::Split,
     task_group::TaskGroup,
     wire::pruning_to_proto,
@@ -22,8 +26,8 @@ use tokio::sync::mpsc;
 use tokio_util::sync::CancellationToken;
 
 use crate::{
-    calibration,
     checkpoints::Uploader,
+    curve::Curve,
     data::{Consumed, Order, TrainingData},
     example::Example,
     held_out::HeldOutSample,
@@ -100,6 +104,7 @@ pub(crate) struct Run<'a> {
     shards: Vec<Consumed>,
     /// What was kept of the teacher, where the student was cut out of it.
     pruning: Option<Pruning>,
+    curve: Curve,
 }
 
 impl<'a> Run<'a> {
@@ -121,7 +126,7 @@ impl<'a> Run<'a> {
             settings,
             steps: options.steps,
             spec_sha256: spec_sha256(&attempt.spec)?,
-            uploader: Uploader::new(cx.clone(), job),
+            uploader: Uploader::new(cx.clone(), job, attempt.spec.train.keep),
             thread: ModelThread::spawn("trainer", || None)?,
             workspace,
             held_out: HeldOutSample::new(stream, teacher.vocab_size),
@@ -131,6 +136,7 @@ impl<'a> Run<'a> {
             checkpoint_key: String::new(),
             shards: Vec::new(),
             pruning: None,
+            curve: Curve::default(),
         };
         let resumed = run.resume(&options).await?;
         let store = &run.cx.store;
@@ -166,6 +172,7 @@ impl<'a> Run<'a> {
             self.initial_key = initial.unwrap_or_default().to_owned();
             self.pruning = manifest.extra.get(PRUNING).and_then(|pruning| serde_json::from_value(pruning.clone()).ok());
             self.checkpoint_key = prefix;
+            self.curve = Curve::of(&manifest);
             self.progress = progress;
             tracing::info!(step = progress.step, steps = self.steps, "resumed");
             return Ok(true);
@@ -206,10 +213,11 @@ impl<'a> Run<'a> {
             Ok(pruning)
         };
         self.pruning = self.thread.call(begin).await??;
-        let manifest = self.manifest();
+        let held_out = self.judge().await?;
+        let manifest = self.manifest(held_out);
         self.uploader.start(folder, self.initial_key.clone(), manifest).await?;
-        if let Some(kl) = self.held_out_kl().await? {
-            self.cx.emit_lossy(self.progress_event(kl.into(), 0.0)).await;
+        if let Some(held_out) = held_out {
+            self.cx.emit_lossy(self.progress_event(Some(held_out.kl), 0.0)).await;
         }
         Ok(())
     }
@@ -229,7 +237,7 @@ impl<'a> Run<'a> {
         }
         let (cx, teacher, folder) = (self.cx.clone(), Teacher::clone(&self.teacher), self.workspace.path().to_owned());
         let stream = ShardStream::new(cx, self.attempt.clone(), Split::Train, teacher, folder);
-        calibration::texts(stream, prune.calibration_rows as usize, self.teacher.vocab_size).await
+        prune::calibration::texts(stream, prune.calibration_rows as usize, self.teacher.vocab_size).await
     }
 
     /// Every step that is left.
@@ -257,11 +265,11 @@ impl<'a> Run<'a> {
             let report = self.step(examples, u64::from(step) >= first_pass).await?;
             let every = self.attempt.spec.train.checkpoint_steps;
             let last = report.step == self.steps;
-            let mut held_out_kl = None;
+            let mut held_out = None;
             if last || (every > 0 && report.step % every == 0) {
-                self.write_checkpoint().await?;
-                held_out_kl = self.held_out_kl().await?;
+                held_out = self.write_checkpoint().await?;
             }
+            let held_out_kl = held_out.map(|held_out| held_out.kl);
             if last || held_out_kl.is_some() || reported.is_none_or(|at| at.elapsed() >= REPORT_EVERY) {
                 reported = Some(Instant::now());
                 let rate = report.tokens as f64 / report.seconds.max(1e-9);
@@ -273,6 +281,8 @@ impl<'a> Run<'a> {
                     learning_rate = report.learning_rate,
                     tokens_per_second = rate as u64,
                     held_out_kl,
+                    held_out_top1 = held_out.map(|held_out| held_out.top1_agreement),
+                    held_out_calibration_error = held_out.map(|held_out| held_out.calibration_error),
                     "trained"
                 );
                 self.cx.emit_lossy(self.progress_event(held_out_kl, rate)).await;
@@ -295,7 +305,9 @@ impl<'a> Run<'a> {
         Ok(report)
     }
 
-    async fn write_checkpoint(&mut self) -> Result<()> {
+    /// Judges first, so that the manifest can say how good the checkpoint is.
+    async fn write_checkpoint(&mut self) -> Result<Option<HeldOut>> {
+        let held_out = self.judge().await?;
         let step = self.progress.step;
         let folder = self.workspace.path().join(format!("checkpoint-{step}"));
         let (target, teacher) = (folder.clone(), Arc::clone(&self.teacher));
@@ -304,8 +316,9 @@ impl<'a> Run<'a> {
         };
         self.thread.call(save).await??;
         self.checkpoint_key = paths::checkpoint(self.attempt.job.as_str(), step, self.attempt.epoch);
-        let manifest = self.manifest();
-        self.uploader.start(folder, self.checkpoint_key.clone(), manifest).await
+        let manifest = self.manifest(held_out);
+        self.uploader.start(folder, self.checkpoint_key.clone(), manifest).await?;
+        Ok(held_out)
     }
 
     /// Before the task is handed back: what was trained since the last checkpoint is not lost.
@@ -318,8 +331,8 @@ impl<'a> Run<'a> {
         self.uploader.finish().await
     }
 
-    /// On the held-out rows at hand, nats a token; `None` while none is published.
-    async fn held_out_kl(&mut self) -> Result<Option<f64>> {
+    /// On the held-out rows at hand; `None` while none is published.
+    async fn judge(&mut self) -> Result<Option<HeldOut>> {
         let examples = self.held_out.rows().await?.to_vec();
         let (cx, limits) = (self.cx.clone(), self.settings.limits());
         let measure = move |slot: &mut Option<Trainer>| -> Result<Tally> {
@@ -329,20 +342,42 @@ impl<'a> Run<'a> {
             tallies.iter().for_each(|tally| sum.add(tally));
             Ok(sum)
         };
-        let tally = self.thread.call(measure).await??;
-        Ok((tally.tokens > 0).then(|| tally.mean_kl()))
+        let quality = self.thread.call(measure).await??.quality();
+        let held_out = HeldOut {
+            step: self.progress.step,
+            target_tokens: self.progress.target_tokens,
+            kl: quality.kl,
+            top1_agreement: quality.top1_agreement,
+            calibration_error: quality.calibration_error.unwrap_or(f64::NAN),
+            tokens: quality.tokens,
+        };
+        if !held_out.is_sound() {
+            return Ok(None);
+        }
+        self.curve.push(held_out);
+        Ok(Some(held_out))
+    }
+
+    /// Prefix of the checkpoint that is to be judged.
+    async fn chosen(&self) -> Result<String> {
+        if self.attempt.spec.train.promote == Promote::Best
+            && let Some((prefix, manifest)) = checkpoint::best(&self.cx.store, self.attempt.job.as_str()).await?
+        {
+            tracing::info!(step = manifest.step, key = prefix, "the best checkpoint is to be judged");
+            return Ok(prefix);
+        }
+        Ok(self.checkpoint_key.clone())
     }
 
     /// After steps that others took part in: a checkpoint where one is due since `before` steps were done.
     pub(crate) async fn after_steps(&mut self, before: u32, rate: f64, shards: &[Consumed]) -> Result<()> {
         self.shards = shards.to_vec();
         let (step, every) = (self.progress.step, self.attempt.spec.train.checkpoint_steps);
-        let mut held_out_kl = None;
+        let mut held_out = None;
         if step == self.steps || (every > 0 && step / every > before / every) {
-            self.write_checkpoint().await?;
-            held_out_kl = self.held_out_kl().await?;
+            held_out = self.write_checkpoint().await?;
         }
-        self.cx.emit_lossy(self.progress_event(held_out_kl, rate)).await;
+        self.cx.emit_lossy(self.progress_event(held_out.map(|held_out| held_out.kl), rate)).await;
         Ok(())
     }
 
@@ -359,21 +394,23 @@ impl<'a> Run<'a> {
 
     async fn finish(mut self) -> Result<()> {
         self.uploader.finish().await?;
+        let checkpoint_key = self.chosen().await?;
         let Progress { step, trained_tokens, seconds, loss, .. } = self.progress;
         let finished = TrainFinished {
             steps: step,
-            checkpoint_key: self.checkpoint_key,
+            checkpoint_key,
             initial_key: self.initial_key,
             trained_tokens,
             seconds,
             tokens_per_second: trained_tokens as f64 / seconds.max(1e-9),
             final_loss: loss,
             pruning: self.pruning.as_ref().map(pruning_to_proto),
+            curve: self.curve.to_proto(),
         };
         self.cx.emit(What::TrainFinished(finished)).await
     }
 
-    fn manifest(&self) -> Manifest {
+    fn manifest(&self, held_out: Option<HeldOut>) -> Manifest {
         let mut manifest = Manifest {
             job: self.attempt.job.as_str().to_owned(),
             step: self.progress.step,
@@ -387,6 +424,10 @@ impl<'a> Run<'a> {
         if let Some(pruning) = &self.pruning {
             manifest.extra.insert(PRUNING.to_owned(), json!(pruning));
         }
+        if let Some(held_out) = held_out {
+            manifest.extra.insert(HELD_OUT.to_owned(), json!(held_out));
+        }
+        self.curve.write(&mut manifest.extra);
         manifest
     }
 

@@ -27,7 +27,15 @@ pub fn line(event: &proto::JobEvent, state: &State) -> Option<String> {
             text::rate(state.student_rate)
         ),
         What::CheckpointSaved(saved) => {
-            format!("train     checkpoint at step {}: {}", saved.step, text::clean(&saved.key))
+            let judged = saved.held_out.as_ref().map_or_else(String::new, |point| {
+                format!(
+                    ", held-out KL {:.4}, top-1 agreement {:.1} %, calibration error {:.1} %",
+                    point.kl,
+                    100.0 * point.top1_agreement,
+                    100.0 * point.calibration_error
+                )
+            });
+            format!("train     checkpoint at step {}: {}{judged}", saved.step, text::clean(&saved.key))
         }
         What::Evaluated(evaluated) => {
             let quality = evaluated.quality.as_ref()?;

@@ -61,7 +61,8 @@ impl State {
                     }
                     self.kl(quality.kl);
                 }
-                self.evaluated |= self.steps_total > 0 && evaluated.step >= self.steps_total;
+                // The best checkpoint may lie before the last step.
+                self.evaluated |= evaluated.step > 0;
             }
             _ => {}
         }

@@ -146,3 +146,26 @@ fn the_flags_and_the_terminal_choose_the_mode() {
     assert_eq!(Mode::choose(false, true, false), Mode::Plain);
     assert_eq!(Mode::choose(true, true, true), Mode::Json);
 }
+
+#[test]
+fn a_checkpoint_says_how_good_it_is_when_that_is_known() {
+    let line = |held_out| {
+        let saved = proto::CheckpointSaved { step: 3, key: "jobs/j/checkpoints/000003-1/".to_owned(), held_out };
+        let event = event(1, proto::JobState::Running, progress(4, 3), Some(What::CheckpointSaved(saved)));
+        lines::line(&event, &State::default()).unwrap()
+    };
+    assert_eq!(line(None), "train     checkpoint at step 3: jobs/j/checkpoints/000003-1/");
+    let point = proto::CurvePoint { kl: 1.25, top1_agreement: 0.5, calibration_error: 0.125, ..Default::default() };
+    let expected = "train     checkpoint at step 3: jobs/j/checkpoints/000003-1/, held-out KL 1.2500, top-1 agreement 50.0 %, \
+                    calibration error 12.5 %";
+    assert_eq!(line(Some(point)), expected);
+}
+
+#[test]
+fn an_evaluation_of_an_earlier_checkpoint_ends_it_too() {
+    let mut state = State::default();
+    state.apply(&event(1, proto::JobState::Running, progress(4, 10), evaluated(0, 3.25)));
+    assert!(!state.evaluated);
+    state.apply(&event(2, proto::JobState::Running, progress(4, 10), evaluated(7, 0.75)));
+    assert!(state.evaluated);
+}

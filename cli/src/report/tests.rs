@@ -3,7 +3,31 @@ use std::collections::HashMap;
 use super::*;
 
 fn quality(kl: f64, top1_agreement: f64, student_perplexity: f64) -> proto::Quality {
-    proto::Quality { kl, top1_agreement, student_perplexity, teacher_perplexity: 2.5, tokens: 4321 }
+    proto::Quality {
+        kl,
+        top1_agreement,
+        student_perplexity,
+        teacher_perplexity: 2.5,
+        tokens: 4321,
+        calibration_error: Some(kl / 16.0),
+        teacher_calibration_error: Some(0.0625),
+    }
+}
+
+fn forecast() -> proto::Forecast {
+    let prediction = |factor: f64, kl| proto::Prediction {
+        factor,
+        target_tokens: factor * 1000.0,
+        kl,
+        low: kl - 0.125,
+        high: kl + 0.25,
+    };
+    proto::Forecast {
+        points: 9,
+        predictions: vec![prediction(2.0, 0.875), prediction(10.0, 0.625)],
+        confidence: 0.8,
+        ..Default::default()
+    }
 }
 
 fn job() -> proto::Job {
@@ -36,11 +60,13 @@ fn job() -> proto::Job {
         reused: 0,
         soft_targets: None,
         pruning: None,
+        forecast: Some(forecast()),
         promoted: String::new(),
         artifacts: HashMap::from([
             ("shards".to_owned(), "jobs/j/shards/".to_owned()),
             ("checkpoint".to_owned(), "jobs/j/checkpoints/000040-1/".to_owned()),
         ]),
+        before_by_tag: HashMap::new(),
         after_by_tag: HashMap::from([
             ("billing".to_owned(), quality(1.5, 0.4, 9.0)),
             ("greeting".to_owned(), quality(0.5, 0.75, 3.0)),
@@ -71,11 +97,15 @@ held out                          before   after  teacher
 KL to the teacher, nats/token     4.2500  1.0625
 top-1 agreement                   12.5 %  50.0 %
 perplexity                     6,944,413    7.25     2.50
+calibration error                 26.6 %   6.6 %    6.2 %
 KL is 25.0 % of what it was, judged on 4,321 tokens
 
-after, by tag      KL   top-1  tokens
-billing        1.5000  40.0 %   4,321
-greeting       0.5000  75.0 %   4,321
+after, by tag      KL   top-1  perplexity  teacher's  calibration  tokens
+billing        1.5000  40.0 %        9.00       2.50        9.4 %   4,321
+greeting       0.5000  75.0 %        3.00       2.50        3.1 %   4,321
+
+forecast   2x the target tokens: KL 0.8750, 80 % interval 0.7500 to 1.1250
+          10x the target tokens: KL 0.6250, 80 % interval 0.5000 to 0.8750
 
 gate                 limit   value
 max_kl              1.5000  1.0625  passed
@@ -192,4 +222,30 @@ fn what_was_pruned_is_said_in_two_lines() {
     assert!(text.contains(width), "{text}");
     let json = json::report(job.report.as_ref().unwrap());
     assert_eq!((&json["pruning"]["depth"]["kept"], &json["pruning"]["layers"][3]["layer"]), (&6.into(), &5.into()));
+}
+
+#[test]
+fn a_forecast_says_what_it_is_worth() {
+    let shown = |forecast: proto::Forecast| {
+        let mut job = job();
+        job.report.as_mut().unwrap().forecast = Some(forecast);
+        render(&job, &Surroundings::default())
+    };
+    let text = shown(proto::Forecast { decaying: true, ..forecast() });
+    assert!(text.contains("interval 0.5000 to 0.8750; biased, the learning rate fell\n"), "{text}");
+    let text = shown(proto::Forecast { none: "the curve is flat".to_owned(), ..Default::default() });
+    assert!(text.contains("\nno forecast: the curve is flat\n"), "{text}");
+}
+
+#[test]
+fn a_report_of_an_older_worker_has_no_calibration() {
+    let mut job = job();
+    let report = job.report.as_mut().unwrap();
+    report.forecast = None;
+    let tags = report.after_by_tag.values_mut();
+    for quality in [&mut report.before, &mut report.after].into_iter().flatten().chain(tags) {
+        (quality.calibration_error, quality.teacher_calibration_error) = (None, None);
+    }
+    let text = render(&job, &Surroundings::default());
+    assert!(!text.contains("calibration error") && !text.contains("forecast"), "{text}");
 }

@@ -3,6 +3,8 @@
 //! Files go up first, each under its own key, each create-if-absent. A prefix without a manifest
 //! is therefore an upload that is still going on or was given up, and nothing reads it.
 
+mod retention;
+
 use std::{
     collections::BTreeSet,
     path::{Component, Path, PathBuf},
@@ -12,6 +14,7 @@ use bytes::Bytes;
 use retort_core::{Code, Error, Result};
 use serde::{Deserialize, Serialize};
 
+pub use self::retention::{HELD_OUT, HeldOut, best, prune};
 use crate::{Store, paths, sha256_file};
 
 /// Version of the manifest that this build writes, and the newest it reads.
@@ -143,28 +146,6 @@ pub async fn latest(store: &Store, job: &str) -> Result<Option<(String, Manifest
         }
     }
     Ok(None)
-}
-
-/// Removes all but the newest `keep_last` checkpoints of a job, and uploads without a manifest
-/// that are older than those; the removed prefixes. The manifest goes first.
-pub async fn prune(store: &Store, job: &str, keep_last: usize) -> Result<Vec<String>> {
-    let complete = complete(store, job).await?;
-    let keep: BTreeSet<_> = complete.iter().rev().take(keep_last.max(1)).copied().collect();
-    let Some(&oldest_kept) = keep.first() else { return Ok(Vec::new()) };
-    let all: BTreeSet<(u32, u64)> = store
-        .list(&paths::checkpoints_prefix(job))
-        .await?
-        .iter()
-        .filter_map(|entry| paths::parse_checkpoint(job, &entry.key))
-        .collect();
-    let mut removed = Vec::new();
-    for (step, epoch) in all.into_iter().filter(|of| *of < oldest_kept) {
-        let prefix = paths::checkpoint(job, step, epoch);
-        store.delete(&paths::manifest(&prefix)).await?;
-        store.delete_prefix(&prefix).await?;
-        removed.push(prefix);
-    }
-    Ok(removed)
 }
 
 /// Removes what attempts before `epoch` left that nothing will read: checkpoints without a manifest,

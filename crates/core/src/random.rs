@@ -25,6 +25,8 @@ pub enum Purpose {
     Init = 4,
     /// Which rows are held out.
     Split = 5,
+    /// Curves made up for the interval of a forecast.
+    Resample = 16,
 }
 
 impl Counter {

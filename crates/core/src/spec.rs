@@ -185,6 +185,10 @@ pub struct Train {
     pub ema_decay: f64,
     #[serde(skip_serializing_if = "Option::is_none")]
     pub parallel: Option<Parallel>,
+    #[serde(deserialize_with = "section", skip_serializing_if = "is_default")]
+    pub keep: Keep,
+    #[serde(skip_serializing_if = "is_default")]
+    pub promote: Promote,
 }
 
 impl Train {
@@ -242,6 +246,32 @@ pub enum Sharing {
     Diloco,
 }
 
+/// Checkpoints that stay in the store while the job trains.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields, default)]
+pub struct Keep {
+    /// The newest so many: with two there is one to go back to should the newest be damaged.
+    pub last: u32,
+    /// Besides, the one with the lowest held-out KL.
+    pub best: bool,
+}
+
+impl Default for Keep {
+    fn default() -> Self {
+        Self { last: 2, best: true }
+    }
+}
+
+/// Which checkpoint the evaluation judges, and promotion takes.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum Promote {
+    #[default]
+    Last,
+    /// The one with the lowest held-out KL; the last where none was measured.
+    Best,
+}
+
 /// When a step is left out, the weights as they were; up to five in a row.
 #[derive(Clone, Copy, Debug, PartialEq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields, default)]
@@ -292,6 +322,8 @@ impl Default for Train {
             guard: Guard::default(),
             ema_decay: 0.0,
             parallel: None,
+            keep: Keep::default(),
+            promote: Promote::default(),
         }
     }
 }
@@ -307,6 +339,10 @@ pub struct Gates {
     pub min_top1_agreement: Option<f64>,
     /// Student over teacher perplexity on the held-out completions, at most.
     pub max_perplexity_ratio: Option<f64>,
+    /// Expected calibration error of the student, at most. Left out of JSON where it is absent: a checkpoint
+    /// knows its spec by the hash of that.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub max_calibration_error: Option<f64>,
 }
 
 fn is_default<T: Default + PartialEq>(value: &T) -> bool {

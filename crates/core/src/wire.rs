@@ -36,6 +36,8 @@ train:
   guard: {norm_ratio: 7}
   ema_decay: 0.99
   parallel: {workers: 3, mode: diloco, inner_steps: 20, outer_learning_rate: 0.5}
+  keep: {last: 5}
+  promote: best
   loss:
     forward_kl: {from: 1, to: 0.5, until: 0.25}
     reverse_kl: 0.1
@@ -68,8 +70,13 @@ train:
         let mut sent = job_spec_to_proto(&spec());
         let train = sent.train.as_mut().unwrap();
         (train.loss, train.schedule, train.decay_ratio, train.guard) = (None, 0, None, None);
+        (train.keep, train.promote) = (None, 0);
         let train = job_spec_from_proto(sent.clone()).unwrap().train;
         assert_eq!((train.loss, train.decay_ratio, train.guard), (Default::default(), 0.2, Default::default()));
+        assert_eq!((train.keep, train.promote), (Default::default(), Default::default()));
+        let mut unknown = sent.clone();
+        unknown.train.as_mut().unwrap().promote = 99;
+        assert!(job_spec_from_proto(unknown).unwrap_err().message.contains("train.promote 99"));
         sent.train.as_mut().unwrap().schedule = 99;
         assert!(job_spec_from_proto(sent).unwrap_err().message.contains("train.schedule 99"));
     }
@@ -85,9 +92,9 @@ train:
         let no_head = message("codec: head_draws, head: 40", "codec: random");
         assert!(no_head.contains("codec random keeps none"), "{no_head}");
         let unknown = message("label_ce: 0.7", "lable_ce: 0.7");
-        assert!(unknown.contains("label_ce") && unknown.contains("line 22"), "{unknown}");
+        assert!(unknown.contains("label_ce") && unknown.contains("line 24"), "{unknown}");
         let nothing = message("reverse_kl: 0.1", "reverse_kl: much");
-        assert!(nothing.contains("line 16"), "{nothing}");
+        assert!(nothing.contains("line 18"), "{nothing}");
     }
 
     #[test]

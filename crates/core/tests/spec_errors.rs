@@ -151,6 +151,36 @@ fn random_embeddings_are_not_frozen() {
 }
 
 #[test]
+fn a_best_checkpoint_that_is_not_kept_is_not_promoted() {
+    check(
+        &format!("{GOOD}train: {{promote: best, keep: {{best: false}}}}\n"),
+        Code::SpecInvalid,
+        "job.yaml: train.promote is best and train.keep.best is false, so that the best checkpoint may be gone; leave one \
+         of them out",
+    );
+    check(
+        &format!("{GOOD}train: {{keep: {{last: 0}}}}\n"),
+        Code::SpecInvalid,
+        "job.yaml: train.keep.last is 0; it must lie between 1 and 1000",
+    );
+    check(
+        &format!("{GOOD}gates: {{max_calibration_error: 2}}\n"),
+        Code::SpecInvalid,
+        "job.yaml: gates.max_calibration_error is 2; it must lie between 0 and 1",
+    );
+}
+
+#[test]
+fn keys_that_do_nothing_leave_the_json_as_it_was() {
+    let plain = serde_json::to_string(&parse_yaml("job.yaml", GOOD).unwrap()).unwrap();
+    let said = format!("{GOOD}train: {{keep: {{last: 2, best: true}}, promote: last}}\n");
+    assert_eq!(serde_json::to_string(&parse_yaml("job.yaml", &said).unwrap()).unwrap(), plain);
+    for key in ["keep", "promote", "max_calibration_error"] {
+        assert!(!plain.contains(key), "{plain}");
+    }
+}
+
+#[test]
 fn a_value_of_the_wrong_kind_is_named_with_its_field_and_what_it_must_be() {
     let whole = "it must be a whole number from 0 to 4294967295";
     for (value, shown) in

@@ -1,4 +1,5 @@
-//! What a teacher needs and how fast it will be, worked out before anyone pays for a GPU.
+//! What a teacher needs and how fast it will be, worked out before anyone pays for a GPU; and, in [`forecast`], what
+//! a student would gain from more tokens.
 //!
 //! [`plan`] is a pure function of a model's config, a cluster and the work. It counts bytes exactly
 //! (weights, KV cache) or from above (activations), and time from three rates of the hardware:
@@ -10,6 +11,7 @@
 //! Nothing here reads a file or a clock, and nothing links libtorch.
 
 mod estimate;
+pub mod forecast;
 mod gpu;
 mod input;
 mod layout;

@@ -16,7 +16,7 @@ use crate::{
         tasks::{self, Task},
     },
     leases,
-    to_proto::quality_to_proto,
+    to_proto::{held_out_to_proto, quality_to_proto},
 };
 
 /// A failed attempt is done again after this long, doubling with each attempt.
@@ -55,9 +55,10 @@ pub(super) async fn apply(context: &Context, conn: &mut Connection, event: &Even
             let what = proto::TrainStepped { step: step.step, loss: step.loss };
             return append(context, conn, &job, job_event::What::TrainStepped(what)).await;
         }
-        What::CheckpointWritten { step, key } => {
+        What::CheckpointWritten { step, key, held_out } => {
             jobs::record_checkpoint(&mut *conn, &job.id, *step, key).await?;
-            let what = proto::CheckpointSaved { step: *step, key: key.clone() };
+            let held_out = held_out.as_ref().map(held_out_to_proto);
+            let what = proto::CheckpointSaved { step: *step, key: key.clone(), held_out };
             return append(context, conn, &job, job_event::What::CheckpointSaved(what)).await;
         }
         _ => {}
@@ -109,14 +110,14 @@ pub(super) async fn apply(context: &Context, conn: &mut Connection, event: &Even
             done(conn, &task).await?;
             tasks::cancel_replicas(&mut *conn, &job.id).await?;
             jobs::record_train_finish(&mut *conn, &job.id, finish).await?;
-            jobs::record_checkpoint(&mut *conn, &job.id, finish.steps, &finish.checkpoint_key).await?;
+            jobs::record_checkpoint(&mut *conn, &job.id, finish.judged_step(&job.id), &finish.checkpoint_key).await?;
             leases::advance(&mut *conn, &job).await?;
             Ok(Outcome::Applied)
         }
         What::EvaluationReady(evaluation) => {
             done(conn, &task).await?;
             jobs::record_evaluation(&mut *conn, &job.id, evaluation).await?;
-            let steps = job.train_finish.as_ref().map_or(job.training.step, |finish| finish.steps);
+            let steps = job.train_finish.as_ref().map_or(job.training.step, |finish| finish.judged_step(&job.id));
             for (quality, step) in [(&evaluation.before, 0), (&evaluation.after, steps)] {
                 let what = proto::Evaluated { quality: Some(quality_to_proto(quality)), step };
                 append(context, &mut *conn, &job, job_event::What::Evaluated(what)).await?;

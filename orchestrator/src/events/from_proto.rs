@@ -1,6 +1,8 @@
 //! `retort.v1.WorkerEvent` -> [`Event`], refusing what no worker of ours would write.
 
-use retort_artifact::paths;
+use std::collections::{BTreeMap, HashMap};
+
+use retort_artifact::{checkpoint::HeldOut, paths};
 use retort_core::{
     Code, Error, Result,
     id::{JobId, TaskId},
@@ -19,6 +21,8 @@ use crate::{
 /// Tags judged apart, and samples kept, at most.
 const MAX_TAGS: usize = 1000;
 const MAX_SAMPLES: usize = 100;
+/// Points of a held-out curve that are kept, at most.
+const MAX_CURVE: usize = 1000;
 /// Characters kept of each text that ends in the report.
 const MAX_TEXT: usize = 20_000;
 
@@ -35,7 +39,7 @@ pub enum What {
     ShardProgress { target_tokens: u64, seconds: f64 },
     TaskFailed { code: String, message: String, retryable: bool },
     TrainProgress(Step),
-    CheckpointWritten { step: u32, key: String },
+    CheckpointWritten { step: u32, key: String, held_out: Option<HeldOut> },
     TrainFinished(TrainFinish),
     EvaluationReady(Evaluation),
 }
@@ -118,6 +122,7 @@ fn what_from_proto(job: &JobId, task: &TaskId, epoch: u64, time_ms: i64, what: &
         worker_event::What::CheckpointWritten(written) => What::CheckpointWritten {
             step: written.step,
             key: own_prefix(job, "checkpoint_written.key", &written.key)?,
+            held_out: written.held_out.as_ref().and_then(held_out),
         },
         worker_event::What::TrainFinished(finished) => What::TrainFinished(TrainFinish {
             steps: finished.steps,
@@ -128,25 +133,15 @@ fn what_from_proto(job: &JobId, task: &TaskId, epoch: u64, time_ms: i64, what: &
             tokens_per_second: finished.tokens_per_second,
             final_loss: finished.final_loss,
             pruning: finished.pruning.as_ref().map(pruning_from_proto).transpose()?,
+            curve: finished.curve.iter().filter_map(held_out).take(MAX_CURVE).collect(),
         }),
-        worker_event::What::EvaluationReady(ready) => {
-            if ready.after_by_tag.len() > MAX_TAGS {
-                return Err(malformed(&format!(
-                    "evaluation_ready has {} tags; at most {MAX_TAGS} are judged apart",
-                    ready.after_by_tag.len()
-                )));
-            }
-            What::EvaluationReady(Evaluation {
-                before: quality("evaluation_ready.before", ready.before.as_ref())?,
-                after: quality("evaluation_ready.after", ready.after.as_ref())?,
-                after_by_tag: ready
-                    .after_by_tag
-                    .iter()
-                    .map(|(tag, value)| Ok((cut(tag, 200), quality("evaluation_ready.after_by_tag", Some(value))?)))
-                    .collect::<Result<_>>()?,
-                samples: ready.samples.iter().take(MAX_SAMPLES).map(sample).collect(),
-            })
-        }
+        worker_event::What::EvaluationReady(ready) => What::EvaluationReady(Evaluation {
+            before: quality("evaluation_ready.before", ready.before.as_ref())?,
+            after: quality("evaluation_ready.after", ready.after.as_ref())?,
+            before_by_tag: by_tag("evaluation_ready.before_by_tag", &ready.before_by_tag)?,
+            after_by_tag: by_tag("evaluation_ready.after_by_tag", &ready.after_by_tag)?,
+            samples: ready.samples.iter().take(MAX_SAMPLES).map(sample).collect(),
+        }),
     })
 }
 
@@ -158,7 +153,22 @@ fn quality(field: &str, quality: Option<&proto::Quality>) -> Result<Quality> {
         student_perplexity: quality.student_perplexity,
         teacher_perplexity: quality.teacher_perplexity,
         tokens: bounded(field, quality.tokens)?,
+        calibration_error: quality.calibration_error.filter(|error| error.is_finite()),
+        teacher_calibration_error: quality.teacher_calibration_error.filter(|error| error.is_finite()),
     })
+}
+
+fn by_tag(field: &str, tags: &HashMap<String, proto::Quality>) -> Result<BTreeMap<String, Quality>> {
+    if tags.len() > MAX_TAGS {
+        return Err(malformed(&format!("{field} has {} tags; at most {MAX_TAGS} are judged apart", tags.len())));
+    }
+    tags.iter().map(|(tag, value)| Ok((cut(tag, 200), quality(field, Some(value))?))).collect()
+}
+
+/// None where it says nothing.
+fn held_out(point: &proto::CurvePoint) -> Option<HeldOut> {
+    let &proto::CurvePoint { step, target_tokens, kl, top1_agreement, calibration_error, tokens } = point;
+    Some(HeldOut { step, target_tokens, kl, top1_agreement, calibration_error, tokens }).filter(HeldOut::is_sound)
 }
 
 fn sample(sample: &proto::Sample) -> Sample {

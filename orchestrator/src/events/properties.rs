@@ -53,7 +53,7 @@ async fn history(world: &World) -> (JobId, Vec<WorkerEvent>) {
         events.push(world.event(&task, epoch, train_progress(step, 6.0 / f64::from(step))));
     }
     let finished = train_finished(&job, epoch);
-    let written = retort_proto::CheckpointWritten { step: 6, key: finished.checkpoint_key.clone() };
+    let written = retort_proto::CheckpointWritten { step: 6, key: finished.checkpoint_key.clone(), held_out: None };
     events.push(world.event(&task, epoch, What::CheckpointWritten(written)));
     events.push(world.event(&task, epoch, What::TrainFinished(finished)));
     (job, events)

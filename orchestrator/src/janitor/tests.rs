@@ -125,3 +125,25 @@ async fn a_shard_withdrawn_by_the_last_job_that_holds_it_goes() {
     assert_eq!(left(&world).await, [kept]);
     assert!(!world.context.store.exists(&gone).await.unwrap());
 }
+
+#[tokio::test]
+async fn the_newest_and_the_best_checkpoint_outlive_the_job() {
+    let world = World::new().await;
+    let job = world.job().await;
+    let folder = tempfile::tempdir().unwrap();
+    std::fs::write(folder.path().join("weights"), b"w").unwrap();
+    for (step, kl) in [(1, 3.0), (2, 1.0), (3, 2.0), (4, 1.5)] {
+        let judged = checkpoint::HeldOut { step, kl, tokens: 9, ..Default::default() };
+        let mut manifest = checkpoint::Manifest { step, ..Default::default() };
+        manifest.extra.insert(checkpoint::HELD_OUT.to_owned(), serde_json::to_value(judged).unwrap());
+        let prefix = paths::checkpoint(job.as_str(), step, 1);
+        checkpoint::publish(&world.context.store, &prefix, folder.path(), manifest).await.unwrap();
+    }
+    intake::cancel(&world.context, &job).await.unwrap();
+    world.clock.advance_ms(60_000);
+    tidy(&world.context).await.unwrap();
+    let left = world.context.store.list(&paths::checkpoints_prefix(job.as_str())).await.unwrap();
+    let steps: std::collections::BTreeSet<u32> =
+        left.iter().filter_map(|entry| Some(paths::parse_checkpoint(job.as_str(), &entry.key)?.0)).collect();
+    assert_eq!(steps, [2, 4].into());
+}

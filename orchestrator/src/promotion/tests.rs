@@ -87,7 +87,15 @@ async fn a_crash_anywhere_promotes_once() {
 async fn a_version_of_another_database_is_left_alone() {
     let world = World::new().await;
     let put = |key: &'static str, text: String| world.context.store.put_new(key, Bytes::from(text));
-    let quality = Quality { kl: 0.1, top1_agreement: 0.9, student_perplexity: 5.0, teacher_perplexity: 4.0, tokens: 9 };
+    let quality = Quality {
+        kl: 0.1,
+        top1_agreement: 0.9,
+        student_perplexity: 5.0,
+        teacher_perplexity: 4.0,
+        tokens: 9,
+        calibration_error: Some(0.2),
+        teacher_calibration_error: None,
+    };
     let pointer = |version| Pointer {
         name: "support".into(),
         version,
@@ -172,4 +180,66 @@ async fn the_report_says_what_was_reused_and_what_storing_cost() {
     assert!((train.kl.unwrap() - (20.0 * 0.002 + 40.0 * 0.01) / 60.0).abs() < 1e-12, "{train:?}");
     assert!((train.head_mass.unwrap() - 0.9).abs() < 1e-12, "{train:?}");
     assert_eq!(report.soft_targets.held_out.kl, Some(0.004));
+}
+
+#[tokio::test]
+async fn the_best_checkpoint_is_promoted_and_the_curve_reported() {
+    let world = World::new().await;
+    let job = world.job().await;
+    for shard in 0..5 {
+        world.publish(&job, shard).await;
+    }
+    let task = TaskId::train(&job);
+    let epoch = world.claim(&task, "student-1").await;
+    let mut finished = train_finished(&job, epoch);
+    // The checkpoint of step 4 was better than that of step 6; one point is none.
+    finished.checkpoint_key = paths::checkpoint(job.as_str(), 4, epoch);
+    let point = |step: u32, kl: f64| {
+        let target_tokens = u64::from(step) * 1000;
+        retort_proto::CurvePoint { step, target_tokens, kl, tokens: 40, top1_agreement: 0.5, calibration_error: 0.1 }
+    };
+    finished.curve = (0..=6).map(|step| point(step, 0.2 + 2.0 / f64::from(step).max(0.5))).collect();
+    finished.curve.push(point(7, f64::NAN));
+    let written = retort_proto::CheckpointWritten {
+        step: 4,
+        key: finished.checkpoint_key.clone(),
+        held_out: finished.curve.get(4).copied(),
+    };
+    for prefix in [&finished.checkpoint_key, &finished.initial_key] {
+        let model = format!("{}config.json", paths::model_prefix(prefix));
+        world.context.store.put_new(&model, Bytes::from_static(b"best")).await.unwrap();
+    }
+    world.emit(&task, epoch, worker_event::What::CheckpointWritten(written)).await;
+    world.emit(&task, epoch, worker_event::What::TrainFinished(finished)).await;
+    world.evaluate(&job, 0.1).await;
+    judge_ready(&world.context).await.unwrap();
+
+    let read = world.read_job(&job).await;
+    let report = read.report.clone().unwrap();
+    assert_eq!(report.artifacts["checkpoint"], paths::checkpoint(job.as_str(), 4, epoch));
+    assert_eq!(world.context.store.get("models/support/000001/config.json", 100).await.unwrap().as_ref(), b"best");
+    let forecast = report.forecast.clone().unwrap();
+    assert_eq!((forecast.curve.len(), forecast.fit.as_ref().unwrap().points), (7, 6));
+    assert_eq!((report.before_by_tag["billing"].kl, report.after_by_tag["billing"].kl), (2.0, 0.1));
+    assert_eq!(report.after.calibration_error, Some(0.1));
+    let sent = crate::to_proto::report_to_proto(&report);
+    assert_eq!(sent.forecast.unwrap().predictions.len(), 2);
+    assert_eq!(sent.after.unwrap().teacher_calibration_error, Some(0.05));
+    // The journal says how good a checkpoint is, and which step was judged.
+    let events = journal::list(&mut *world.context.database.read().await.unwrap(), &job, 0, 100).await.unwrap();
+    use retort_proto::job_event::What;
+    assert!(events.iter().any(|event| matches!(&event.what, Some(What::CheckpointSaved(saved))
+        if saved.step == 4 && saved.held_out.is_some_and(|point| point.kl == 0.7))));
+    assert!(events.iter().any(|event| matches!(&event.what, Some(What::Evaluated(evaluated)) if evaluated.step == 4)));
+}
+
+#[test]
+fn a_report_of_before_still_reads() {
+    let quality =
+        r#"{"kl": 1.0, "top1_agreement": 0.5, "student_perplexity": null, "teacher_perplexity": 2.0, "tokens": 9}"#;
+    let read: Quality = serde_json::from_str(quality).unwrap();
+    assert_eq!((read.calibration_error, read.teacher_calibration_error), (None, None));
+    let finish = r#"{"steps": 4, "checkpoint_key": "c/", "initial_key": "i/", "trained_tokens": 9, "seconds": 1.0,
+        "tokens_per_second": 2.0, "final_loss": 1.0}"#;
+    assert!(serde_json::from_str::<TrainFinish>(finish).unwrap().curve.is_empty());
 }

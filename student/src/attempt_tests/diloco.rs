@@ -7,7 +7,7 @@ use super::world::{JOB, STEPS, World};
 
 async fn diloco() -> World {
     let mut world = World::published().await;
-    world.train = ", parallel: {workers: 2, mode: diloco, inner_steps: 4}".to_owned();
+    world.train = "learning_rate: 0.02, parallel: {workers: 2, mode: diloco, inner_steps: 4}".to_owned();
     world
 }
 

@@ -46,7 +46,7 @@ pub(super) struct World {
     pub(super) header: Header,
     /// They hold the rows that come this much later.
     pub(super) shift: u64,
-    /// More lines of the spec's `train`.
+    /// Of the spec's section `train`.
     pub(super) train: String,
     prompts: (String, String),
     folder: tempfile::TempDir,
@@ -110,17 +110,9 @@ impl World {
         let path = store.root().join(paths::prompt_set(&sha256));
         fs::create_dir_all(path.parent().unwrap()).unwrap();
         fs::write(&path, &prompts).unwrap();
+        let train = "learning_rate: 0.02".to_owned();
         let state = Arc::new(State { store: store.clone(), inner: Mutex::default() });
-        Self {
-            prompts: (paths::prompt_set(&sha256), sha256),
-            store,
-            teacher,
-            header,
-            shift: 0,
-            train: String::new(),
-            folder,
-            state,
-        }
+        Self { prompts: (paths::prompt_set(&sha256), sha256), store, teacher, header, shift: 0, train, folder, state }
     }
 
     /// Every shard is published.
@@ -198,9 +190,9 @@ impl World {
         let yaml = format!(
             "name: t\nseed: 3\nprompts: {{path: p}}\nteacher: {{model: {:?}, sampling: {{max_new_tokens: 6}}}}\n\
              student: {{init: {{prune: {{layers: 2}}}}}}\n\
-             train: {{passes: {PASSES}, batch_rows: {BATCH_ROWS}, learning_rate: 0.02, checkpoint_steps: 7{}}}\n",
+             train: {{passes: {PASSES}, batch_rows: {BATCH_ROWS}, checkpoint_steps: 7, {}}}\n",
             self.teacher.folder.display().to_string(),
-            self.train,
+            self.train
         );
         spec::parse_yaml("spec.yaml", &yaml).unwrap()
     }

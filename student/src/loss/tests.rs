@@ -191,6 +191,9 @@ fn measuring_agrees_with_the_dense_loss() {
     assert!((measured.label_logprobs.iter().map(|&x| f64::from(x)).sum::<f64>() + ce).abs() < 1e-4);
     let top: Vec<i64> = hidden_nh.matmul(&weight_vh.tr()).argmax(-1, false).try_into().unwrap();
     assert_eq!(measured.top_ids, top);
+    let dense_top = hidden_nh.matmul(&weight_vh.tr()).log_softmax(-1, Kind::Float).amax(-1, false);
+    let dense_top: Vec<f32> = dense_top.try_into().unwrap();
+    assert!(measured.top_logprobs.iter().zip(&dense_top).all(|(a, b)| (a - b).abs() < 1e-5), "{dense_top:?}");
 }
 
 #[test]

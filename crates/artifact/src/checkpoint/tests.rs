@@ -1,3 +1,5 @@
+use retort_core::spec::Keep;
+
 use super::*;
 
 struct Bench {
@@ -17,9 +19,22 @@ fn bench() -> Bench {
     Bench { folder, store }
 }
 
+const TWO: Keep = Keep { last: 2, best: false };
+
 impl Bench {
     async fn publish(&self, step: u32, epoch: u64) -> Result<Manifest> {
-        let extra = serde_json::from_str(r#"{"learning_rate": 0.1, "consumed": [1, 2]}"#).unwrap();
+        self.publish_with(step, epoch, r#"{"learning_rate": 0.1, "consumed": [1, 2]}"#).await
+    }
+
+    /// Judged at this KL on so many tokens.
+    async fn publish_judged(&self, step: u32, kl: f64, tokens: u64) {
+        let judged = HeldOut { step, kl, tokens, ..HeldOut::default() };
+        let extra = serde_json::json!({ HELD_OUT: judged }).to_string();
+        self.publish_with(step, 1, &extra).await.unwrap();
+    }
+
+    async fn publish_with(&self, step: u32, epoch: u64, extra: &str) -> Result<Manifest> {
+        let extra = serde_json::from_str(extra).unwrap();
         let manifest = Manifest {
             job: "j".to_owned(),
             step,
@@ -137,7 +152,7 @@ async fn the_latest_is_the_highest_step_that_is_complete() {
 #[tokio::test]
 async fn pruning_keeps_the_newest_and_what_is_still_going_up() {
     let bench = bench();
-    assert_eq!(prune(&bench.store, "j", 2).await.unwrap(), Vec::<String>::new());
+    assert_eq!(prune(&bench.store, "j", TWO).await.unwrap(), Vec::<String>::new());
     for step in [20, 40, 60, 80] {
         bench.publish(step, 1).await.unwrap();
     }
@@ -145,7 +160,7 @@ async fn pruning_keeps_the_newest_and_what_is_still_going_up() {
         let key = format!("{}model/config.json", paths::checkpoint("j", step, 1));
         bench.store.put_new(&key, "{}".into()).await.unwrap();
     }
-    let removed = prune(&bench.store, "j", 2).await.unwrap();
+    let removed = prune(&bench.store, "j", TWO).await.unwrap();
     let expected: Vec<String> = [20, 30, 40].into_iter().map(|step| paths::checkpoint("j", step, 1)).collect();
     assert_eq!(removed, expected);
     let left: BTreeSet<_> = bench
@@ -158,4 +173,60 @@ async fn pruning_keeps_the_newest_and_what_is_still_going_up() {
         .collect();
     assert_eq!(left, BTreeSet::from([(60, 1), (80, 1), (100, 1)]));
     assert_eq!(latest(&bench.store, "j").await.unwrap().unwrap().1.step, 80);
+}
+
+/// Steps that are left.
+async fn steps(bench: &Bench) -> Vec<u32> {
+    complete(&bench.store, "j").await.unwrap().into_iter().map(|(step, _)| step).collect()
+}
+
+async fn best_step(bench: &Bench) -> Option<u32> {
+    best(&bench.store, "j").await.unwrap().map(|(_, manifest)| manifest.step)
+}
+
+#[tokio::test]
+async fn the_best_stays_beside_the_newest() {
+    let bench = bench();
+    let keep = Keep { last: 2, best: true };
+    assert_eq!(best_step(&bench).await, None);
+    for (step, kl, left) in [
+        (20, 2.0, &[20][..]),
+        (40, 1.0, &[20, 40]),
+        (60, 1.5, &[40, 60]),
+        (80, 1.25, &[40, 60, 80]),
+        // As good as the best: the newer one stays, and is one of the newest anyway.
+        (100, 1.0, &[80, 100]),
+        (120, 3.0, &[100, 120]),
+        // What has no number was not judged.
+        (140, f64::NAN, &[100, 120, 140]),
+    ] {
+        bench.publish_judged(step, kl, 50).await;
+        prune(&bench.store, "j", keep).await.unwrap();
+        assert_eq!(steps(&bench).await, left, "after {step}");
+        // Once more, as after a crash: nothing else goes.
+        assert_eq!(prune(&bench.store, "j", keep).await.unwrap(), Vec::<String>::new());
+    }
+    prune(&bench.store, "j", Keep { last: 1, best: true }).await.unwrap();
+    assert_eq!((steps(&bench).await, best_step(&bench).await), (vec![100, 140], Some(100)));
+    prune(&bench.store, "j", Keep { last: 1, best: false }).await.unwrap();
+    assert_eq!((steps(&bench).await, best_step(&bench).await), (vec![140], None));
+}
+
+#[tokio::test]
+async fn a_smaller_sample_or_none_is_no_rival() {
+    let bench = bench();
+    bench.publish(10, 1).await.unwrap();
+    assert_eq!(best_step(&bench).await, None);
+    bench.publish_judged(20, 0.5, 30).await;
+    assert_eq!(best_step(&bench).await, Some(20));
+    // More held-out rows were published meanwhile: the figure before them says less.
+    bench.publish_judged(40, 0.9, 50).await;
+    bench.publish_judged(60, 0.95, 50).await;
+    bench.publish(80, 1).await.unwrap();
+    bench.publish_judged(100, 0.1, 0).await;
+    bench.publish_with(120, 1, r#"{"held_out": {"kl": "low"}}"#).await.unwrap();
+    assert_eq!(best_step(&bench).await, Some(40));
+    // A manifest that is none counts for nothing.
+    std::fs::write(bench.at(&paths::manifest(&paths::checkpoint("j", 40, 1))), "{").unwrap();
+    assert_eq!(best_step(&bench).await, Some(60));
 }

@@ -1,6 +1,6 @@
 //! Checks across a spec's fields that need no file.
 
-use super::{Codec, Init, JobSpec, Schedule};
+use super::{Codec, Init, JobSpec, Promote, Schedule};
 use crate::{Code, Error, Result};
 
 impl JobSpec {
@@ -106,11 +106,20 @@ impl JobSpec {
                 ));
             }
         }
+        count("train.keep.last", train.keep.last, 1, 1000)?;
+        if train.promote == Promote::Best && !train.keep.best {
+            return Err(invalid(
+                "train.promote is best and train.keep.best is false, so that the best checkpoint may be gone; leave one \
+                 of them out"
+                    .to_owned(),
+            ));
+        }
         for (gate, limit, max) in [
             ("gates.max_kl", self.gates.max_kl, 1e6),
             ("gates.max_kl_ratio", self.gates.max_kl_ratio, 1e6),
             ("gates.min_top1_agreement", self.gates.min_top1_agreement, 1.0),
             ("gates.max_perplexity_ratio", self.gates.max_perplexity_ratio, 1e6),
+            ("gates.max_calibration_error", self.gates.max_calibration_error, 1.0),
         ] {
             if let Some(limit) = limit {
                 within(gate, limit, 0.0, max)?;

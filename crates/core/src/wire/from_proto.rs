@@ -3,8 +3,9 @@ use retort_proto as proto;
 use crate::{
     Code, Error, Result,
     spec::{
-        Choose, CodecName, FlatSoftTargets, Gates, Guard, Init, JobSpec, Layers, Loss, Parallel, Prompts, Prune,
-        Quantiser, Sampling, Schedule, Sharing, SoftTargets, Student, Teacher, TeacherMode, Train, Weight,
+        Choose, CodecName, FlatSoftTargets, Gates, Guard, Init, JobSpec, Keep, Layers, Loss, Parallel, Promote,
+        Prompts, Prune, Quantiser, Sampling, Schedule, Sharing, SoftTargets, Student, Teacher, TeacherMode, Train,
+        Weight,
     },
     state::{JobState, Split},
 };
@@ -90,6 +91,7 @@ pub fn job_spec_from_proto(spec: proto::JobSpec) -> Result<JobSpec> {
             max_kl_ratio: g.max_kl_ratio,
             min_top1_agreement: g.min_top1_agreement,
             max_perplexity_ratio: g.max_perplexity_ratio,
+            max_calibration_error: g.max_calibration_error,
         }),
     };
     spec.validate()?;
@@ -137,6 +139,13 @@ fn train_from_proto(train: proto::TrainSpec) -> Result<Train> {
         proto::LearningRateSchedule::Constant => Schedule::Constant,
         proto::LearningRateSchedule::Wsd => Schedule::Wsd,
     };
+    let promote = match proto::Promote::try_from(train.promote) {
+        Ok(proto::Promote::Unspecified | proto::Promote::Last) => Promote::Last,
+        Ok(proto::Promote::Best) => Promote::Best,
+        Err(_) => {
+            return Err(Error::new(Code::SpecInvalid, format!("train.promote {} is not known", train.promote)));
+        }
+    };
     Ok(Train {
         passes: train.passes,
         batch_rows: train.batch_rows,
@@ -156,6 +165,11 @@ fn train_from_proto(train: proto::TrainSpec) -> Result<Train> {
         }),
         ema_decay: train.ema_decay,
         parallel: train.parallel.map(parallel_from_proto).transpose()?,
+        keep: train.keep.map_or_else(Keep::default, |proto::KeepSpec { last, best }| Keep {
+            last: last.unwrap_or(Keep::default().last),
+            best: best.unwrap_or(Keep::default().best),
+        }),
+        promote,
     })
 }
 

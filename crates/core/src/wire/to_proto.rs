@@ -3,8 +3,8 @@ use retort_proto as proto;
 use crate::{
     Error,
     spec::{
-        Choose, CodecName, FlatSoftTargets, Init, JobSpec, Layers, Loss, Parallel, Prune, Quantiser, Schedule, Sharing,
-        SoftTargets, TeacherMode, Weight,
+        Choose, CodecName, FlatSoftTargets, Init, JobSpec, Layers, Loss, Parallel, Promote, Prune, Quantiser, Schedule,
+        Sharing, SoftTargets, TeacherMode, Weight,
     },
     state::{JobState, Split, TaskKind},
 };
@@ -82,12 +82,19 @@ pub fn job_spec_to_proto(spec: &JobSpec) -> proto::JobSpec {
             }),
             ema_decay: spec.train.ema_decay,
             parallel: spec.train.parallel.map(parallel_to_proto),
+            keep: Some(proto::KeepSpec { last: Some(spec.train.keep.last), best: Some(spec.train.keep.best) }),
+            promote: match spec.train.promote {
+                Promote::Last => proto::Promote::Last,
+                Promote::Best => proto::Promote::Best,
+            }
+            .into(),
         }),
         gates: Some(proto::GateSpec {
             max_kl: spec.gates.max_kl,
             max_kl_ratio: spec.gates.max_kl_ratio,
             min_top1_agreement: spec.gates.min_top1_agreement,
             max_perplexity_ratio: spec.gates.max_perplexity_ratio,
+            max_calibration_error: spec.gates.max_calibration_error,
         }),
     }
 }
