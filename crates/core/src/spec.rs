@@ -1,5 +1,6 @@
 //! The job spec: what a user writes in YAML, with defaults and the checks that need no file.
 
+mod export;
 mod loss;
 mod soft_targets;
 mod validate;
@@ -7,6 +8,7 @@ mod yaml;
 
 use serde::{Deserialize, Deserializer, Serialize};
 
+pub use export::{Export, GgufType};
 pub use loss::{Loss, Weight};
 pub use soft_targets::{
     Codec, CodecName, Flat as FlatSoftTargets, HELD_OUT_CODEC, MAX_DRAWS, MAX_HEAD, MAX_TEMPERATURES, Quantiser,
@@ -30,6 +32,8 @@ pub struct JobSpec {
     pub train: Train,
     #[serde(default, deserialize_with = "section")]
     pub gates: Gates,
+    #[serde(default, deserialize_with = "section", skip_serializing_if = "is_default")]
+    pub export: Export,
 }
 
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]

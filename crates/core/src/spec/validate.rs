@@ -92,6 +92,7 @@ impl JobSpec {
         self.check_loss()?;
         within("train.guard.norm_ratio", train.guard.norm_ratio, 0.0, 1e9)?;
         within("train.guard.loss_ratio", train.guard.loss_ratio, 0.0, 1e9)?;
+        self.export.check()?;
         for (gate, limit, max) in [
             ("gates.max_kl", self.gates.max_kl, 1e6),
             ("gates.max_kl_ratio", self.gates.max_kl_ratio, 1e6),

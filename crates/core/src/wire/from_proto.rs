@@ -3,7 +3,7 @@ use retort_proto as proto;
 use crate::{
     Code, Error, Result,
     spec::{
-        CodecName, FlatSoftTargets, Gates, Guard, Init, JobSpec, Loss, Prompts, Quantiser, Sampling, Schedule,
+        CodecName, Export, FlatSoftTargets, Gates, GgufType, Guard, Init, JobSpec, Loss, Prompts, Quantiser, Sampling, Schedule,
         SoftTargets, Student, Teacher, TeacherMode, Train, Weight,
     },
     state::{JobState, Split},
@@ -91,6 +91,7 @@ pub fn job_spec_from_proto(spec: proto::JobSpec) -> Result<JobSpec> {
             min_top1_agreement: g.min_top1_agreement,
             max_perplexity_ratio: g.max_perplexity_ratio,
         }),
+        export: spec.export.map_or_else(|| Ok(Export::default()), export_from_proto)?,
     };
     spec.validate()?;
     Ok(spec)
@@ -125,6 +126,19 @@ fn train_from_proto(train: proto::TrainSpec) -> Result<Train> {
             loss_ratio,
         }),
     })
+}
+
+fn export_from_proto(export: proto::ExportSpec) -> Result<Export> {
+    let gguf = |number: i32| match proto::GgufType::try_from(number) {
+        Ok(proto::GgufType::F32) => Ok(GgufType::F32),
+        Ok(proto::GgufType::F16) => Ok(GgufType::F16),
+        Ok(proto::GgufType::Bf16) => Ok(GgufType::Bf16),
+        Ok(proto::GgufType::Q80) => Ok(GgufType::Q8_0),
+        Ok(proto::GgufType::Unspecified) | Err(_) => {
+            Err(Error::new(Code::SpecInvalid, format!("export.gguf {number} is not known")))
+        }
+    };
+    Ok(Export { gguf: export.gguf.into_iter().map(gguf).collect::<Result<_>>()? })
 }
 
 fn loss_from_proto(loss: proto::LossSpec) -> Loss {

@@ -2,7 +2,7 @@ use retort_proto as proto;
 
 use crate::{
     Error,
-    spec::{CodecName, FlatSoftTargets, Init, JobSpec, Loss, Quantiser, Schedule, SoftTargets, TeacherMode, Weight},
+    spec::{CodecName, FlatSoftTargets, GgufType, Init, JobSpec, Loss, Quantiser, Schedule, SoftTargets, TeacherMode, Weight},
     state::{JobState, Split, TaskKind},
 };
 
@@ -84,6 +84,16 @@ pub fn job_spec_to_proto(spec: &JobSpec) -> proto::JobSpec {
             min_top1_agreement: spec.gates.min_top1_agreement,
             max_perplexity_ratio: spec.gates.max_perplexity_ratio,
         }),
+        export: Some(proto::ExportSpec { gguf: spec.export.gguf.iter().map(|kind| gguf_to_proto(*kind).into()).collect() }),
+    }
+}
+
+fn gguf_to_proto(kind: GgufType) -> proto::GgufType {
+    match kind {
+        GgufType::F32 => proto::GgufType::F32,
+        GgufType::F16 => proto::GgufType::F16,
+        GgufType::Bf16 => proto::GgufType::Bf16,
+        GgufType::Q8_0 => proto::GgufType::Q80,
     }
 }
 

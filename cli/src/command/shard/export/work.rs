@@ -13,12 +13,13 @@ use retort_artifact::soft_targets::{
     export::{Dtype, NpzPlan, TopKWriter},
 };
 use retort_core::{Code, Error, Result};
+use retort_export::Unfinished;
 use serde_json::{Value, json};
 use tokio_util::sync::CancellationToken;
 
 use super::{
     DEFAULT_MAX_BYTES, Export, Format, Precision,
-    target::{self, Unfinished},
+    target,
 };
 use crate::{
     command::shard::files,
