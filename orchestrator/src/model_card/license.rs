@@ -41,6 +41,17 @@ fn in_card(card: &str) -> Option<String> {
 mod tests {
     use super::*;
 
+    #[tokio::test]
+    async fn it_stands_in_the_teachers_folder() {
+        let folder = tempfile::tempdir().unwrap();
+        let teacher = folder.path().display().to_string();
+        assert_eq!(of_folder(&teacher).await, None);
+        std::fs::write(folder.path().join("README.md"), "---\nlicense: mit\n---\n").unwrap();
+        assert_eq!(of_folder(&teacher).await.as_deref(), Some("mit"));
+        assert_eq!(of_folder(&format!("file://{teacher}")).await.as_deref(), Some("mit"));
+        assert_eq!(of_folder("relative").await, None);
+    }
+
     #[test]
     fn only_a_plain_identifier_counts() {
         let card = |line: &str| in_card(&format!("---\nlanguage: en\n{line}\n---\nlicense: mit\n"));
