@@ -270,7 +270,9 @@ impl Card {
             self.line(&format!("- Storing them moved them by {} nats a token in the mean (KL).", number(kl)));
         }
         if !facts.gguf.is_empty() {
-            self.line("- The figures are those of the safetensors weights; GGUF files of a smaller type were not judged.");
+            self.line(
+                "- The figures are those of the safetensors weights; GGUF files of a smaller type were not judged.",
+            );
         }
         self.line("- What binds the use of the teacher and of the prompts binds the use of the student.");
     }

@@ -41,10 +41,9 @@ impl Planned {
         let mut all = Vec::with_capacity(weights.tensors.len() + 1);
         for tensor in weights.tensors {
             let theirs = &tensor.entry.name;
-            let name = tensor_name(theirs)
-                .ok_or_else(|| Error::internal(format!("tensor \"{theirs}\" has no GGUF name")))?;
-            let interleaved =
-                interleaves_rotary(config.architecture, theirs).then_some(config.head_dim.unsigned_abs());
+            let name =
+                tensor_name(theirs).ok_or_else(|| Error::internal(format!("tensor \"{theirs}\" has no GGUF name")))?;
+            let interleaved = interleaves_rotary(config.architecture, theirs).then_some(config.head_dim.unsigned_abs());
             let (shape, kind) = (tensor.entry.shape.clone(), kind_of(&tensor.entry.shape, kind));
             all.push(Self { name, shape, kind, values: Values::Stored { tensor, interleaved } });
         }
@@ -119,8 +118,9 @@ impl Planned {
             }
             values.clear();
             match interleaved {
-                Some(head_rows) => stored
-                    .dequantise(&interleave_halves(&chunk, row_bytes as usize, head_rows as usize), &mut values),
+                Some(head_rows) => {
+                    stored.dequantise(&interleave_halves(&chunk, row_bytes as usize, head_rows as usize), &mut values)
+                }
                 None => stored.dequantise(&chunk, &mut values),
             }
             put(&self.encoded(&entry.name, &values)?)?;

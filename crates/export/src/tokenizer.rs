@@ -15,10 +15,19 @@ use serde_json::{Value as Json, json};
 
 use crate::header::Value;
 
+/// Rows that an embedding may have beyond the tokenizer: each gets a token in the file.
+const MAX_TEXTLESS: i64 = 1 << 16;
+
 /// All of `tokenizer.*`; `folder` is the model's, for errors.
 pub(crate) fn keys(tokenizer: &Tokenizer, config: &Config, folder: &Path) -> Result<Vec<(String, Value)>> {
     tokenizer.require_fits(config.vocab_size)?;
-    let source = Source { json: tokenizer.to_json()?, place: folder.join("tokenizer.json").display().to_string() };
+    let place = folder.join("tokenizer.json").display().to_string();
+    let textless = config.vocab_size - i64::from(tokenizer.vocab_size());
+    if textless > MAX_TEXTLESS {
+        let what = format!("{place}: {textless} rows of the embedding have no token; no model pads it by so many");
+        return Err(Error::new(Code::ModelMalformed, what));
+    }
+    let source = Source { json: tokenizer.to_json()?, place };
     let merges = source.merges()?;
     let mut keys = Vec::new();
     let mut add = |key: &str, value: Value| keys.push((format!("tokenizer.ggml.{key}"), value));
@@ -83,7 +92,9 @@ impl Source {
             // llama.cpp composes no characters, and knows by the name whether a whole word is looked up first.
             let composes = known == PreTokenizer::Qwen2 && normalizer == [json!({"type": "NFC"})];
             if !normalizer.is_empty() && !composes {
-                return Err(self.unsupported("it changes the text before it cuts it, in a way that GGUF has no form for"));
+                return Err(
+                    self.unsupported("it changes the text before it cuts it, in a way that GGUF has no form for")
+                );
             }
             if model["ignore_merges"].as_bool().unwrap_or_default() != (known == PreTokenizer::Llama3) {
                 return Err(self.unsupported(&format!(
@@ -103,7 +114,9 @@ impl Source {
             }
             ([one], []) if *one == replace => return Ok(Cut::SentencePiece { add_space_prefix: false }),
             ([], [metaspace])
-                if metaspace["type"] == "Metaspace" && metaspace["replacement"] == SPACE && metaspace["split"] == false =>
+                if metaspace["type"] == "Metaspace"
+                    && metaspace["replacement"] == SPACE
+                    && metaspace["split"] == false =>
             {
                 return Ok(Cut::SentencePiece { add_space_prefix: metaspace["prepend_scheme"] != "never" });
             }
@@ -207,16 +220,17 @@ fn special(tokenizer: &Tokenizer, config: &Config, source: &Source) -> Result<Ve
     let (bare, full) = (tokenizer.encode("a", false)?, tokenizer.encode("a", true)?);
     let as_with = |first: bool, last: bool| {
         let around = |wanted: bool, id: Option<u32>| id.filter(|_| wanted);
-        let expected: Vec<u32> = around(first, bos).into_iter().chain(bare.iter().copied()).chain(around(last, eos)).collect();
+        let expected: Vec<u32> =
+            around(first, bos).into_iter().chain(bare.iter().copied()).chain(around(last, eos)).collect();
         expected == full
     };
     let found = [(false, false), (true, false), (false, true), (true, true)]
         .into_iter()
         .find(|(first, last)| as_with(*first, *last));
     let Some((first, last)) = found else {
-        return Err(source.unsupported(
-            "it puts more around a text than the bos and the eos token, which GGUF has no form for",
-        ));
+        return Err(
+            source.unsupported("it puts more around a text than the bos and the eos token, which GGUF has no form for")
+        );
     };
     keys.push(("tokenizer.ggml.add_bos_token".to_owned(), Value::Bool(first)));
     keys.push(("tokenizer.ggml.add_eos_token".to_owned(), Value::Bool(last)));

@@ -53,7 +53,8 @@ async fn good_inputs_are_planned() {
 async fn an_export_that_cannot_be_is_refused_before_any_work() {
     // The teacher's tokenizer knows whole words alone.
     check(Code::ModelUnsupported, "export.gguf: ", |_, spec| spec.export.gguf = vec![GgufType::Q8_0]).await;
-    check(Code::ModelUnsupported, "GGUF is written for BPE alone", |_, spec| spec.export.gguf = vec![GgufType::F16]).await;
+    check(Code::ModelUnsupported, "GGUF is written for BPE alone", |_, spec| spec.export.gguf = vec![GgufType::F16])
+        .await;
 }
 
 #[tokio::test]

@@ -76,8 +76,14 @@ mod tests {
 
     #[test]
     fn markdown_stays_text() {
-        assert_eq!(markdown("a|b\n# <img src=x> [l](u) `c`"), "a&#124;b \\# &#60;img src\\=x&#62; \\[l\\]\\(u\\) \\`c\\`");
-        assert_eq!(code("{\"a_b\": 1}`|</code>\u{202e}"), "<code>&#123;&#34;a&#95;b&#34;&#58; 1&#125;&#96;&#124;&#60;/code&#62; </code>");
+        assert_eq!(
+            markdown("a|b\n# <img src=x> [l](u) `c`"),
+            "a&#124;b \\# &#60;img src\\=x&#62; \\[l\\]\\(u\\) \\`c\\`"
+        );
+        assert_eq!(
+            code("{\"a_b\": 1}`|</code>\u{202e}"),
+            "<code>&#123;&#34;a&#95;b&#34;&#58; 1&#125;&#96;&#124;&#60;/code&#62; </code>"
+        );
     }
 
     #[test]

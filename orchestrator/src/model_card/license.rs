@@ -57,7 +57,9 @@ mod tests {
         let card = |line: &str| in_card(&format!("---\nlanguage: en\n{line}\n---\nlicense: mit\n"));
         assert_eq!(card("license: apache-2.0").as_deref(), Some("apache-2.0"));
         assert_eq!(card("license: \"llama3.1\"").as_deref(), Some("llama3.1"));
-        for line in ["license:", "license: [mit]", "license: a b", "license: \"x\\n\"", "  license: mit", "licence: mit"] {
+        for line in
+            ["license:", "license: [mit]", "license: a b", "license: \"x\\n\"", "  license: mit", "licence: mit"]
+        {
             assert_eq!(card(line), None, "{line}");
         }
         assert_eq!(in_card("license: mit\n"), None);

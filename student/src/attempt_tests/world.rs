@@ -111,7 +111,16 @@ impl World {
         fs::create_dir_all(path.parent().unwrap()).unwrap();
         fs::write(&path, &prompts).unwrap();
         let state = Arc::new(State { store: store.clone(), inner: Mutex::default() });
-        Self { prompts: (paths::prompt_set(&sha256), sha256), store, teacher, header, shift: 0, gguf: "", folder, state }
+        Self {
+            prompts: (paths::prompt_set(&sha256), sha256),
+            store,
+            teacher,
+            header,
+            shift: 0,
+            gguf: "",
+            folder,
+            state,
+        }
     }
 
     /// Every shard is published.

@@ -3,8 +3,8 @@ use retort_proto as proto;
 use crate::{
     Code, Error, Result,
     spec::{
-        CodecName, Export, FlatSoftTargets, Gates, GgufType, Guard, Init, JobSpec, Loss, Prompts, Quantiser, Sampling, Schedule,
-        SoftTargets, Student, Teacher, TeacherMode, Train, Weight,
+        CodecName, Export, FlatSoftTargets, Gates, GgufType, Guard, Init, JobSpec, Loss, Prompts, Quantiser, Sampling,
+        Schedule, SoftTargets, Student, Teacher, TeacherMode, Train, Weight,
     },
     state::{JobState, Split},
 };

@@ -2,7 +2,10 @@ use retort_proto as proto;
 
 use crate::{
     Error,
-    spec::{CodecName, FlatSoftTargets, GgufType, Init, JobSpec, Loss, Quantiser, Schedule, SoftTargets, TeacherMode, Weight},
+    spec::{
+        CodecName, FlatSoftTargets, GgufType, Init, JobSpec, Loss, Quantiser, Schedule, SoftTargets, TeacherMode,
+        Weight,
+    },
     state::{JobState, Split, TaskKind},
 };
 
@@ -84,7 +87,9 @@ pub fn job_spec_to_proto(spec: &JobSpec) -> proto::JobSpec {
             min_top1_agreement: spec.gates.min_top1_agreement,
             max_perplexity_ratio: spec.gates.max_perplexity_ratio,
         }),
-        export: Some(proto::ExportSpec { gguf: spec.export.gguf.iter().map(|kind| gguf_to_proto(*kind).into()).collect() }),
+        export: Some(proto::ExportSpec {
+            gguf: spec.export.gguf.iter().map(|kind| gguf_to_proto(*kind).into()).collect(),
+        }),
     }
 }
 

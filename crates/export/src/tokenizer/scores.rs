@@ -26,11 +26,8 @@ pub(super) fn scores(tokens: &[Token], merges: &[(String, String)]) -> Option<Ve
         .collect();
 
     // Control and byte tokens are not made by merging, whatever the list says.
-    let normal: HashMap<&str, ()> = tokens
-        .iter()
-        .filter(|token| token.kind == TokenKind::Normal)
-        .map(|token| (token.text.as_str(), ()))
-        .collect();
+    let normal: HashMap<&str, ()> =
+        tokens.iter().filter(|token| token.kind == TokenKind::Normal).map(|token| (token.text.as_str(), ())).collect();
     let exact: Vec<f64> = scores.iter().map(|score| f64::from(*score)).collect();
     let given = merges.iter().map(|(left, right)| (left.as_str(), right.as_str()));
     (grouped(given, &normal) == grouped(sentencepiece_merges(tokens, &exact).into_iter(), &normal)).then_some(scores)

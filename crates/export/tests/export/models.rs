@@ -80,7 +80,8 @@ impl Bench {
                 (name, shape, bytes)
             })
             .collect();
-        let views = tensors.iter().map(|(name, shape, bytes)| (name, TensorView::new(dtype, shape.clone(), bytes).unwrap()));
+        let views =
+            tensors.iter().map(|(name, shape, bytes)| (name, TensorView::new(dtype, shape.clone(), bytes).unwrap()));
         safetensors::serialize_to_file(views, None, &self.model().join("model.safetensors")).unwrap();
     }
 

@@ -66,8 +66,14 @@ fn configurations_that_contradict_the_weights_or_have_no_words() {
     };
     changed("architectures", json!(["GemmaForCausalLM"]), Code::ModelUnsupported, "GemmaForCausalLM");
     changed("hidden_size", json!(1u64 << 40), Code::ModelMalformed, "hidden_size");
-    changed("num_hidden_layers", json!(1000), Code::ModelMalformed, "\"model.layers.2.input_layernorm.weight\" is missing");
-    changed("vocab_size", json!(16_000_000), Code::ModelMalformed, "has shape [270, 32]");
+    changed(
+        "num_hidden_layers",
+        json!(1000),
+        Code::ModelMalformed,
+        "\"model.layers.2.input_layernorm.weight\" is missing",
+    );
+    changed("vocab_size", json!(300), Code::ModelMalformed, "has shape [270, 32]");
+    changed("vocab_size", json!(16_000_000), Code::ModelMalformed, "15999734 rows of the embedding have no token");
     changed("num_hidden_layers", json!(1), Code::ModelUnsupported, "leaving it out would change the model");
     changed("mlp_bias", json!(true), Code::ModelUnsupported, "feed-forward projections have a bias");
 

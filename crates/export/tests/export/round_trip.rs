@@ -126,12 +126,19 @@ fn each_way_to_cut_text_comes_back() {
         let source = Tokenizer::from_dir(&bench.model()).unwrap();
         for text in ["hello world 12345", " <tool>\n\nhello<|im_end|>é日本 we'll", "a  b\tc\r\n"] {
             for special in [false, true] {
-                assert_eq!(back.encode(text, special).unwrap(), source.encode(text, special).unwrap(), "{pre:?} {text}");
+                assert_eq!(
+                    back.encode(text, special).unwrap(),
+                    source.encode(text, special).unwrap(),
+                    "{pre:?} {text}"
+                );
             }
         }
         let messages = [ChatMessage::new("user", "hello")];
         assert_eq!(back.render_chat(&messages, true).unwrap(), "hello");
-        assert_eq!((back.eos_id(), back.special_id("bos_token"), back.special_id("unk_token")), (Some(2), Some(1), Some(0)));
+        assert_eq!(
+            (back.eos_id(), back.special_id("bos_token"), back.special_id("unk_token")),
+            (Some(2), Some(1), Some(0))
+        );
     }
 }
 

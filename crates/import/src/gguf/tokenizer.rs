@@ -135,8 +135,7 @@ struct Vocab<'a>(&'a [Token]);
 
 impl Serialize for Vocab<'_> {
     fn serialize<S: Serializer>(&self, serializer: S) -> Result<S::Ok, S::Error> {
-        let is_padding =
-            |id: usize, token: &Token| token.kind == TokenKind::Unused && *token == Token::padding(id);
+        let is_padding = |id: usize, token: &Token| token.kind == TokenKind::Unused && *token == Token::padding(id);
         serializer.collect_map(
             self.0
                 .iter()

@@ -56,8 +56,7 @@ pub(crate) enum Model {
 }
 
 impl TokenKind {
-    const ALL: [Self; 6] =
-        [Self::Normal, Self::Unknown, Self::Control, Self::UserDefined, Self::Unused, Self::Byte];
+    const ALL: [Self; 6] = [Self::Normal, Self::Unknown, Self::Control, Self::UserDefined, Self::Unused, Self::Byte];
 
     /// As `tokenizer.ggml.token_type` has it.
     pub fn number(self) -> i32 {

@@ -17,10 +17,7 @@ use retort_export::Unfinished;
 use serde_json::{Value, json};
 use tokio_util::sync::CancellationToken;
 
-use super::{
-    DEFAULT_MAX_BYTES, Export, Format, Precision,
-    target,
-};
+use super::{DEFAULT_MAX_BYTES, Export, Format, Precision, target};
 use crate::{
     command::shard::files,
     output::lost,
