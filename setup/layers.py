@@ -6,7 +6,7 @@ import subprocess
 import sys
 
 LIBRARIES = {
-    "retort-artifact", "retort-bus", "retort-import", "retort-kernels", "retort-llama", "retort-model", "retort-plan",
+    "retort-artifact", "retort-bus", "retort-export", "retort-import", "retort-kernels", "retort-llama", "retort-model", "retort-plan",
     "retort-process", "retort-worker",
 }
 SERVICES = {"retort-broker", "retort-orchestrator", "retort-teacher", "retort-student", "retort-cli"}
@@ -19,22 +19,25 @@ ALLOWED = {
     "retort-bus": {"retort-core", "retort-proto"},
     "retort-model": {"retort-core"},
     "retort-import": {"retort-core", "retort-model"},
+    "retort-export": {"retort-core", "retort-import", "retort-model"},
     "retort-kernels": set(),
     "retort-llama": {"retort-core", "retort-kernels", "retort-model"},
     "retort-plan": {"retort-core", "retort-model"},
     "retort-worker": {"retort-proto", "retort-core", "retort-process", "retort-artifact", "retort-bus"},
     "retort-broker": {"retort-core", "retort-process"},
     "retort-orchestrator": {
-        "retort-proto", "retort-core", "retort-process", "retort-artifact", "retort-bus", "retort-model", "retort-plan",
+        "retort-proto", "retort-core", "retort-process", "retort-artifact", "retort-bus", "retort-export", "retort-model",
+        "retort-plan",
     },
     "retort-teacher": {"retort-proto", "retort-core", "retort-process", "retort-artifact", "retort-worker", "retort-kernels", "retort-llama", "retort-model"},
-    "retort-student": {"retort-proto", "retort-core", "retort-process", "retort-artifact", "retort-worker", "retort-kernels", "retort-llama"},
+    "retort-student": {"retort-proto", "retort-core", "retort-process", "retort-artifact", "retort-worker", "retort-export", "retort-kernels", "retort-llama"},
     "retort-cli": {
-        "retort-proto", "retort-core", "retort-process", "retort-artifact", "retort-import", "retort-model", "retort-plan",
+        "retort-proto", "retort-core", "retort-process", "retort-artifact", "retort-export", "retort-import", "retort-model",
+        "retort-plan",
     },
     "retort-tests": LIBRARIES | {"retort-proto", "retort-core"},
 }
-WITHOUT_LIBTORCH = ["retort-orchestrator", "retort-cli", "retort-broker", "retort-import", "retort-kernels", "retort-model", "retort-plan"]
+WITHOUT_LIBTORCH = ["retort-orchestrator", "retort-cli", "retort-broker", "retort-export", "retort-import", "retort-kernels", "retort-model", "retort-plan"]
 
 metadata = json.loads(subprocess.check_output(["cargo", "metadata", "--format-version=1", "--no-deps", "--locked"]))
 breaches = []

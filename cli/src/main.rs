@@ -10,6 +10,7 @@ mod export;
 mod follow;
 mod home;
 mod json;
+mod model_folder;
 mod outcome;
 mod output;
 mod progress;

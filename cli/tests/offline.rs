@@ -65,6 +65,26 @@ fn models_are_listed_from_the_store() {
 }
 
 #[test]
+fn an_export_says_what_it_cannot_do_and_leaves_nothing() {
+    let bench = bench();
+    let out = bench.folder.path().join("support.gguf");
+    let (out, folder) = (out.to_str().unwrap(), bench.folder.path().to_str().unwrap());
+    let cases: [(&[&str], i32, &str); 5] = [
+        (&["support", "--type", "f16"], 2, "error[request-invalid]: --type goes with --format gguf"),
+        (&["support", "--format", "gguf", "--type", "q4_0"], 2, "[possible values: q8_0, f16, bf16, f32]"),
+        (&["support@2", "--format", "gguf"], 2, "error[model-not-found]: "),
+        // What the store holds under that name is `{}`.
+        (&["support", "--format", "gguf"], 2, "models/support/000001/config.json"),
+        (&[folder], 2, "--format gguf makes a file of it"),
+    ];
+    for (args, code, says) in cases {
+        let output = bench.retort(&[&["model", "export", "--output", out], args].concat()).output().unwrap();
+        refused(&output, code, &[says]);
+        assert!(!Path::new(out).exists());
+    }
+}
+
+#[test]
 fn a_home_that_was_named_is_the_only_one_asked() {
     let bench = bench();
     let home = bench.home().display().to_string();

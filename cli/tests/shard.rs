@@ -358,7 +358,7 @@ fn an_export_that_cannot_be_says_so_and_leaves_nothing() {
         (&[&sound, "--out", &inside], 2, "file-not-found"),
         (&[&sound, "--out", &link, "--force"], 1, "is a link"),
         (&[&sound, "--out", &at("shards"), "--force"], 1, "is a folder"),
-        (&[&sound, "--out", &sound, "--force", "--format", "top-k"], 1, "is one of the shards to export"),
+        (&[&sound, "--out", &sound, "--force", "--format", "top-k"], 1, "is one of the files to export"),
         (&[&sound, &damaged, "--out", &out, "--format", "npz"], 1, "error[shard-corrupt]"),
         (&[&sound, &other, "--out", &out, "--format", "top-k"], 2, "retort.vocab_size 65, those before it 64"),
     ];
@@ -384,7 +384,7 @@ fn long_export(shard: &str, out: &Path) -> Child {
     let folder = out.parent().unwrap();
     let began = || {
         names(folder).iter().any(|name| {
-            name.starts_with(".retort-shard-export-")
+            name.starts_with(".retort-unfinished-")
                 && fs::metadata(folder.join(name)).is_ok_and(|metadata| metadata.len() > 0)
         })
     };

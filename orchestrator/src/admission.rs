@@ -17,6 +17,7 @@ use retort_core::{
 use retort_model::Config;
 
 use self::model::Folder;
+pub(crate) use self::paths::local as local_path;
 use crate::{
     context::Context,
     planner::{self, Plan, PlannedTask},
@@ -65,6 +66,9 @@ fn check(spec: &JobSpec, file: &PromptFile) -> Result<Admitted> {
     weights::check(teacher.path())?;
     let (student, positions) = student(spec, &teacher)?;
     no_larger(&student, &teacher.config)?;
+    if !spec.export.gguf.is_empty() {
+        exportable(&student, &teacher)?;
+    }
     let counts = prompts::measure(spec, file, &rows, teacher.tokenizer(), positions)?;
     let (plan, tasks) = planner::plan(
         spec,
@@ -90,6 +94,14 @@ fn no_larger(student: &Config, teacher: &Config) -> Result<()> {
             "student.init makes a student of {student} parameters, its teacher has {teacher}; give it fewer or smaller layers"
         ),
     ))
+}
+
+/// A student gets its teacher's tokenizer: what GGUF cannot say of the two is known before any work is done.
+fn exportable(student: &Config, teacher: &Folder) -> Result<()> {
+    retort_export::check(student, teacher.path()).map_err(|error| {
+        let message = format!("export.gguf: {}; leave the key out to do without", error.message);
+        Error::new(error.code, message)
+    })
 }
 
 /// The student's shape, and the positions that teacher and student both have.

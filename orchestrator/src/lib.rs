@@ -16,6 +16,7 @@ pub mod gates;
 pub mod intake;
 pub mod janitor;
 pub mod leases;
+mod model_card;
 pub mod outbox;
 pub mod planner;
 pub mod progress;

@@ -1,8 +1,8 @@
 //! Promotion: the gates judge, then the candidate becomes a numbered version, or stays a candidate.
 //!
 //! Each step may be repeated after a crash. A version is reserved in the database (from then on the
-//! job cannot be cancelled), the candidate's folder is copied to it, the pointer is written with
-//! create-if-absent and last, and one transaction ends the job. A pointer of another job under the
+//! job cannot be cancelled), the candidate's folder is copied to it and gets its model card, the pointer is written
+//! with create-if-absent and last, and one transaction ends the job. A pointer of another job under the
 //! reserved number (a database that was started anew over an old store) moves the reservation on.
 
 use std::{collections::BTreeMap, time::Duration};
@@ -26,7 +26,7 @@ use crate::{
         models::{self, Model},
         shards, tasks,
     },
-    forecast, gates, progress,
+    forecast, gates, model_card, progress,
     report::{Evaluation, Quality, Report, SoftTargets, TrainFinish},
     retry::Backoff,
 };
@@ -167,6 +167,7 @@ async fn promote(context: &Context, job: &Job, finish: &TrainFinish, quality: &Q
                 format!("the candidate's folder {from} is empty: nothing can be promoted"),
             ));
         }
+        model_card::write(context, job, finish, &model).await?;
         let pointer = Pointer {
             name: model.name.clone(),
             version: model.version,

@@ -219,6 +219,7 @@ pub fn spec(folder: &Path) -> JobSpec {
         student: Student { pool: "default".to_owned(), init: Init::Prune(Prune::to_layers(1)) },
         train: Train { passes: 2, batch_rows: 4, ..Train::default() },
         gates: Gates { max_kl: Some(0.5), ..Gates::default() },
+        export: Default::default(),
     }
 }
 

@@ -168,6 +168,26 @@ async fn without_held_out_rows_the_last_checkpoint_is_the_best() {
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn the_last_checkpoint_alone_holds_the_gguf_files() {
+    let mut world = World::published().await;
+    world.gguf = "q8_0, f16";
+    world.run(&world.train_attempt(1)).await.unwrap();
+    let (prefix, manifest) = checkpoint::latest(&world.store, JOB).await.unwrap().unwrap();
+    let mut keys: Vec<String> = world.store.list("jobs/").await.unwrap().into_iter().map(|entry| entry.key).collect();
+    keys.retain(|key| key.ends_with(".gguf"));
+    keys.sort();
+    assert_eq!(keys, ["t-F16.gguf", "t-Q8_0.gguf"].map(|name| format!("{prefix}model/{name}")));
+    let file = manifest.files.iter().find(|file| file.path == "model/t-F16.gguf").unwrap();
+    let bytes = fs::read(world.object(&keys[0])).unwrap();
+    assert!(bytes.starts_with(b"GGUF") && bytes.len() as u64 == file.bytes);
+
+    // Nothing is left to train, and the checkpoint is read as any other.
+    world.run(&world.train_attempt(2)).await.unwrap();
+    let What::TrainFinished(finished) = world.events().pop().unwrap() else { panic!("not finished") };
+    assert_eq!(finished.checkpoint_key, prefix);
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn a_damaged_checkpoint_is_passed_over_for_the_one_before() {
     let straight = World::published().await;
     straight.run(&straight.train_attempt(1)).await.unwrap();

@@ -1,7 +1,8 @@
 //! A trainer on disk: written at a checkpoint, read by the attempt that goes on.
 //!
 //! ```text
-//! model/                       a Hugging Face folder, the weights in the student's kind
+//! model/                       a Hugging Face folder, the weights in the student's kind; at the last step also
+//!                              the GGUF files that the spec asks for
 //! state/trainer.json           how far the run has come
 //! state/outer.safetensors      the outer optimiser's velocity, where workers exchange weights
 //! state/optimizer.safetensors  moments, averages, and f32 masters where model/ does not hold them

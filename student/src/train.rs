@@ -1,7 +1,7 @@
 //! The attempt at `{job}/train`: from the newest checkpoint, or the initial weights, to the last step.
 
 use std::{
-    path::Path,
+    path::{Path, PathBuf},
     sync::Arc,
     time::{Duration, Instant},
 };
@@ -19,6 +19,7 @@ use retort_core::{
     task_group::TaskGroup,
     wire::pruning_to_proto,
 };
+use retort_export::Gguf;
 use retort_proto::{TrainFinished, TrainProgress, TrainTask, worker_event::What};
 use retort_worker::{Attempt, ModelThread, TaskContext};
 use serde_json::json;
@@ -315,10 +316,30 @@ impl<'a> Run<'a> {
             resume::save(slot.as_mut().ok_or_else(no_trainer)?, &teacher.folder, &target)
         };
         self.thread.call(save).await??;
+        if step == self.steps {
+            self.export_gguf(folder.join("model")).await?;
+        }
         self.checkpoint_key = paths::checkpoint(self.attempt.job.as_str(), step, self.attempt.epoch);
         let manifest = self.manifest(held_out);
         self.uploader.start(folder, self.checkpoint_key.clone(), manifest).await?;
         Ok(held_out)
+    }
+
+    /// Beside the weights in `folder`: one GGUF file of each type that the spec asks for.
+    async fn export_gguf(&self, folder: PathBuf) -> Result<()> {
+        let (spec, cx) = (&self.attempt.spec, self.cx.clone());
+        let (name, kinds) = (spec.name.clone(), spec.export.gguf.clone());
+        let export = move || {
+            kinds.into_iter().try_for_each(|kind| {
+                let out = folder.join(retort_export::file_name(&name, kind));
+                let gguf = Gguf::plan(&folder, &name, kind)?;
+                gguf.export(&out, false, &mut |_| cx.check())?;
+                tracing::info!(file = %out.display(), bytes = gguf.bytes(), "exported");
+                Ok(())
+            })
+        };
+        let done = tokio::task::spawn_blocking(export).await;
+        done.map_err(|error| Error::internal(format!("the export broke off: {error}")))?
     }
 
     /// Before the task is handed back: what was trained since the last checkpoint is not lost.

@@ -1,5 +1,6 @@
 //! A student distilled by `retort run` and exported is a model to transformers: it loads, and it
-//! answers with the same greedy tokens there as here.
+//! answers with the same greedy tokens there as here. A GGUF file is to the gguf package what it would have
+//! written itself, and to transformers the same model.
 
 #![allow(clippy::unwrap_used)] // helpers of tests unwrap as tests do
 
@@ -32,6 +33,10 @@ fn python() -> PathBuf {
     let python = cache.join("venv-transformers").join("bin").join("python");
     assert!(python.exists(), "{} is not there: run `make test-parity`", python.display());
     python
+}
+
+fn script(name: &str) -> PathBuf {
+    Path::new(env!("CARGO_MANIFEST_DIR")).join("parity").join(name)
 }
 
 #[test]
@@ -71,7 +76,7 @@ fn an_exported_student_answers_alike_in_transformers() {
     let student = programs().join("retort-student");
     let ours = common(Command::new(student).args(["generate", "--json", "--dtype", "f32"]));
     fs::write(folder.path().join("ours.jsonl"), succeeded("retort-student generate", ours)).unwrap();
-    let script = Path::new(env!("CARGO_MANIFEST_DIR")).join("parity").join("check_export.py");
+    let script = script("check_export.py");
     let theirs = common(Command::new(python()).arg(&script));
     fs::write(folder.path().join("theirs.jsonl"), succeeded("transformers", theirs)).unwrap();
     let compare = Command::new(python())
@@ -82,4 +87,54 @@ fn an_exported_student_answers_alike_in_transformers() {
         .output()
         .unwrap();
     succeeded("the comparison", compare);
+}
+
+/// Exports the folder as a GGUF file of each type and lets the others look at it.
+fn checked_as_gguf(model: &Path, kinds: &[&str]) {
+    let folder = tempfile::tempdir().unwrap();
+    for kind in kinds {
+        let out = folder.path().join(format!("{kind}.gguf"));
+        let export = retort()
+            .args(["model", "export", "--format", "gguf", "--type", kind])
+            .arg(model)
+            .arg("--out")
+            .arg(&out)
+            .output()
+            .unwrap();
+        succeeded("retort model export", export);
+        let check = Command::new(python())
+            .arg(script("check_gguf.py"))
+            .arg("--model")
+            .arg(model)
+            .arg("--gguf")
+            .arg(&out)
+            .args(["--type", kind])
+            .output()
+            .unwrap();
+        println!("{}: {}", model.display(), String::from_utf8_lossy(&succeeded("the check", check)).trim());
+        fs::remove_file(out).unwrap();
+    }
+}
+
+#[test]
+fn an_exported_gguf_file_is_what_others_would_have_written() {
+    checked_as_gguf(&teacher::smollm2(), &["q8_0", "f16"]);
+}
+
+#[test]
+fn a_qwen2_and_a_llama_with_scaled_frequencies_too() {
+    let folder = tempfile::tempdir().unwrap();
+    for kind in ["qwen2", "llama3"] {
+        let model = folder.path().join(kind);
+        let make = Command::new(python())
+            .arg(script("check_gguf.py"))
+            .args(["--make", kind, "--tokenizer"])
+            .arg(teacher::smollm2())
+            .arg("--model")
+            .arg(&model)
+            .output()
+            .unwrap();
+        succeeded("the making of a model", make);
+        checked_as_gguf(&model, &["q8_0", "bf16", "f32"]);
+    }
 }

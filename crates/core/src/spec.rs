@@ -1,5 +1,6 @@
 //! The job spec: what a user writes in YAML, with defaults and the checks that need no file.
 
+mod export;
 mod loss;
 mod prune;
 mod soft_targets;
@@ -8,6 +9,7 @@ mod yaml;
 
 use serde::{Deserialize, Deserializer, Serialize};
 
+pub use export::{Export, GgufType};
 pub use loss::{Loss, Weight};
 pub use prune::{Choose, Layers, Prune};
 pub use soft_targets::{
@@ -32,6 +34,8 @@ pub struct JobSpec {
     pub train: Train,
     #[serde(default, deserialize_with = "section")]
     pub gates: Gates,
+    #[serde(default, deserialize_with = "section", skip_serializing_if = "is_default")]
+    pub export: Export,
 }
 
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]

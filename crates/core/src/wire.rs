@@ -19,7 +19,7 @@ mod tests {
     use retort_proto as proto;
 
     use super::*;
-    use crate::spec::{JobSpec, parse_yaml};
+    use crate::spec::{GgufType, JobSpec, parse_yaml};
 
     const SPEC: &str = "
 name: all
@@ -50,6 +50,7 @@ train:
     jensen_shannon_beta: 0.9
     skew_alpha: 0.2
     temperature: 2
+export: {gguf: [q8_0, f16]}
 ";
 
     fn spec() -> JobSpec {
@@ -63,6 +64,25 @@ train:
         let json = serde_json::to_string(&spec).unwrap();
         assert_eq!(serde_json::from_str::<JobSpec>(&json).unwrap(), spec);
         assert_eq!(spec.loss_temperature(), Some((0, 2.0)));
+    }
+
+    #[test]
+    fn an_export_that_is_not_asked_for_leaves_no_trace_in_the_json() {
+        let mut spec = spec();
+        assert_eq!(spec.export.gguf, [GgufType::Q8_0, GgufType::F16]);
+        assert!(serde_json::to_string(&spec).unwrap().contains(r#""export":{"gguf":["q8_0","f16"]}"#));
+        spec.export = Default::default();
+        assert!(!serde_json::to_string(&spec).unwrap().contains("export"));
+        let mut sent = job_spec_to_proto(&spec);
+        sent.export = None;
+        assert_eq!(job_spec_from_proto(sent.clone()).unwrap(), spec);
+        sent.export = Some(proto::ExportSpec { gguf: vec![9] });
+        assert!(job_spec_from_proto(sent).unwrap_err().message.contains("export.gguf 9"));
+        let twice = SPEC.replace("[q8_0, f16]", "[f16, f16]");
+        assert_eq!(parse_yaml("job.yaml", &twice).unwrap_err().message, "job.yaml: export.gguf names f16 twice");
+        let unknown = SPEC.replace("[q8_0, f16]", "[q4_0]");
+        let message = parse_yaml("job.yaml", &unknown).unwrap_err().message;
+        assert!(message.contains("\"q8_0\"?"), "{message}");
     }
 
     #[test]

@@ -44,7 +44,7 @@ fn an_unknown_key_is_named_with_its_line_and_what_was_meant() {
     check(
         &format!("{GOOD}colour: blue\n"),
         Code::SpecUnknownKey,
-        "job.yaml line 10 column 1: unknown key \"colour\"; known here: name, seed, prompts, teacher, student, train, gates",
+        "job.yaml line 10 column 1: unknown key \"colour\"; known here: name, seed, prompts, teacher, student, train, gates, export",
     );
 }
 

@@ -1,26 +1,24 @@
 //! A Hugging Face folder, checked against its own configuration and brought into one
 //! `model.safetensors`, with the tokenizer files beside it.
 
-use std::collections::{BTreeMap, BTreeSet};
+use std::collections::BTreeMap;
 use std::fs::File;
 use std::io::Read;
-use std::os::unix::fs::FileExt;
 use std::path::Path;
 
 use retort_core::{Code, Error, Result};
 use retort_model::{Config, Tokenizer};
 use serde_json::Value;
 
-use crate::layout::Layout;
+use crate::folder_weights::{self, FolderWeights, LocatedTensor};
 use crate::stage::{self, Found, IMPORTER, Receipt, Stage};
-use crate::stored::{self, Stored};
-use crate::weights::{self, Dtype, Entry, Sink};
+use crate::stored::Stored;
+use crate::weights::{self, Entry, Sink};
 use crate::{Format, Imported, Phase, Progress, digest};
 
-const CONFIG: &str = "config.json";
+pub(crate) const CONFIG: &str = "config.json";
 const TOKENIZER: &str = "tokenizer.json";
 const WEIGHTS: &str = "model.safetensors";
-const INDEX: &str = "model.safetensors.index.json";
 /// Copied byte for byte when they are there.
 const KEPT: &[&str] = &[
     "tokenizer_config.json",
@@ -44,8 +42,9 @@ pub(crate) fn import(source: &Path, out: &Path, progress: &mut dyn FnMut(Progres
     let tokenizer = Tokenizer::from_dir(source)?;
     tokenizer.require_fits(config.vocab_size)?;
     tokenizer.probe_template()?;
-    let files = weight_files(source)?;
-    let model = plan(source, &config, &files)?;
+    let files = folder_weights::files(source)?;
+    let mut model = FolderWeights::locate(source, &config, &files)?;
+    weights::order(&mut model.tensors, |tensor| tensor.entry.dtype);
 
     let source_sha256 = hash(source, &texts, &files, progress)?;
     let format = Format::HuggingFace { weight_files: files.len() as u32 };
@@ -72,39 +71,23 @@ pub(crate) fn import(source: &Path, out: &Path, progress: &mut dyn FnMut(Progres
     let (file, path) = stage.create(WEIGHTS)?;
     let mut sink = Sink::start(file, &path, &entries, progress)?;
     for tensor in &model.tensors {
-        tensor.copy(source, &mut sink)?;
+        copy(tensor, &mut sink)?;
     }
     let (file, sha256, bytes) = sink.finish()?;
     stage.record(WEIGHTS, file, bytes, sha256)?;
     Ok(Imported::new(out, format, stage.publish(facts)?, false))
 }
 
-struct Model {
-    layout: Layout,
-    tensors: Vec<Tensor>,
-}
-
-struct Tensor {
-    entry: Entry,
-    /// Weight file, beside `config.json`.
-    file: String,
-    offset: u64,
-}
-
-impl Tensor {
-    fn copy<W: std::io::Write>(&self, source: &Path, sink: &mut Sink<'_, W>) -> Result<()> {
-        let path = source.join(&self.file);
-        let file = File::open(&path).map_err(|error| Error::io(&path, error))?;
-        let mut chunk = Vec::new();
-        let mut done = 0;
-        while done < self.entry.bytes {
-            chunk.resize((self.entry.bytes - done).min(CHUNK) as usize, 0);
-            file.read_exact_at(&mut chunk, self.offset + done).map_err(|error| Error::io(&path, error))?;
-            sink.put(&self.entry, &chunk)?;
-            done += chunk.len() as u64;
-        }
-        Ok(())
+fn copy<W: std::io::Write>(tensor: &LocatedTensor, sink: &mut Sink<'_, W>) -> Result<()> {
+    let mut chunk = Vec::new();
+    let mut done = 0;
+    while done < tensor.entry.bytes {
+        chunk.resize((tensor.entry.bytes - done).min(CHUNK) as usize, 0);
+        tensor.read_at(done, &mut chunk)?;
+        sink.put(&tensor.entry, &chunk)?;
+        done += chunk.len() as u64;
     }
+    Ok(())
 }
 
 /// `config.json`, `tokenizer.json` and the other small files, by name.
@@ -143,110 +126,6 @@ fn texts(source: &Path) -> Result<BTreeMap<String, Vec<u8>>> {
     Ok(texts)
 }
 
-/// Weight files with the tensors they hold.
-fn weight_files(source: &Path) -> Result<BTreeMap<String, Vec<Stored>>> {
-    if source.join(WEIGHTS).is_file() {
-        return Ok(BTreeMap::from([(WEIGHTS.to_owned(), stored::read(&source.join(WEIGHTS))?)]));
-    }
-    let path = source.join(INDEX);
-    if !path.is_file() {
-        let way_out =
-            if source.join("pytorch_model.bin").is_file() || source.join("pytorch_model.bin.index.json").is_file() {
-                "; the weights are pickled, save them with safe_serialization first"
-            } else {
-                ""
-            };
-        return Err(Error::new(
-            Code::FileNotFound,
-            format!("{}: neither {WEIGHTS} nor {INDEX} is there{way_out}", source.display()),
-        ));
-    }
-    let index = parse(&path, &read_text(&path)?)?;
-    let malformed = |what: String| Error::new(Code::ModelMalformed, format!("{}: {what}", path.display()));
-    let map = index
-        .get("weight_map")
-        .and_then(Value::as_object)
-        .ok_or_else(|| malformed("\"weight_map\" must be an object".to_owned()))?;
-    let mut names = BTreeMap::<String, BTreeSet<&str>>::new();
-    for (tensor, file) in map {
-        let file = file.as_str().ok_or_else(|| malformed(format!("\"{tensor}\" must name a file")))?;
-        if !is_plain(file) {
-            return Err(malformed(format!("\"{tensor}\" lies in \"{file}\", which is no file of this folder")));
-        }
-        names.entry(file.to_owned()).or_default().insert(tensor);
-    }
-    let mut files = BTreeMap::new();
-    for (file, tensors) in names {
-        let held = stored::read(&source.join(&file))?;
-        if let Some(missing) = tensors.iter().find(|tensor| !held.iter().any(|stored| stored.name == **tensor)) {
-            return Err(malformed(format!("\"{missing}\" is not in {file}, where the index puts it")));
-        }
-        files.insert(file, held);
-    }
-    Ok(files)
-}
-
-/// A name that stays inside the folder.
-fn is_plain(file: &str) -> bool {
-    let mut parts = Path::new(file).components();
-    matches!((parts.next(), parts.next()), (Some(std::path::Component::Normal(name)), None) if name == file)
-}
-
-/// Every tensor that the configuration asks for, where it lies, in the order it is written.
-fn plan(source: &Path, config: &Config, files: &BTreeMap<String, Vec<Stored>>) -> Result<Model> {
-    let layout = Layout::from_config(config, &source.join(CONFIG).display().to_string())?;
-    let malformed = |what: String| Error::new(Code::ModelMalformed, format!("{}: {what}", source.display()));
-
-    let mut held = BTreeMap::<&str, (&str, &Stored)>::new();
-    for (file, tensors) in files {
-        for stored in tensors {
-            if let Some((other, _)) = held.insert(&stored.name, (file, stored)) {
-                return Err(malformed(format!("tensor \"{}\" is in {other} and in {file}", stored.name)));
-            }
-        }
-    }
-    let mut tensors = Vec::new();
-    for expected in layout.tensors() {
-        let Some((file, stored)) = held.remove(expected.name.as_str()) else {
-            return Err(malformed(format!("tensor \"{}\" is missing", expected.name)));
-        };
-        let Some(dtype) = Dtype::parse(&stored.dtype) else {
-            return Err(Error::new(
-                Code::ModelUnsupported,
-                format!("{file}: tensor \"{}\" is {}; retort reads F32, F16 and BF16", expected.name, stored.dtype),
-            ));
-        };
-        if stored.shape != expected.shape {
-            return Err(malformed(format!(
-                "tensor \"{}\" has shape {:?}, but {CONFIG} asks for {:?}",
-                expected.name, stored.shape, expected.shape
-            )));
-        }
-        let entry = Entry::new(expected.name, dtype, expected.shape)?;
-        if entry.bytes != stored.bytes {
-            return Err(malformed(format!(
-                "tensor \"{}\" needs {} bytes, but has {}",
-                entry.name, entry.bytes, stored.bytes
-            )));
-        }
-        tensors.push(Tensor { entry, file: file.to_owned(), offset: stored.offset });
-    }
-    // Buffers that older versions saved, and a tied head saved twice, follow from the rest.
-    let derived = |name: &str| name.ends_with("rotary_emb.inv_freq") || (layout.tied && name == "lm_head.weight");
-    if let Some(name) = held.keys().find(|name| !derived(name)) {
-        return Err(Error::new(
-            Code::ModelUnsupported,
-            format!(
-                "{}: tensor \"{name}\" is none of a {}'s; importing without it would change the model",
-                source.display(),
-                layout.architecture.class_name()
-            ),
-        ));
-    }
-    weights::order(&mut tensors, |tensor: &Tensor| tensor.entry.dtype);
-    Ok(Model { layout, tensors })
-}
-
 fn hash(
     source: &Path,
     texts: &BTreeMap<String, Vec<u8>>,
@@ -271,7 +150,7 @@ fn hash(
     Ok(digest::sha256_list(list.iter().map(|(name, sha256)| (*name, sha256.as_str()))))
 }
 
-fn read_text(path: &Path) -> Result<Vec<u8>> {
+pub(crate) fn read_text(path: &Path) -> Result<Vec<u8>> {
     let file = File::open(path).map_err(|error| Error::io(path, error))?;
     let mut text = Vec::new();
     file.take(TEXT_LIMIT + 1).read_to_end(&mut text).map_err(|error| Error::io(path, error))?;
@@ -284,7 +163,7 @@ fn read_text(path: &Path) -> Result<Vec<u8>> {
     Ok(text)
 }
 
-fn parse(path: &Path, text: &[u8]) -> Result<Value> {
+pub(crate) fn parse(path: &Path, text: &[u8]) -> Result<Value> {
     serde_json::from_slice(text)
         .map_err(|error| Error::new(Code::ModelMalformed, format!("{}: not valid JSON: {error}", path.display())))
 }

@@ -3,8 +3,11 @@
 
 mod config;
 mod metadata;
+mod names;
+mod pre_tokenizer;
 mod quant;
 mod reader;
+mod rotary;
 mod sentencepiece;
 mod tensors;
 mod tokenizer;
@@ -23,6 +26,14 @@ use crate::weights::{self, Entry, Sink};
 use crate::{Format, Imported, Phase, Progress, digest};
 use reader::Gguf;
 use vocabulary::Vocabulary;
+
+pub use names::{ROPE_FREQS, interleaves_rotary, tensor_name};
+pub use pre_tokenizer::PreTokenizer;
+pub use quant::Kind;
+pub use rotary::interleave_halves;
+pub use sentencepiece::merges as sentencepiece_merges;
+pub use tokenizer::SPACE;
+pub use vocabulary::{Token, TokenKind};
 
 const WEIGHTS: &str = "model.safetensors";
 

@@ -10,10 +10,13 @@
 //!
 //! Weights stream tensor by tensor, so memory stays at a few megabytes whatever the model's size.
 //! Quantised tensors come out as f32; F32, F16 and BF16 keep their type bit for bit.
+//!
+//! What the way out needs too is public: a folder's weights located and checked, and GGUF's words in [`gguf`].
 
 mod digest;
 mod folder;
-mod gguf;
+mod folder_weights;
+pub mod gguf;
 mod layout;
 mod outcome;
 mod stage;
@@ -24,7 +27,9 @@ use std::path::Path;
 
 use retort_core::{Error, Result};
 
+pub use folder_weights::{FolderWeights, LocatedTensor};
 pub use outcome::{Format, Imported, Phase, Progress};
+pub use weights::{Dtype, Entry};
 
 /// Imports `source`, a GGUF file or a Hugging Face folder, into the folder `out`.
 ///

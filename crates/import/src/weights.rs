@@ -14,8 +14,9 @@ use crate::{Phase, Progress};
 /// The largest single file that is written, and so the bound under which sizes are computed.
 pub(crate) const MAX_BYTES: u64 = 1 << 44;
 
+/// Of stored values.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
-pub(crate) enum Dtype {
+pub enum Dtype {
     // In the order they are written: wider first, so that every tensor is aligned.
     F32,
     F16,
@@ -23,14 +24,15 @@ pub(crate) enum Dtype {
 }
 
 impl Dtype {
-    pub(crate) fn bytes(self) -> u64 {
+    /// Of one value.
+    pub fn bytes(self) -> u64 {
         match self {
             Dtype::F32 => 4,
             Dtype::F16 | Dtype::BF16 => 2,
         }
     }
 
-    pub(crate) fn name(self) -> &'static str {
+    pub fn name(self) -> &'static str {
         match self {
             Dtype::F32 => "F32",
             Dtype::F16 => "F16",
@@ -52,7 +54,7 @@ impl Dtype {
     }
 
     /// Whether every value of these little-endian bytes is finite.
-    pub(crate) fn is_finite(self, bytes: &[u8]) -> bool {
+    pub fn is_finite(self, bytes: &[u8]) -> bool {
         match self {
             Dtype::F32 => bytes.as_chunks::<4>().0.iter().all(|b| u32::from_le_bytes(*b) & 0x7f80_0000 != 0x7f80_0000),
             Dtype::F16 => bytes.as_chunks::<2>().0.iter().all(|b| u16::from_le_bytes(*b) & 0x7c00 != 0x7c00),
@@ -61,14 +63,14 @@ impl Dtype {
     }
 }
 
-/// A tensor to be written: row-major, little-endian.
+/// A tensor of a safetensors file: row-major, little-endian.
 #[derive(Clone, Debug, PartialEq, Eq)]
-pub(crate) struct Entry {
-    pub(crate) name: String,
-    pub(crate) dtype: Dtype,
-    pub(crate) shape: Vec<u64>,
+pub struct Entry {
+    pub name: String,
+    pub dtype: Dtype,
+    pub shape: Vec<u64>,
     /// Bytes: the product of the shape times the width of the dtype.
-    pub(crate) bytes: u64,
+    pub bytes: u64,
 }
 
 impl Entry {
@@ -84,7 +86,7 @@ impl Entry {
         }
     }
 
-    pub(crate) fn elements(&self) -> u64 {
+    pub fn elements(&self) -> u64 {
         self.bytes / self.dtype.bytes()
     }
 }

@@ -1,6 +1,6 @@
 //! `config.json`: what shape the model has. Every number is checked before anything is sized by it.
 
-use std::path::Path;
+use std::{f64::consts::TAU, path::Path};
 
 use retort_core::Result;
 use serde_json::{Map, Value, json};
@@ -67,6 +67,26 @@ pub struct Llama3Scaling {
     pub low_freq_factor: f64,
     pub high_freq_factor: f64,
     pub original_max_position_embeddings: i64,
+}
+
+impl Llama3Scaling {
+    /// What each of `pairs` rotary frequencies, the fastest first, is divided by.
+    pub fn divisors(&self, rope_theta: f64, pairs: usize) -> Vec<f64> {
+        let context = self.original_max_position_embeddings as f64;
+        let divisor = |pair: usize| {
+            let wavelength = TAU * rope_theta.powf(pair as f64 / pairs as f64);
+            if wavelength < context / self.high_freq_factor {
+                1.0
+            } else if wavelength > context / self.low_freq_factor {
+                self.factor
+            } else {
+                let share =
+                    (context / wavelength - self.low_freq_factor) / (self.high_freq_factor - self.low_freq_factor);
+                1.0 / ((1.0 - share) / self.factor + share)
+            }
+        };
+        (0..pairs).map(divisor).collect()
+    }
 }
 
 impl Architecture {

@@ -128,10 +128,14 @@ impl Tokenizer {
         self.require_template()?.render(messages, add_generation_prompt)
     }
 
+    /// The chat template, of a model that has one.
+    pub fn template(&self) -> Option<&ChatTemplate> {
+        self.template.as_ref()
+    }
+
     /// `ModelMalformed` for a model without a chat template.
     pub fn require_template(&self) -> Result<&ChatTemplate> {
-        self.template
-            .as_ref()
+        self.template()
             .ok_or_else(|| malformed(&self.place, "comes without a chat template; put a chat_template.jinja beside it"))
     }
 
@@ -153,6 +157,12 @@ impl Tokenizer {
 
     pub fn token_to_id(&self, token: &str) -> Option<u32> {
         self.inner.token_to_id(token)
+    }
+
+    /// What `tokenizer.json` says, in the one form that its older spellings are read into: merges are pairs, and
+    /// every field is there.
+    pub fn to_json(&self) -> Result<Value> {
+        serde_json::to_value(&self.inner).map_err(|error| malformed(&self.place, error))
     }
 
     /// SHA-256 of `tokenizer.json`, in hexadecimal.

@@ -1,6 +1,6 @@
 use std::path::Path;
 
-use retort_core::spec::{Init, Prune, TeacherMode};
+use retort_core::spec::{GgufType, Init, Prune, TeacherMode};
 use serde_json::json;
 
 use super::*;
@@ -47,6 +47,14 @@ async fn good_inputs_are_planned() {
     // Twice the same, byte for byte.
     let again = admit(&world.context, &spec).await.unwrap();
     assert_eq!(again.prompt_set_sha256, admitted.prompt_set_sha256);
+}
+
+#[tokio::test]
+async fn an_export_that_cannot_be_is_refused_before_any_work() {
+    // The teacher's tokenizer knows whole words alone.
+    check(Code::ModelUnsupported, "export.gguf: ", |_, spec| spec.export.gguf = vec![GgufType::Q8_0]).await;
+    check(Code::ModelUnsupported, "GGUF is written for BPE alone", |_, spec| spec.export.gguf = vec![GgufType::F16])
+        .await;
 }
 
 #[tokio::test]

@@ -27,6 +27,8 @@ async fn a_candidate_that_passes_becomes_a_version() {
     assert_eq!(report.gates.len(), 1);
     assert!(report.gates[0].passed);
     assert!(exists(&world, "models/support/000001/config.json").await);
+    let card = world.context.store.get("models/support/000001/README.md", 1 << 20).await.unwrap();
+    assert!(String::from_utf8(card.to_vec()).unwrap().contains("# support, version 1\n"));
 
     let stored = world.context.store.get(&paths::report(job.as_str()), 1 << 20).await.unwrap();
     assert_eq!(serde_json::from_slice::<Report>(&stored).unwrap(), report);
@@ -75,6 +77,13 @@ async fn a_crash_anywhere_promotes_once() {
     assert!(!exists(&world, &half).await);
     world.context.store.put_new(&paths::report(job.as_str()), Bytes::from_static(b"{}")).await.unwrap();
     assert_eq!(promote(&world.context, &read, &finish, &quality).await.unwrap(), model);
+    // Died before the pointer, the card written.
+    let pointer = paths::model_version(&model.name, model.version);
+    let key = format!("{}README.md", model.key);
+    let card = world.context.store.get(&key, 1 << 20).await.unwrap();
+    world.context.store.delete(&pointer).await.unwrap();
+    assert_eq!(promote(&world.context, &read, &finish, &quality).await.unwrap(), model);
+    assert_eq!(world.context.store.get(&key, 1 << 20).await.unwrap(), card);
 
     judge_ready(&world.context).await.unwrap();
     let read = world.read_job(&job).await;

@@ -48,6 +48,8 @@ pub(super) struct World {
     pub(super) shift: u64,
     /// Of the spec's section `train`.
     pub(super) train: String,
+    /// Types of GGUF files that the spec asks for, as YAML lists them.
+    pub(super) gguf: &'static str,
     prompts: (String, String),
     folder: tempfile::TempDir,
     state: Arc<State>,
@@ -112,7 +114,17 @@ impl World {
         fs::write(&path, &prompts).unwrap();
         let train = "learning_rate: 0.02".to_owned();
         let state = Arc::new(State { store: store.clone(), inner: Mutex::default() });
-        Self { prompts: (paths::prompt_set(&sha256), sha256), store, teacher, header, shift: 0, train, folder, state }
+        Self {
+            prompts: (paths::prompt_set(&sha256), sha256),
+            store,
+            teacher,
+            header,
+            shift: 0,
+            train,
+            gguf: "",
+            folder,
+            state,
+        }
     }
 
     /// Every shard is published.
@@ -190,9 +202,11 @@ impl World {
         let yaml = format!(
             "name: t\nseed: 3\nprompts: {{path: p}}\nteacher: {{model: {:?}, sampling: {{max_new_tokens: 6}}}}\n\
              student: {{init: {{prune: {{layers: 2}}}}}}\n\
-             train: {{passes: {PASSES}, batch_rows: {BATCH_ROWS}, checkpoint_steps: 7, {}}}\n",
+             train: {{passes: {PASSES}, batch_rows: {BATCH_ROWS}, checkpoint_steps: 7, {}}}\n\
+             export: {{gguf: [{}]}}\n",
             self.teacher.folder.display().to_string(),
-            self.train
+            self.train,
+            self.gguf
         );
         spec::parse_yaml("spec.yaml", &yaml).unwrap()
     }

@@ -46,8 +46,8 @@ fn write_tokenizer(folder: &Path, vocab_size: i64, word: &str) {
     let vocab: serde_json::Map<_, _> = (0..vocab_size).map(|id| (format!("{word}{id}"), json!(id))).collect();
     let tokenizer = json!({
         "version": "1.0",
-        "pre_tokenizer": {"type": "Whitespace"},
-        "model": {"type": "WordLevel", "vocab": vocab, "unk_token": format!("{word}0")},
+        "pre_tokenizer": {"type": "ByteLevel", "add_prefix_space": false, "trim_offsets": true, "use_regex": true},
+        "model": {"type": "BPE", "vocab": vocab, "merges": [], "unk_token": format!("{word}0")},
     });
     fs::write(folder.join("tokenizer.json"), tokenizer.to_string()).unwrap();
 }

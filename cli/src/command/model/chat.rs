@@ -1,7 +1,4 @@
-use std::{
-    os::unix::process::CommandExt as _,
-    path::{Path, PathBuf},
-};
+use std::{os::unix::process::CommandExt as _, path::PathBuf};
 
 use clap::Args;
 use retort_core::{Code, Error, Result};
@@ -9,8 +6,7 @@ use retort_core::{Code, Error, Result};
 use crate::{
     cluster::{missing, program_folder},
     command::{Context, HomeArg},
-    export::{Source, export},
-    home::{local_folder, open_store},
+    model_folder::ModelFolder,
     outcome::Outcome,
 };
 
@@ -49,7 +45,7 @@ impl Chat {
         if !program.is_file() {
             return Err(missing("retort-teacher", &folder));
         }
-        let model = self.folder().await?;
+        let model = ModelFolder::resolve(&self.model, &self.home, self.store.as_deref()).await?.path;
         let mut command = std::process::Command::new(&program);
         command.arg("chat").arg("--model").arg(&model);
         for (flag, value) in [
@@ -65,30 +61,5 @@ impl Chat {
         // Becomes the teacher's own process: the terminal and the signals are its.
         let error = command.exec();
         Err(Error::new(Code::ComponentFailed, format!("cannot start {}: {error}", program.display())))
-    }
-
-    /// The model's folder on this machine, exported from a store elsewhere when it must be.
-    async fn folder(&self) -> Result<PathBuf> {
-        if Path::new(&self.model).is_dir() {
-            return Ok(PathBuf::from(&self.model));
-        }
-        if self.model.contains(['/', '.', '\\']) && !self.model.starts_with("models/") {
-            return Err(Error::new(
-                Code::FileNotFound,
-                format!("{}: no such folder; a promoted model goes by NAME or NAME@VERSION", self.model),
-            ));
-        }
-        let home = self.home.resolve()?;
-        let location = home.store_or(self.store.as_deref())?;
-        let store = open_store(&location)?;
-        let source = Source::resolve(&store, &self.model).await?;
-        match local_folder(&location) {
-            Some(folder) => Ok(folder.join(&source.key)),
-            None => {
-                let version = source.version.unwrap_or_default();
-                let out = home.exports().join(format!("{}@{version}", source.name));
-                Ok(export(&store, &source, &out, false).await?.path)
-            }
-        }
     }
 }

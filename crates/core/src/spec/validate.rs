@@ -114,6 +114,7 @@ impl JobSpec {
                     .to_owned(),
             ));
         }
+        self.export.check()?;
         for (gate, limit, max) in [
             ("gates.max_kl", self.gates.max_kl, 1e6),
             ("gates.max_kl_ratio", self.gates.max_kl_ratio, 1e6),

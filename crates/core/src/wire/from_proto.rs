@@ -3,9 +3,9 @@ use retort_proto as proto;
 use crate::{
     Code, Error, Result,
     spec::{
-        Choose, CodecName, FlatSoftTargets, Gates, Guard, Init, JobSpec, Keep, Layers, Loss, Parallel, Promote,
-        Prompts, Prune, Quantiser, Sampling, Schedule, Sharing, SoftTargets, Student, Teacher, TeacherMode, Train,
-        Weight,
+        Choose, CodecName, Export, FlatSoftTargets, Gates, GgufType, Guard, Init, JobSpec, Keep, Layers, Loss,
+        Parallel, Promote, Prompts, Prune, Quantiser, Sampling, Schedule, Sharing, SoftTargets, Student, Teacher,
+        TeacherMode, Train, Weight,
     },
     state::{JobState, Split},
 };
@@ -93,6 +93,7 @@ pub fn job_spec_from_proto(spec: proto::JobSpec) -> Result<JobSpec> {
             max_perplexity_ratio: g.max_perplexity_ratio,
             max_calibration_error: g.max_calibration_error,
         }),
+        export: spec.export.map_or_else(|| Ok(Export::default()), export_from_proto)?,
     };
     spec.validate()?;
     Ok(spec)
@@ -190,6 +191,19 @@ fn parallel_from_proto(parallel: proto::ParallelSpec) -> Result<Parallel> {
         outer_momentum: parallel.outer_momentum.unwrap_or(default.outer_momentum),
         ..default
     })
+}
+
+fn export_from_proto(export: proto::ExportSpec) -> Result<Export> {
+    let gguf = |number: i32| match proto::GgufType::try_from(number) {
+        Ok(proto::GgufType::F32) => Ok(GgufType::F32),
+        Ok(proto::GgufType::F16) => Ok(GgufType::F16),
+        Ok(proto::GgufType::Bf16) => Ok(GgufType::Bf16),
+        Ok(proto::GgufType::Q80) => Ok(GgufType::Q8_0),
+        Ok(proto::GgufType::Unspecified) | Err(_) => {
+            Err(Error::new(Code::SpecInvalid, format!("export.gguf {number} is not known")))
+        }
+    };
+    Ok(Export { gguf: export.gguf.into_iter().map(gguf).collect::<Result<_>>()? })
 }
 
 fn loss_from_proto(loss: proto::LossSpec) -> Loss {

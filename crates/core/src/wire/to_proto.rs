@@ -3,8 +3,8 @@ use retort_proto as proto;
 use crate::{
     Error,
     spec::{
-        Choose, CodecName, FlatSoftTargets, Init, JobSpec, Layers, Loss, Parallel, Promote, Prune, Quantiser, Schedule,
-        Sharing, SoftTargets, TeacherMode, Weight,
+        Choose, CodecName, FlatSoftTargets, GgufType, Init, JobSpec, Layers, Loss, Parallel, Promote, Prune, Quantiser,
+        Schedule, Sharing, SoftTargets, TeacherMode, Weight,
     },
     state::{JobState, Split, TaskKind},
 };
@@ -96,6 +96,18 @@ pub fn job_spec_to_proto(spec: &JobSpec) -> proto::JobSpec {
             max_perplexity_ratio: spec.gates.max_perplexity_ratio,
             max_calibration_error: spec.gates.max_calibration_error,
         }),
+        export: Some(proto::ExportSpec {
+            gguf: spec.export.gguf.iter().map(|kind| gguf_to_proto(*kind).into()).collect(),
+        }),
+    }
+}
+
+fn gguf_to_proto(kind: GgufType) -> proto::GgufType {
+    match kind {
+        GgufType::F32 => proto::GgufType::F32,
+        GgufType::F16 => proto::GgufType::F16,
+        GgufType::Bf16 => proto::GgufType::Bf16,
+        GgufType::Q8_0 => proto::GgufType::Q80,
     }
 }
 

@@ -1,32 +1,24 @@
 //! `config.json` and `generation_config.json` from a GGUF file's metadata.
 
-use std::f64::consts::PI;
 use std::fs::File;
 use std::os::unix::fs::FileExt;
 use std::path::Path;
 
 use retort_core::{Code, Error, Result};
-use retort_model::Architecture;
+use retort_model::{Architecture, Llama3Scaling};
 use serde_json::{Map, Value, json};
 
 use super::metadata::Metadata;
+use super::names::ROPE_FREQS;
 use super::quant::Kind;
 use super::reader::Gguf;
 use super::vocabulary::Vocabulary;
 use crate::layout::Layout;
 use crate::weights::Dtype;
 
-/// Llama 3.1's scaling of rotary frequencies, as `config.json` states it.
-#[derive(Clone, Copy, Debug, PartialEq)]
-pub(crate) struct Llama3Scaling {
-    pub(crate) factor: f64,
-    pub(crate) original_context: u64,
-}
-
 /// Of every published model with this scaling.
 const LOW_FREQ_FACTOR: f64 = 1.0;
 const HIGH_FREQ_FACTOR: f64 = 4.0;
-pub(crate) const ROPE_FREQS: &str = "rope_freqs.weight";
 
 /// The model's shape; the vocabulary is as large as the embedding, padding included.
 pub(crate) fn layout(gguf: &Gguf, tokens: u64) -> Result<Layout> {
@@ -111,8 +103,13 @@ pub(crate) fn rope_scaling(gguf: &Gguf, file: &File, path: &Path, layout: &Layou
     // frequency factors matters, and those are the same in every published model.
     let factor = f64::from(divisors.iter().copied().fold(1.0, f32::max));
     (10..=24)
-        .map(|bits| Llama3Scaling { factor, original_context: 1 << bits })
-        .find(|scaling| scaling.gives(&divisors, theta))
+        .map(|bits| Llama3Scaling {
+            factor,
+            low_freq_factor: LOW_FREQ_FACTOR,
+            high_freq_factor: HIGH_FREQ_FACTOR,
+            original_max_position_embeddings: 1 << bits,
+        })
+        .find(|scaling| gives(scaling, &divisors, theta))
         .map(Some)
         .ok_or_else(|| {
             metadata.unsupported(format!(
@@ -121,28 +118,10 @@ pub(crate) fn rope_scaling(gguf: &Gguf, file: &File, path: &Path, layout: &Layou
         })
 }
 
-impl Llama3Scaling {
-    fn gives(self, divisors: &[f32], theta: f64) -> bool {
-        let close = |(i, divisor): (usize, &f32)| {
-            let wanted = self.divisor(theta.powf(-(i as f64) / divisors.len() as f64));
-            (f64::from(*divisor) - wanted).abs() <= 1e-4 * wanted
-        };
-        divisors.iter().enumerate().all(close)
-    }
-
-    /// What a rotary frequency, in radians a position, is divided by.
-    pub(crate) fn divisor(self, frequency: f64) -> f64 {
-        let wavelength = 2.0 * PI / frequency;
-        let context = self.original_context as f64;
-        if wavelength < context / HIGH_FREQ_FACTOR {
-            1.0
-        } else if wavelength > context / LOW_FREQ_FACTOR {
-            self.factor
-        } else {
-            let smooth = (context / wavelength - LOW_FREQ_FACTOR) / (HIGH_FREQ_FACTOR - LOW_FREQ_FACTOR);
-            1.0 / ((1.0 - smooth) / self.factor + smooth)
-        }
-    }
+/// Whether a scaling has just these divisors.
+fn gives(scaling: &Llama3Scaling, divisors: &[f32], theta: f64) -> bool {
+    let wanted = scaling.divisors(theta, divisors.len());
+    divisors.iter().zip(wanted).all(|(divisor, wanted)| (f64::from(*divisor) - wanted).abs() <= 1e-4 * wanted)
 }
 
 pub(crate) fn config(
@@ -180,9 +159,9 @@ pub(crate) fn config(
         "rope_scaling": scaling.map(|scaling| json!({
             "rope_type": "llama3",
             "factor": scaling.factor,
-            "low_freq_factor": LOW_FREQ_FACTOR,
-            "high_freq_factor": HIGH_FREQ_FACTOR,
-            "original_max_position_embeddings": scaling.original_context,
+            "low_freq_factor": scaling.low_freq_factor,
+            "high_freq_factor": scaling.high_freq_factor,
+            "original_max_position_embeddings": scaling.original_max_position_embeddings,
         })),
         "rope_theta": rope_theta(metadata, layout.architecture)?,
         "tie_word_embeddings": layout.tied,

@@ -5,7 +5,7 @@ use half::{bf16, f16};
 
 /// How a tensor's values are stored. `Q4_K` and its kin are super-blocks of 256 values.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(crate) enum Kind {
+pub enum Kind {
     F32,
     F16,
     BF16,
@@ -52,23 +52,28 @@ impl Kind {
     }
 
     pub(crate) fn from_number(number: u32) -> Option<Self> {
-        Kind::ALL.into_iter().find(|kind| kind.facts().0 == number)
+        Kind::ALL.into_iter().find(|kind| kind.number() == number)
     }
 
-    pub(crate) fn name(self) -> &'static str {
+    /// GGML's number of it.
+    pub fn number(self) -> u32 {
+        self.facts().0
+    }
+
+    pub fn name(self) -> &'static str {
         self.facts().1
     }
 
-    pub(crate) fn block_values(self) -> u64 {
+    pub fn block_values(self) -> u64 {
         self.facts().2
     }
 
-    pub(crate) fn block_bytes(self) -> u64 {
+    pub fn block_bytes(self) -> u64 {
         self.facts().3
     }
 
     /// Appends the values of whole blocks to `values`; a rest shorter than a block is ignored.
-    pub(crate) fn dequantise(self, blocks: &[u8], values: &mut Vec<f32>) {
+    pub fn dequantise(self, blocks: &[u8], values: &mut Vec<f32>) {
         match self {
             Kind::F32 => values.extend(blocks.as_chunks::<4>().0.iter().map(|b| f32::from_le_bytes(*b))),
             Kind::F16 => values.extend(blocks.as_chunks::<2>().0.iter().map(|b| f16::from_le_bytes(*b).to_f32())),

@@ -7,7 +7,7 @@ use std::collections::HashMap;
 use super::vocabulary::{Token, TokenKind};
 
 /// Pairs of token texts, the one that merges first in front.
-pub(crate) fn merges<'a>(tokens: &'a [Token], scores: &[f64]) -> Vec<(&'a str, &'a str)> {
+pub fn merges<'a>(tokens: &'a [Token], scores: &[f64]) -> Vec<(&'a str, &'a str)> {
     // Control, unknown and byte tokens never come from merging.
     let ids: HashMap<&str, usize> = tokens
         .iter()

@@ -9,11 +9,11 @@ use std::os::unix::fs::FileExt;
 use std::path::Path;
 
 use retort_core::{Error, Result};
-use retort_model::Architecture;
 
-use super::config::ROPE_FREQS;
+use super::names::{ROPE_FREQS, interleaves_rotary, tensor_name};
 use super::quant::Kind;
 use super::reader::{Gguf, Tensor};
+use super::rotary::separate_halves;
 use crate::layout::{Expected, Layout};
 use crate::weights::{self, Dtype, Entry, Sink};
 
@@ -36,7 +36,7 @@ pub(crate) fn plan(gguf: &Gguf, layout: &Layout) -> Result<Vec<Planned>> {
     left.remove(ROPE_FREQS);
     let mut plan = Vec::new();
     for Expected { name, shape } in layout.tensors() {
-        let Some(theirs) = gguf_name(&name) else {
+        let Some(theirs) = tensor_name(&name) else {
             return Err(Error::internal(format!("tensor \"{name}\" has no GGUF name")));
         };
         let Some(tensor) = left.remove(&theirs) else {
@@ -48,8 +48,7 @@ pub(crate) fn plan(gguf: &Gguf, layout: &Layout) -> Result<Vec<Planned>> {
                 tensor.shape
             )));
         }
-        let rotary = name.contains(".q_proj.") || name.contains(".k_proj.");
-        let interleaved = (rotary && layout.architecture != Architecture::Qwen2).then_some(layout.head_dim);
+        let interleaved = interleaves_rotary(layout.architecture, &name).then_some(layout.head_dim);
         if interleaved.is_some() && shape.len() == 1 && tensor.kind.block_values() > 1 {
             return Err(
                 metadata.unsupported(format!("tensor \"{theirs}\" is a quantised bias, {}", tensor.kind.name()))
@@ -119,48 +118,10 @@ impl Planned {
     }
 }
 
-/// Rows `x0 y0 x1 y1 ...` of each head become `x0 x1 ... y0 y1 ...`; `row_bytes` a row.
-fn separate_halves(rows: &[u8], row_bytes: usize, head_rows: usize) -> Vec<u8> {
-    let mut separated = Vec::with_capacity(rows.len());
-    for head in rows.chunks(row_bytes * head_rows) {
-        for half in 0..2 {
-            for row in head.chunks(row_bytes).skip(half).step_by(2) {
-                separated.extend_from_slice(row);
-            }
-        }
-    }
-    separated
-}
-
 fn dtype(kind: Kind) -> Dtype {
     match kind {
         Kind::F16 => Dtype::F16,
         Kind::BF16 => Dtype::BF16,
         _ => Dtype::F32,
     }
-}
-
-/// What GGUF calls the tensor that Hugging Face calls `name`.
-fn gguf_name(name: &str) -> Option<String> {
-    match name {
-        "model.embed_tokens.weight" => return Some("token_embd.weight".to_owned()),
-        "model.norm.weight" => return Some("output_norm.weight".to_owned()),
-        "lm_head.weight" => return Some("output.weight".to_owned()),
-        _ => {}
-    }
-    let (layer, part) = name.strip_prefix("model.layers.")?.split_once('.')?;
-    let (module, kind) = part.rsplit_once('.')?;
-    let theirs = match module {
-        "input_layernorm" => "attn_norm",
-        "self_attn.q_proj" => "attn_q",
-        "self_attn.k_proj" => "attn_k",
-        "self_attn.v_proj" => "attn_v",
-        "self_attn.o_proj" => "attn_output",
-        "post_attention_layernorm" => "ffn_norm",
-        "mlp.gate_proj" => "ffn_gate",
-        "mlp.up_proj" => "ffn_up",
-        "mlp.down_proj" => "ffn_down",
-        _ => return None,
-    };
-    Some(format!("blk.{layer}.{theirs}.{kind}"))
 }

@@ -5,15 +5,12 @@ use serde::{Serialize, Serializer};
 use serde_json::{Map, Value, json};
 
 use super::metadata::Metadata;
+use super::pre_tokenizer::PreTokenizer;
 use super::sentencepiece;
-use super::vocabulary::{Model, PreTokenizer, Token, TokenKind, Vocabulary};
+use super::vocabulary::{Model, Token, TokenKind, Vocabulary};
 
-/// GPT-4's cut as Llama 3 (digits by threes) and Qwen2 (digits one by one) use it.
-const LLAMA3_CUT: &str = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+";
-const QWEN2_CUT: &str =
-    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+";
 /// SentencePiece's mark for a space.
-const SPACE: &str = "\u{2581}";
+pub const SPACE: &str = "\u{2581}";
 
 /// The whole `tokenizer.json`.
 pub(crate) fn tokenizer(vocabulary: &Vocabulary, metadata: &Metadata) -> Result<Vec<u8>> {
@@ -138,8 +135,7 @@ struct Vocab<'a>(&'a [Token]);
 
 impl Serialize for Vocab<'_> {
     fn serialize<S: Serializer>(&self, serializer: S) -> Result<S::Ok, S::Error> {
-        let is_padding =
-            |id: usize, token: &Token| token.kind == TokenKind::Unused && token.text == format!("[PAD{id}]");
+        let is_padding = |id: usize, token: &Token| token.kind == TokenKind::Unused && *token == Token::padding(id);
         serializer.collect_map(
             self.0
                 .iter()
@@ -190,16 +186,10 @@ fn normalizer(model: &Model) -> Value {
 }
 
 fn pre_tokenizer(model: &Model) -> Value {
-    let Model::ByteLevel { pre, .. } = model else { return Value::Null };
-    let bytes = |use_regex: bool| json!({"type": "ByteLevel", "add_prefix_space": false, "trim_offsets": true, "use_regex": use_regex});
-    let cut = |pattern: &str| json!({"type": "Split", "pattern": {"Regex": pattern}, "behavior": "Isolated", "invert": false});
-    let steps = match pre {
-        PreTokenizer::Gpt2 => return bytes(true),
-        PreTokenizer::SmolLm => [json!({"type": "Digits", "individual_digits": true}), bytes(true)],
-        PreTokenizer::Llama3 => [cut(LLAMA3_CUT), bytes(false)],
-        PreTokenizer::Qwen2 => [cut(QWEN2_CUT), bytes(false)],
-    };
-    json!({"type": "Sequence", "pretokenizers": steps})
+    match model {
+        Model::ByteLevel { pre, .. } => pre.to_json(),
+        Model::SentencePiece { .. } => Value::Null,
+    }
 }
 
 fn post_processor(vocabulary: &Vocabulary) -> Value {

@@ -5,6 +5,7 @@ use std::collections::HashMap;
 use retort_core::Result;
 
 use super::metadata::Metadata;
+use super::pre_tokenizer::PreTokenizer;
 
 /// Beyond every token there is; bounds the search for merges.
 const MAX_TOKEN_BYTES: usize = 4096;
@@ -26,14 +27,16 @@ pub(crate) struct Vocabulary {
     pub(crate) chat_template: Option<String>,
 }
 
-#[derive(Debug)]
-pub(crate) struct Token {
-    pub(crate) text: String,
-    pub(crate) kind: TokenKind,
+/// One entry of the vocabulary.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Token {
+    pub text: String,
+    pub kind: TokenKind,
 }
 
+/// What a token is for, as `tokenizer.ggml.token_type` says it.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(crate) enum TokenKind {
+pub enum TokenKind {
     Normal,
     Unknown,
     Control,
@@ -52,13 +55,35 @@ pub(crate) enum Model {
     SentencePiece { scores: Vec<f64>, add_space_prefix: bool },
 }
 
-/// How a byte-level model cuts text before merging, GGUF's `tokenizer.ggml.pre`.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(crate) enum PreTokenizer {
-    Gpt2,
-    Llama3,
-    Qwen2,
-    SmolLm,
+impl TokenKind {
+    const ALL: [Self; 6] = [Self::Normal, Self::Unknown, Self::Control, Self::UserDefined, Self::Unused, Self::Byte];
+
+    /// As `tokenizer.ggml.token_type` has it.
+    pub fn number(self) -> i32 {
+        match self {
+            Self::Normal => 1,
+            Self::Unknown => 2,
+            Self::Control => 3,
+            Self::UserDefined => 4,
+            Self::Unused => 5,
+            Self::Byte => 6,
+        }
+    }
+
+    /// Files from before there were types have 0.
+    fn from_number(number: i64) -> Option<Self> {
+        if number == 0 {
+            return Some(Self::Normal);
+        }
+        Self::ALL.into_iter().find(|kind| i64::from(kind.number()) == number)
+    }
+}
+
+impl Token {
+    /// Fills a hole in the ids, or a row of the embedding that no text has.
+    pub fn padding(id: usize) -> Self {
+        Self { text: format!("[PAD{id}]"), kind: TokenKind::Unused }
+    }
 }
 
 impl Vocabulary {
@@ -144,14 +169,9 @@ fn tokens(metadata: &Metadata) -> Result<Vec<Token>> {
                 metadata.malformed(format!("token {id} has {} bytes, outside 1 to {MAX_TOKEN_BYTES}", text.len()))
             );
         }
-        let kind = match kinds.map_or(1, |kinds| kinds[id]) {
-            0 | 1 => TokenKind::Normal,
-            2 => TokenKind::Unknown,
-            3 => TokenKind::Control,
-            4 => TokenKind::UserDefined,
-            5 => TokenKind::Unused,
-            6 => TokenKind::Byte,
-            other => return Err(metadata.malformed(format!("token {id} has the unknown type {other}"))),
+        let number = kinds.map_or(1, |kinds| kinds[id]);
+        let Some(kind) = TokenKind::from_number(number) else {
+            return Err(metadata.malformed(format!("token {id} has the unknown type {number}")));
         };
         if let Some(other) = seen.insert(text.as_str(), id) {
             return Err(metadata.malformed(format!("tokens {other} and {id} are both {text:?}")));
@@ -170,15 +190,12 @@ fn byte_level(metadata: &Metadata, tokens: &[Token]) -> Result<Model> {
             );
             PreTokenizer::Gpt2
         }
-        Some("gpt-2") => PreTokenizer::Gpt2,
-        Some("llama-bpe" | "llama3" | "llama-v3") => PreTokenizer::Llama3,
-        Some("qwen2") => PreTokenizer::Qwen2,
-        Some("smollm") => PreTokenizer::SmolLm,
-        Some(other) => {
-            return Err(metadata.unsupported(format!(
-                "the tokenizer cuts text in the way of {other}; retort knows gpt-2, llama-bpe, qwen2 and smollm"
-            )));
-        }
+        Some(name) => PreTokenizer::from_name(name).ok_or_else(|| {
+            metadata.unsupported(format!(
+                "the tokenizer cuts text in the way of {name}; retort knows {}",
+                PreTokenizer::names()
+            ))
+        })?,
     };
     let known: HashMap<&str, ()> = tokens.iter().map(|token| (token.text.as_str(), ())).collect();
     let key = "tokenizer.ggml.merges";

@@ -13,13 +13,11 @@ use retort_artifact::soft_targets::{
     export::{Dtype, NpzPlan, TopKWriter},
 };
 use retort_core::{Code, Error, Result};
+use retort_export::Unfinished;
 use serde_json::{Value, json};
 use tokio_util::sync::CancellationToken;
 
-use super::{
-    DEFAULT_MAX_BYTES, Export, Format, Precision,
-    target::{self, Unfinished},
-};
+use super::{DEFAULT_MAX_BYTES, Export, Format, Precision, target};
 use crate::{
     command::shard::files,
     output::lost,

@@ -1,0 +1,50 @@
+//! What a job leaves beside the student's Hugging Face folder.
+
+use serde::{Deserialize, Serialize};
+
+use super::validate::invalid;
+use crate::Result;
+
+/// Files made from the last checkpoint, beside its weights. None by default, and then left out of JSON: a
+/// checkpoint knows its spec by the hash of that.
+#[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields, default)]
+pub struct Export {
+    /// One GGUF file of each type.
+    pub gguf: Vec<GgufType>,
+}
+
+/// How a GGUF file stores matrices; vectors are always f32.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum GgufType {
+    F32,
+    F16,
+    Bf16,
+    /// Blocks of 32 values of a byte with one f16 scale: 8.5 bits a value.
+    Q8_0,
+}
+
+impl GgufType {
+    pub const ALL: [Self; 4] = [Self::F32, Self::F16, Self::Bf16, Self::Q8_0];
+
+    /// As GGML writes it, and as it stands in the name of a file.
+    pub fn name(self) -> &'static str {
+        match self {
+            Self::F32 => "F32",
+            Self::F16 => "F16",
+            Self::Bf16 => "BF16",
+            Self::Q8_0 => "Q8_0",
+        }
+    }
+}
+
+impl Export {
+    pub(super) fn check(&self) -> Result<()> {
+        let repeats = |(i, kind): (usize, &GgufType)| self.gguf[..i].contains(kind);
+        match self.gguf.iter().enumerate().find(|entry| repeats(*entry)) {
+            Some((_, kind)) => Err(invalid(format!("export.gguf names {} twice", kind.name().to_lowercase()))),
+            None => Ok(()),
+        }
+    }
+}
