@@ -65,6 +65,9 @@ fn check(spec: &JobSpec, file: &PromptFile) -> Result<Admitted> {
     weights::check(teacher.path())?;
     let (student, positions) = student(spec, &teacher)?;
     no_larger(&student, &teacher.config)?;
+    if let Some(lora) = &spec.student.lora {
+        lora.check_width(student.hidden_size.unsigned_abs())?;
+    }
     let counts = prompts::measure(spec, file, &rows, teacher.tokenizer(), positions)?;
     let (plan, tasks) = planner::plan(
         spec,

@@ -2,13 +2,17 @@
 //!
 //! ```text
 //! model/                       a Hugging Face folder, the weights in the student's kind
+//! adapter/                     of a student with adapters: these as PEFT reads them, in the student's kind
 //! state/trainer.json           how far the run has come
 //! state/optimizer.safetensors  moments, and f32 masters where the student is not f32 itself
 //! ```
+//!
+//! A student with adapters has its `model/`, adapters merged, at its last step alone: its base is the weights before
+//! training, which the store keeps.
 
 use std::{fs, path::Path};
 
-use retort_core::{Code, Error, Result};
+use retort_core::{Code, Error, Result, spec::Lora};
 use retort_llama::{Model, copy_text_files};
 use serde::{Deserialize, Serialize};
 use serde_json::json;
@@ -51,9 +55,15 @@ pub fn export(model: &Model, teacher: &Path, into: &Path) -> Result<()> {
     model.save(into, model.kind()).map_err(llama)
 }
 
-/// Writes everything that [`load`] needs. `teacher` lends tokenizer and chat template.
+/// Writes everything that [`load`] or [`load_adapted`] needs. `teacher` lends tokenizer and chat template.
 pub fn save(trainer: &Trainer, teacher: &Path, dir: &Path) -> Result<()> {
-    export(&trainer.model, teacher, &dir.join("model"))?;
+    let adapted = trainer.model.lora().is_some();
+    if adapted {
+        trainer.model.save_adapters(&dir.join("adapter")).map_err(llama)?;
+    }
+    if !adapted || trainer.is_done() {
+        export(&trainer.model, teacher, &dir.join("model"))?;
+    }
     let folder = dir.join("state");
     fs::create_dir_all(&folder).map_err(|error| Error::io(&folder, error))?;
     let state = State {
@@ -71,9 +81,33 @@ pub fn save(trainer: &Trainer, teacher: &Path, dir: &Path) -> Result<()> {
 
 /// The trainer that [`save`] wrote, on `device`. The checkpoint must have been computed in `kind`.
 pub fn load(dir: &Path, options: Options, device: Device, kind: Kind) -> Result<Trainer> {
-    let corrupt = |what: &str, why: String| {
-        Error::new(Code::CheckpointCorrupt, format!("{what} of the checkpoint in {}: {why}", dir.display()))
-    };
+    let state = read_state(dir, kind)?;
+    let model = Model::load(&dir.join("model"), device, kind).map_err(llama)?;
+    restore(dir, &state, Trainer::new(model, options)?)
+}
+
+/// As [`load`], of a student with adapters: `base` is the Hugging Face folder that it began with, in the same `kind`,
+/// `lora` and `seed` what its adapters were made with.
+pub fn load_adapted(
+    dir: &Path,
+    base: &Path,
+    (lora, seed): (&Lora, u64),
+    options: Options,
+    device: Device,
+    kind: Kind,
+) -> Result<Trainer> {
+    let state = read_state(dir, kind)?;
+    let model = Model::load_adapted(base, (device, kind), lora, seed).map_err(llama)?;
+    model.load_adapters(&dir.join("adapter")).map_err(llama)?;
+    restore(dir, &state, Trainer::new(model, options)?)
+}
+
+fn corrupt(dir: &Path, what: &str, why: String) -> Error {
+    Error::new(Code::CheckpointCorrupt, format!("{what} of the checkpoint in {}: {why}", dir.display()))
+}
+
+fn read_state(dir: &Path, kind: Kind) -> Result<State> {
+    let corrupt = |what, why| corrupt(dir, what, why);
     let path = dir.join("state/trainer.json");
     let size = fs::metadata(&path).map_err(|error| Error::io(&path, error))?.len();
     if size > MAX_STATE_BYTES {
@@ -97,11 +131,14 @@ pub fn load(dir: &Path, options: Options, device: Device, kind: Kind) -> Result<
             ),
         ));
     }
-    let model = Model::load(&dir.join("model"), device, kind).map_err(llama)?;
-    let mut trainer = Trainer::new(model, options)?;
+    Ok(state)
+}
+
+fn restore(dir: &Path, state: &State, mut trainer: Trainer) -> Result<Trainer> {
+    let corrupt = |why| corrupt(dir, "state/optimizer.safetensors", why);
     let moments = Tensor::read_safetensors(dir.join("state/optimizer.safetensors"))
-        .map_err(|error| corrupt("state/optimizer.safetensors", error.to_string()))?;
-    trainer.optimizer.restore(state.updates, &moments).map_err(|why| corrupt("state/optimizer.safetensors", why))?;
+        .map_err(|error| corrupt(error.to_string()))?;
+    trainer.optimizer.restore(state.updates, &moments).map_err(corrupt)?;
     trainer.progress = state.progress;
     Ok(trainer)
 }

@@ -1,15 +1,18 @@
 //! The attempt at `{job}/train`: from the newest checkpoint, or the initial weights, to the last step.
 
 use std::{
+    path::{Path, PathBuf},
     sync::Arc,
     time::{Duration, Instant},
 };
 
 use retort_artifact::{checkpoint, checkpoint::Manifest, paths, sha256_hex};
 use retort_core::{Code, Error, Result, state::Split, task_group::TaskGroup};
+use retort_llama::Model;
 use retort_proto::{TrainFinished, TrainProgress, TrainTask, worker_event::What};
 use retort_worker::{Attempt, ModelThread, TaskContext};
 use serde_json::json;
+use tch::Device;
 use tokio::sync::mpsc;
 use tokio_util::sync::CancellationToken;
 
@@ -17,6 +20,7 @@ use crate::{
     checkpoints::Uploader,
     data::{Consumed, Order, TrainingData},
     example::Example,
+    failure::llama,
     held_out::HeldOutSample,
     init::{self, Teacher},
     measure::{Tally, measure},
@@ -129,7 +133,7 @@ impl<'a> Run<'a> {
         let store = &self.cx.store;
         while let Some((prefix, _)) = checkpoint::latest(store, self.attempt.job.as_str()).await? {
             let folder = self.workspace.path().join("resume");
-            let fetched = match checkpoint::fetch(store, &prefix, &folder).await {
+            let fetched = match self.fetch(&prefix, &folder).await {
                 Ok(manifest) => self.load(folder, options.clone()).await.map(|progress| (manifest, progress)),
                 Err(error) => Err(error),
             };
@@ -145,8 +149,7 @@ impl<'a> Run<'a> {
             if manifest.spec_sha256 != self.spec_sha256 || progress.step > self.steps {
                 return Err(Error::internal(format!("the checkpoint {prefix} is not of this job's spec")));
             }
-            let initial = manifest.extra.get(INITIAL_KEY).and_then(|key| key.as_str());
-            self.initial_key = initial.unwrap_or_default().to_owned();
+            self.initial_key = initial_key(&manifest).to_owned();
             self.checkpoint_key = prefix;
             self.progress = progress;
             tracing::info!(step = progress.step, steps = self.steps, "resumed");
@@ -155,12 +158,38 @@ impl<'a> Run<'a> {
         Ok(false)
     }
 
-    async fn load(&self, folder: std::path::PathBuf, options: Options) -> Result<Progress> {
+    /// A checkpoint's files, and below `base/` the weights before training where it holds adapters alone.
+    async fn fetch(&self, prefix: &str, folder: &Path) -> Result<Manifest> {
+        let store = &self.cx.store;
+        let manifest = checkpoint::fetch(store, prefix, folder).await?;
+        if self.attempt.spec.student.lora.is_some() {
+            let initial = initial_key(&manifest);
+            let fetched = checkpoint::fetch_below(store, initial, "model/", &folder.join("base")).await;
+            // Without them no checkpoint of the job is of use.
+            fetched.map_err(|error| match error.code {
+                Code::ObjectNotFound => {
+                    Error::new(Code::CheckpointCorrupt, format!("{prefix}: the weights before training are gone"))
+                }
+                _ => error,
+            })?;
+        }
+        Ok(manifest)
+    }
+
+    async fn load(&self, folder: PathBuf, options: Options) -> Result<Progress> {
         let (device, kind) = (self.settings.device, self.settings.kind);
+        let (lora, seed) = (self.attempt.spec.student.lora.clone(), self.attempt.spec.seed);
         let load = move |slot: &mut Option<Trainer>| -> Result<Progress> {
             // The one before must make room first.
             *slot = None;
-            let trainer = resume::load(&folder, options, device, kind)?;
+            let trainer = match &lora {
+                Some(lora) => {
+                    let base = folder.join("base").join("model");
+                    resume::load_adapted(&folder, &base, (lora, seed), options, device, kind)?
+                }
+                None => resume::load(&folder, options, device, kind)?,
+            };
+            say_trainable(&trainer);
             std::fs::remove_dir_all(&folder).map_err(|error| Error::io(&folder, error))?;
             Ok(slot.insert(trainer).progress())
         };
@@ -175,8 +204,17 @@ impl<'a> Run<'a> {
         let target = folder.clone();
         self.initial_key = paths::initial(self.attempt.job.as_str(), self.attempt.epoch);
         let begin = move |slot: &mut Option<Trainer>| -> Result<()> {
-            let trainer = Trainer::new(init::initial_model(&spec, &teacher, device, kind)?, options)?;
-            resume::export(trainer.model(), &teacher.folder, &target.join("model"))?;
+            let folder = target.join("model");
+            // Adapters' base is read as it is kept, and never lies on the device as it was made.
+            let made_on = if spec.student.lora.is_some() { Device::Cpu } else { device };
+            let mut model = init::initial_model(&spec, &teacher, made_on, kind)?;
+            resume::export(&model, &teacher.folder, &folder)?;
+            if let Some(lora) = &spec.student.lora {
+                drop(model);
+                model = Model::load_adapted(&folder, (device, kind), lora, spec.seed).map_err(llama)?;
+            }
+            let trainer = Trainer::new(model, options)?;
+            say_trainable(&trainer);
             *slot = Some(trainer);
             Ok(())
         };
@@ -345,6 +383,16 @@ async fn load_rows(mut data: TrainingData, steps: std::ops::Range<u32>, send: mp
         }
     }
     Ok(())
+}
+
+/// Prefix of the weights before training.
+fn initial_key(manifest: &Manifest) -> &str {
+    manifest.extra.get(INITIAL_KEY).and_then(|key| key.as_str()).unwrap_or_default()
+}
+
+fn say_trainable(trainer: &Trainer) {
+    let parameters = trainer.model().config().parameters();
+    tracing::info!(trainable = trainer.trainable(), parameters, "the student's parameters");
 }
 
 fn no_trainer() -> Error {

@@ -25,7 +25,9 @@ prompts: {path: /p.jsonl}
 teacher:
   model: /t
   soft_targets: {codec: head_draws, head: 40, temperatures: [2]}
-student: {init: {prune: {layers: 3}}}
+student:
+  init: {prune: {layers: 3}}
+  lora: {rank: 4, alpha: 8, targets: [v_proj, down_proj], dropout: 0.25, base: int8}
 train:
   warmup_ratio: 0.1
   schedule: wsd
@@ -66,6 +68,11 @@ train:
         (train.loss, train.schedule, train.decay_ratio, train.guard) = (None, 0, None, None);
         let train = job_spec_from_proto(sent.clone()).unwrap().train;
         assert_eq!((train.loss, train.decay_ratio, train.guard), (Default::default(), 0.2, Default::default()));
+        sent.student.as_mut().unwrap().lora = Some(proto::LoraSpec::default());
+        assert_eq!(job_spec_from_proto(sent.clone()).unwrap().student.lora, Some(Default::default()));
+        sent.student.as_mut().unwrap().lora = Some(proto::LoraSpec { targets: vec![8], ..Default::default() });
+        assert!(job_spec_from_proto(sent.clone()).unwrap_err().message.contains("student.lora.targets 8"));
+        sent.student.as_mut().unwrap().lora = None;
         sent.train.as_mut().unwrap().schedule = 99;
         assert!(job_spec_from_proto(sent).unwrap_err().message.contains("train.schedule 99"));
     }
@@ -81,9 +88,9 @@ train:
         let no_head = message("codec: head_draws, head: 40", "codec: random");
         assert!(no_head.contains("codec random keeps none"), "{no_head}");
         let unknown = message("label_ce: 0.7", "lable_ce: 0.7");
-        assert!(unknown.contains("label_ce") && unknown.contains("line 22"), "{unknown}");
+        assert!(unknown.contains("label_ce") && unknown.contains("line 24"), "{unknown}");
         let nothing = message("reverse_kl: 0.1", "reverse_kl: much");
-        assert!(nothing.contains("line 16"), "{nothing}");
+        assert!(nothing.contains("line 18"), "{nothing}");
     }
 
     #[test]

@@ -1,6 +1,6 @@
 use std::path::Path;
 
-use retort_core::spec::{Init, TeacherMode};
+use retort_core::spec::{Init, Lora, TeacherMode};
 use serde_json::json;
 
 use super::*;
@@ -270,6 +270,10 @@ async fn weights_that_end_early_are_refused() {
 async fn a_student_must_fit_its_teacher() {
     check(Code::SpecInvalid, "student.init.prune.layers is 3; the teacher", |_, spec| {
         spec.student.init = Init::Prune { layers: 3 };
+    })
+    .await;
+    check(Code::SpecInvalid, "student.lora.rank is 9, more than the student's hidden_size of 8", |_, spec| {
+        spec.student.lora = Some(Lora { rank: 9, ..Lora::default() });
     })
     .await;
     let student = |config: serde_json::Value, words: usize| {

@@ -46,6 +46,8 @@ pub(super) struct World {
     pub(super) header: Header,
     /// They hold the rows that come this much later.
     pub(super) shift: u64,
+    /// More of the spec's `student`, such as `, lora: {rank: 4}`.
+    pub(super) student: &'static str,
     prompts: (String, String),
     folder: tempfile::TempDir,
     state: Arc<State>,
@@ -109,7 +111,16 @@ impl World {
         fs::create_dir_all(path.parent().unwrap()).unwrap();
         fs::write(&path, &prompts).unwrap();
         let state = Arc::new(State { store: store.clone(), inner: Mutex::default() });
-        Self { prompts: (paths::prompt_set(&sha256), sha256), store, teacher, header, shift: 0, folder, state }
+        Self {
+            prompts: (paths::prompt_set(&sha256), sha256),
+            store,
+            teacher,
+            header,
+            shift: 0,
+            student: "",
+            folder,
+            state,
+        }
     }
 
     /// Every shard is published.
@@ -180,9 +191,10 @@ impl World {
     fn spec(&self) -> JobSpec {
         let yaml = format!(
             "name: t\nseed: 3\nprompts: {{path: p}}\nteacher: {{model: {:?}, sampling: {{max_new_tokens: 6}}}}\n\
-             student: {{init: {{prune: {{layers: 2}}}}}}\n\
+             student: {{init: {{prune: {{layers: 2}}}}{}}}\n\
              train: {{passes: {PASSES}, batch_rows: {BATCH_ROWS}, learning_rate: 0.02, checkpoint_steps: 7}}\n",
-            self.teacher.folder.display().to_string()
+            self.teacher.folder.display().to_string(),
+            self.student
         );
         spec::parse_yaml("spec.yaml", &yaml).unwrap()
     }

@@ -9,26 +9,26 @@ use crate::{
     resume,
 };
 
-const VOCAB: u32 = 40;
-const STEPS: u32 = 6;
+pub(super) const VOCAB: u32 = 40;
+pub(super) const STEPS: u32 = 6;
 
-fn options() -> Options {
+pub(super) fn options() -> Options {
     let loss = Loss { forward_kl: Weight::constant(0.9), label_ce: Weight::constant(0.1), ..Loss::default() };
     let train = Train { learning_rate: 5e-3, loss, batch_rows: 4, ..Train::default() };
     Options { train, steps: STEPS, limits: batch::Limits { max_tokens: 60 } }
 }
 
-fn model(tied: bool) -> Model {
+pub(super) fn model(tied: bool) -> Model {
     let config = retort_llama::Config { tie_word_embeddings: tied, ..tiny_config(2, VOCAB.into()) };
     alone(|| Model::init(config, Device::Cpu, Kind::Float, 5)).unwrap()
 }
 
-fn rows(step: u32) -> Vec<Example> {
+pub(super) fn rows(step: u32) -> Vec<Example> {
     let seed = |i: u64| u64::from(step % 2) * 10 + i;
     (0..4).map(|i| example(seed(i), 3 + i as usize, 6 + 3 * i as usize, 5, VOCAB)).collect()
 }
 
-fn weights(trainer: &Trainer) -> Vec<(String, Vec<u8>)> {
+pub(super) fn weights(trainer: &Trainer) -> Vec<(String, Vec<u8>)> {
     let bytes = |tensor: &Tensor| {
         let mut bytes = vec![0; tensor.numel() * 4];
         tensor.detach().f_copy_data_u8(&mut bytes, tensor.numel()).unwrap();

@@ -2,7 +2,10 @@ use retort_proto as proto;
 
 use crate::{
     Error,
-    spec::{CodecName, FlatSoftTargets, Init, JobSpec, Loss, Quantiser, Schedule, SoftTargets, TeacherMode, Weight},
+    spec::{
+        CodecName, FlatSoftTargets, Init, JobSpec, Lora, LoraBase, LoraTarget, Loss, Quantiser, Schedule, SoftTargets,
+        TeacherMode, Weight,
+    },
     state::{JobState, Split, TaskKind},
 };
 
@@ -53,6 +56,7 @@ pub fn job_spec_to_proto(spec: &JobSpec) -> proto::JobSpec {
                     num_key_value_heads: *num_key_value_heads,
                 }),
             }),
+            lora: spec.student.lora.as_ref().map(lora_to_proto),
         }),
         train: Some(proto::TrainSpec {
             passes: spec.train.passes,
@@ -84,6 +88,29 @@ pub fn job_spec_to_proto(spec: &JobSpec) -> proto::JobSpec {
             min_top1_agreement: spec.gates.min_top1_agreement,
             max_perplexity_ratio: spec.gates.max_perplexity_ratio,
         }),
+    }
+}
+
+fn lora_to_proto(lora: &Lora) -> proto::LoraSpec {
+    let target = |target: &LoraTarget| match target {
+        LoraTarget::QProj => proto::LoraTarget::QProj,
+        LoraTarget::KProj => proto::LoraTarget::KProj,
+        LoraTarget::VProj => proto::LoraTarget::VProj,
+        LoraTarget::OProj => proto::LoraTarget::OProj,
+        LoraTarget::GateProj => proto::LoraTarget::GateProj,
+        LoraTarget::UpProj => proto::LoraTarget::UpProj,
+        LoraTarget::DownProj => proto::LoraTarget::DownProj,
+    };
+    proto::LoraSpec {
+        rank: Some(lora.rank),
+        alpha: Some(lora.alpha),
+        targets: lora.targets.iter().map(|of| target(of).into()).collect(),
+        dropout: lora.dropout,
+        base: match lora.base {
+            LoraBase::Model => proto::LoraBase::Model,
+            LoraBase::Int8 => proto::LoraBase::Int8,
+        }
+        .into(),
     }
 }
 

@@ -1,7 +1,7 @@
 use super::*;
 use crate::{Architecture, Llama3Scaling, folder_sha256, greedy};
 
-fn config() -> Config {
+pub(super) fn config() -> Config {
     Config {
         architecture: Architecture::Llama,
         hidden_size: 24,
@@ -32,7 +32,7 @@ fn config() -> Config {
     }
 }
 
-fn random(config: Config) -> Model {
+pub(super) fn random(config: Config) -> Model {
     Model::init(config, Device::Cpu, Kind::Float, 11).unwrap()
 }
 
@@ -44,7 +44,7 @@ fn logits(model: &Model, ids_bt: &Tensor) -> Tensor {
     model.head(&model.hidden(ids_bt).unwrap()).unwrap()
 }
 
-fn difference(one: &Tensor, other: &Tensor) -> f64 {
+pub(super) fn difference(one: &Tensor, other: &Tensor) -> f64 {
     (one - other).abs().max().double_value(&[])
 }
 
@@ -376,7 +376,7 @@ fn a_tape_gives_the_gradients_of_autograd() {
         let parameters = model.parameters().into_iter().filter(|(name, _)| name != "lm_head.weight");
         parameters.map(|(_, tensor)| (tensor.grad().copy(), tensor.grad().zero_()).0).collect()
     };
-    let (hidden_nh, tape) = model.hidden_taped(&all, &lengths).unwrap();
+    let (hidden_nh, tape) = model.hidden_taped(&all, &lengths, None).unwrap();
     assert!(!hidden_nh.requires_grad());
     // Of the sum of cubes.
     model.backward(tape, &(hidden_nh.square() * 3.0)).unwrap();
