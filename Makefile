@@ -62,8 +62,8 @@ test: test-rust test-parity test-python ## Every test
 test-rust: build $(TEACHER)/retort-import.json ## Unit, property, golden, end-to-end and kill tests
 	cargo test --workspace --locked --no-fail-fast
 
-test-parity: build $(TEACHER)/retort-import.json ## An exported student against transformers
-	@$(FETCH) transformers
+test-parity: build $(TEACHER)/retort-import.json ## An exported student against transformers, its adapters against PEFT
+	@$(FETCH) transformers peft
 	cargo test --workspace --locked --features retort-tests/transformers --test transformers
 
 test-python: ## retort-data, the reader in Python

@@ -183,6 +183,23 @@ def transformers():
     environment("transformers", "the parity tests (torch with its own CUDA packages: about 3 GB)", ["torch"])
 
 
+def peft():
+    """PEFT for the parity tests' environment: a folder to put on its path."""
+    transformers()
+    packages = ("peft", "accelerate", "psutil")
+    pins = [l for l in (SETUP / "wheels.txt").read_text().splitlines() if l.split("==")[0] in packages]
+    place = CACHE / "peft"
+    stamp = place / "complete"
+    if stamp.exists() and stamp.read_text() == "\n".join(pins):
+        return
+    shutil.rmtree(place, ignore_errors=True)
+    partial = Path(tempfile.mkdtemp(dir=CACHE, prefix=".partial-"))
+    for package in packages:
+        extract(wheel(package), lambda n: n, partial)
+    (partial / "complete").write_text("\n".join(pins))
+    publish(partial, place)
+
+
 def retort_data():
     """A Python environment with what retort-data needs, and pytest."""
     environment("retort-data", "retort-data's tests (60 MB)", [])
@@ -221,8 +238,8 @@ def environment(name, what_for, wheels, alone=()):
     stamp.write_text(pins.read_text())
 
 
-PARTS = {"libtorch": libtorch, "teacher": teacher, "deny": deny, "transformers": transformers, "retort-data": retort_data,
-         "fidelity": fidelity, "vllm": vllm}
+PARTS = {"libtorch": libtorch, "teacher": teacher, "deny": deny, "transformers": transformers, "peft": peft,
+         "retort-data": retort_data, "fidelity": fidelity, "vllm": vllm}
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)

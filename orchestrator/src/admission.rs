@@ -69,6 +69,9 @@ fn check(spec: &JobSpec, file: &PromptFile) -> Result<Admitted> {
     if !spec.export.gguf.is_empty() {
         exportable(&student, &teacher)?;
     }
+    if let Some(lora) = &spec.student.lora {
+        lora.check_width(student.hidden_size.unsigned_abs())?;
+    }
     let counts = prompts::measure(spec, file, &rows, teacher.tokenizer(), positions)?;
     let (plan, tasks) = planner::plan(
         spec,

@@ -167,6 +167,10 @@ async fn promote(context: &Context, job: &Job, finish: &TrainFinish, quality: &Q
                 format!("the candidate's folder {from} is empty: nothing can be promoted"),
             ));
         }
+        if job.spec.student.lora.is_some() {
+            let adapters = paths::adapter_prefix(&finish.checkpoint_key);
+            context.store.copy_prefix(&adapters, &paths::adapter_prefix(&model.key)).await?;
+        }
         model_card::write(context, job, finish, &model).await?;
         let pointer = Pointer {
             name: model.name.clone(),

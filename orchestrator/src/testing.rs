@@ -216,7 +216,7 @@ pub fn spec(folder: &Path) -> JobSpec {
             sampling: retort_core::spec::Sampling { max_new_tokens: 8, ..Default::default() },
             soft_targets: Default::default(),
         },
-        student: Student { pool: "default".to_owned(), init: Init::Prune(Prune::to_layers(1)) },
+        student: Student { pool: "default".to_owned(), init: Init::Prune(Prune::to_layers(1)), lora: None },
         train: Train { passes: 2, batch_rows: 4, ..Train::default() },
         gates: Gates { max_kl: Some(0.5), ..Gates::default() },
         export: Default::default(),

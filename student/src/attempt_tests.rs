@@ -187,6 +187,44 @@ async fn the_last_checkpoint_alone_holds_the_gguf_files() {
     assert_eq!(finished.checkpoint_key, prefix);
 }
 
+/// With inputs dropped, on a base of bytes; what lies in the store is what the evaluation and PEFT read.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn stopped_adapters_go_on_and_end_with_the_same_bytes() {
+    let adapted = || async {
+        let mut world = World::published().await;
+        world.student = ", lora: {rank: 4, alpha: 8, dropout: 0.1, base: int8}";
+        world
+    };
+    let straight = adapted().await;
+    straight.run(&straight.train_attempt(1)).await.unwrap();
+
+    let world = adapted().await;
+    world.stop_after_checkpoints(1, Stop::Fenced);
+    assert_eq!(world.run(&world.train_attempt(1)).await.unwrap_err().code, Code::AttemptFenced);
+    let (prefix, manifest) = checkpoint::latest(&world.store, JOB).await.unwrap().unwrap();
+    assert!(manifest.step < STEPS);
+    let files: Vec<&str> = manifest.files.iter().map(|file| file.path.as_str()).collect();
+    let adapter = ["adapter/adapter_config.json", "adapter/adapter_model.safetensors"];
+    assert_eq!(files, [&adapter[..], &["state/optimizer.safetensors", "state/trainer.json"]].concat(), "{prefix}");
+    world.never_stop();
+    world.run(&world.train_attempt(2)).await.unwrap();
+    assert_eq!(final_weights(&world).await, final_weights(&straight).await);
+
+    let What::TrainFinished(finished) = world.events().pop().unwrap() else { panic!("not finished") };
+    assert_eq!(finished.initial_key, paths::initial(JOB, 1));
+    world.run(&world.evaluate_attempt(1, &finished.initial_key, &finished.checkpoint_key)).await.unwrap();
+    let What::EvaluationReady(ready) = world.events().pop().unwrap() else { panic!("not judged") };
+    let (before, after) = (ready.before.unwrap(), ready.after.unwrap());
+    assert!(after.kl < 0.9 * before.kl, "{} -> {}", before.kl, after.kl);
+
+    // Without the weights that it began with no checkpoint is of use: it begins anew and ends alike.
+    fs::remove_file(world.object(&format!("{}model/model.safetensors", finished.initial_key))).unwrap();
+    world.run(&world.train_attempt(3)).await.unwrap();
+    let What::TrainFinished(again) = world.events().pop().unwrap() else { panic!("not finished") };
+    assert_eq!(again.initial_key, paths::initial(JOB, 3));
+    assert_eq!(final_weights(&world).await, final_weights(&straight).await);
+}
+
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn a_damaged_checkpoint_is_passed_over_for_the_one_before() {
     let straight = World::published().await;

@@ -39,6 +39,12 @@ impl Curve {
         self.points.push(point);
     }
 
+    /// Whether no checkpoint before the last point, of as many held-out tokens, was better.
+    pub fn ends_at_its_best(&self) -> bool {
+        let Some((last, before)) = self.points.split_last() else { return false };
+        before.iter().all(|point| point.step == 0 || point.tokens < last.tokens || point.kl >= last.kl)
+    }
+
     pub fn to_proto(&self) -> Vec<CurvePoint> {
         self.points.iter().map(point_to_proto).collect()
     }

@@ -113,6 +113,11 @@ impl AdamW {
             .map_err(torch("cannot clear gradients"))
     }
 
+    /// Over all parameters.
+    pub fn numbers(&self) -> u64 {
+        self.slots.iter().map(|slot| slot.parameter.numel() as u64).sum()
+    }
+
     /// Updates done.
     pub fn step(&self) -> u32 {
         self.step

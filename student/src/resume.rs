@@ -1,16 +1,20 @@
 //! A trainer on disk: written at a checkpoint, read by the attempt that goes on.
 //!
 //! ```text
-//! model/                       a Hugging Face folder, the weights in the student's kind; at the last step also
+//! model/                       a Hugging Face folder, the weights in the student's kind; where it may be promoted also
 //!                              the GGUF files that the spec asks for
+//! adapter/                     of a student with adapters: these as PEFT reads them, in the student's kind
 //! state/trainer.json           how far the run has come
 //! state/outer.safetensors      the outer optimiser's velocity, where workers exchange weights
 //! state/optimizer.safetensors  moments, averages, and f32 masters where model/ does not hold them
 //! ```
+//!
+//! A student with adapters has its `model/`, adapters merged, at its last step alone: its base is the weights before
+//! training, which the store keeps.
 
 use std::{fs, path::Path};
 
-use retort_core::{Code, Error, Result};
+use retort_core::{Code, Error, Result, spec::Lora};
 use retort_llama::{Model, copy_text_files};
 use serde::{Deserialize, Serialize};
 use serde_json::json;
@@ -57,9 +61,16 @@ pub fn export(model: &Model, teacher: &Path, into: &Path) -> Result<()> {
     model.save(into, model.kind()).map_err(llama)
 }
 
-/// Writes everything that [`load`] needs. `teacher` lends tokenizer and chat template.
-pub fn save(trainer: &mut Trainer, teacher: &Path, dir: &Path) -> Result<()> {
-    trainer.judged(|model, _| export(model, teacher, &dir.join("model")))?;
+/// Writes everything that [`load`] or [`load_adapted`] needs. `teacher` lends tokenizer and chat template. A student
+/// with adapters has its merged folder only where it is `whole`.
+pub fn save(trainer: &mut Trainer, teacher: &Path, dir: &Path, whole: bool) -> Result<()> {
+    trainer.judged(|model, _| {
+        let adapted = model.lora().is_some();
+        if adapted {
+            model.save_adapters(&dir.join("adapter")).map_err(llama)?;
+        }
+        if !adapted || whole { export(model, teacher, &dir.join("model")) } else { Ok(()) }
+    })?;
     let folder = dir.join("state");
     fs::create_dir_all(&folder).map_err(|error| Error::io(&folder, error))?;
     let state = State {
@@ -83,9 +94,33 @@ pub fn save(trainer: &mut Trainer, teacher: &Path, dir: &Path) -> Result<()> {
 
 /// The trainer that [`save`] wrote, on `device`. The checkpoint must have been computed in `kind`.
 pub fn load(dir: &Path, options: Options, device: Device, kind: Kind) -> Result<Trainer> {
-    let corrupt = |what: &str, why: String| {
-        Error::new(Code::CheckpointCorrupt, format!("{what} of the checkpoint in {}: {why}", dir.display()))
-    };
+    let state = read_state(dir, kind)?;
+    let model = Model::load(&dir.join("model"), device, kind).map_err(llama)?;
+    restore(dir, &state, Trainer::new(model, options)?)
+}
+
+/// As [`load`], of a student with adapters: `base` is the Hugging Face folder that it began with, in the same `kind`,
+/// `lora` and `seed` what its adapters were made with.
+pub fn load_adapted(
+    dir: &Path,
+    base: &Path,
+    (lora, seed): (&Lora, u64),
+    options: Options,
+    device: Device,
+    kind: Kind,
+) -> Result<Trainer> {
+    let state = read_state(dir, kind)?;
+    let model = Model::load_adapted(base, (device, kind), lora, seed).map_err(llama)?;
+    model.load_adapters(&dir.join("adapter")).map_err(llama)?;
+    restore(dir, &state, Trainer::new(model, options)?)
+}
+
+fn corrupt(dir: &Path, what: &str, why: String) -> Error {
+    Error::new(Code::CheckpointCorrupt, format!("{what} of the checkpoint in {}: {why}", dir.display()))
+}
+
+fn read_state(dir: &Path, kind: Kind) -> Result<State> {
+    let corrupt = |what, why| corrupt(dir, what, why);
     let path = dir.join("state/trainer.json");
     let size = fs::metadata(&path).map_err(|error| Error::io(&path, error))?.len();
     if size > MAX_STATE_BYTES {
@@ -109,17 +144,18 @@ pub fn load(dir: &Path, options: Options, device: Device, kind: Kind) -> Result<
             ),
         ));
     }
-    let model = Model::load(&dir.join("model"), device, kind).map_err(llama)?;
-    let mut trainer = Trainer::new(model, options)?;
+    Ok(state)
+}
+
+fn restore(dir: &Path, state: &State, mut trainer: Trainer) -> Result<Trainer> {
+    let corrupt = |name: &str, why| corrupt(dir, &format!("state/{name}.safetensors"), why);
     let moments = Tensor::read_safetensors(dir.join("state/optimizer.safetensors"))
-        .map_err(|error| corrupt("state/optimizer.safetensors", error.to_string()))?;
-    trainer.optimizer.restore(state.updates, &moments).map_err(|why| corrupt("state/optimizer.safetensors", why))?;
+        .map_err(|error| corrupt("optimizer", error.to_string()))?;
+    trainer.optimizer.restore(state.updates, &moments).map_err(|why| corrupt("optimizer", why))?;
     if let Some(outer) = &mut trainer.outer {
         let velocity = Tensor::read_safetensors(dir.join("state/outer.safetensors"))
-            .map_err(|error| corrupt("state/outer.safetensors", error.to_string()))?;
-        outer
-            .restore(state.rounds.unwrap_or_default(), &velocity)
-            .map_err(|why| corrupt("state/outer.safetensors", why))?;
+            .map_err(|error| corrupt("outer", error.to_string()))?;
+        outer.restore(state.rounds.clone().unwrap_or_default(), &velocity).map_err(|why| corrupt("outer", why))?;
     }
     trainer.progress = state.progress;
     Ok(trainer)

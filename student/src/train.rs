@@ -20,9 +20,11 @@ use retort_core::{
     wire::pruning_to_proto,
 };
 use retort_export::Gguf;
+use retort_llama::Model;
 use retort_proto::{TrainFinished, TrainProgress, TrainTask, worker_event::What};
 use retort_worker::{Attempt, ModelThread, TaskContext};
 use serde_json::json;
+use tch::Device;
 use tokio::sync::mpsc;
 use tokio_util::sync::CancellationToken;
 
@@ -31,6 +33,7 @@ use crate::{
     curve::Curve,
     data::{Consumed, Order, TrainingData},
     example::Example,
+    failure::llama,
     held_out::HeldOutSample,
     init::{self, Teacher},
     measure::{Tally, measure},
@@ -153,7 +156,7 @@ impl<'a> Run<'a> {
         let store = &self.cx.store;
         while let Some((prefix, _)) = checkpoint::latest(store, self.attempt.job.as_str()).await? {
             let folder = self.workspace.path().join("resume");
-            let fetched = match checkpoint::fetch(store, &prefix, &folder).await {
+            let fetched = match self.fetch(&prefix, &folder).await {
                 Ok(manifest) => self.load(folder, options.clone()).await.map(|progress| (manifest, progress)),
                 Err(error) => Err(error),
             };
@@ -169,8 +172,7 @@ impl<'a> Run<'a> {
             if manifest.spec_sha256 != self.spec_sha256 || progress.step > self.steps {
                 return Err(Error::internal(format!("the checkpoint {prefix} is not of this job's spec")));
             }
-            let initial = manifest.extra.get(INITIAL_KEY).and_then(|key| key.as_str());
-            self.initial_key = initial.unwrap_or_default().to_owned();
+            self.initial_key = initial_key(&manifest).to_owned();
             self.pruning = manifest.extra.get(PRUNING).and_then(|pruning| serde_json::from_value(pruning.clone()).ok());
             self.checkpoint_key = prefix;
             self.curve = Curve::of(&manifest);
@@ -181,12 +183,38 @@ impl<'a> Run<'a> {
         Ok(false)
     }
 
-    async fn load(&self, folder: std::path::PathBuf, options: Options) -> Result<Progress> {
+    /// A checkpoint's files, and below `base/` the weights before training where it holds adapters alone.
+    async fn fetch(&self, prefix: &str, folder: &Path) -> Result<Manifest> {
+        let store = &self.cx.store;
+        let manifest = checkpoint::fetch(store, prefix, folder).await?;
+        if self.attempt.spec.student.lora.is_some() {
+            let initial = initial_key(&manifest);
+            let fetched = checkpoint::fetch_below(store, initial, "model/", &folder.join("base")).await;
+            // Without them no checkpoint of the job is of use.
+            fetched.map_err(|error| match error.code {
+                Code::ObjectNotFound => {
+                    Error::new(Code::CheckpointCorrupt, format!("{prefix}: the weights before training are gone"))
+                }
+                _ => error,
+            })?;
+        }
+        Ok(manifest)
+    }
+
+    async fn load(&self, folder: PathBuf, options: Options) -> Result<Progress> {
         let (device, kind) = (self.settings.device, self.settings.kind);
+        let (lora, seed) = (self.attempt.spec.student.lora.clone(), self.attempt.spec.seed);
         let load = move |slot: &mut Option<Trainer>| -> Result<Progress> {
             // The one before must make room first.
             *slot = None;
-            let trainer = resume::load(&folder, options, device, kind)?;
+            let trainer = match &lora {
+                Some(lora) => {
+                    let base = folder.join("base").join("model");
+                    resume::load_adapted(&folder, &base, (lora, seed), options, device, kind)?
+                }
+                None => resume::load(&folder, options, device, kind)?,
+            };
+            say_trainable(&trainer);
             std::fs::remove_dir_all(&folder).map_err(|error| Error::io(&folder, error))?;
             Ok(slot.insert(trainer).progress())
         };
@@ -204,12 +232,20 @@ impl<'a> Run<'a> {
         let begin = move |slot: &mut Option<Trainer>| -> Result<Option<Pruning>> {
             threads.enter(false);
             let check = || cx.check();
-            let (model, pruning) = init::initial_model(&spec, &teacher, &texts, (device, kind), &check)?;
-            let trainer = Trainer::new(model, options)?;
-            resume::export(trainer.model(), &teacher.folder, &target.join("model"))?;
+            let folder = target.join("model");
+            // Adapters' base is read as it is kept, and never lies on the device as it was made.
+            let made_on = if spec.student.lora.is_some() { Device::Cpu } else { device };
+            let (mut model, pruning) = init::initial_model(&spec, &teacher, &texts, (made_on, kind), &check)?;
+            resume::export(&model, &teacher.folder, &folder)?;
             if let Some(pruning) = &pruning {
                 write_pruning(pruning, &target)?;
             }
+            if let Some(lora) = &spec.student.lora {
+                drop(model);
+                model = Model::load_adapted(&folder, (device, kind), lora, spec.seed).map_err(llama)?;
+            }
+            let trainer = Trainer::new(model, options)?;
+            say_trainable(&trainer);
             *slot = Some(trainer);
             Ok(pruning)
         };
@@ -310,13 +346,15 @@ impl<'a> Run<'a> {
     async fn write_checkpoint(&mut self) -> Result<Option<HeldOut>> {
         let held_out = self.judge().await?;
         let step = self.progress.step;
+        let best = self.attempt.spec.train.promote == Promote::Best && self.curve.ends_at_its_best();
+        let promotable = best || step == self.steps;
         let folder = self.workspace.path().join(format!("checkpoint-{step}"));
         let (target, teacher) = (folder.clone(), Arc::clone(&self.teacher));
         let save = move |slot: &mut Option<Trainer>| {
-            resume::save(slot.as_mut().ok_or_else(no_trainer)?, &teacher.folder, &target)
+            resume::save(slot.as_mut().ok_or_else(no_trainer)?, &teacher.folder, &target, promotable)
         };
         self.thread.call(save).await??;
-        if step == self.steps {
+        if promotable {
             self.export_gguf(folder.join("model")).await?;
         }
         self.checkpoint_key = paths::checkpoint(self.attempt.job.as_str(), step, self.attempt.epoch);
@@ -502,6 +540,16 @@ fn write_pruning(pruning: &Pruning, folder: &Path) -> Result<()> {
         "pruned"
     );
     Ok(())
+}
+
+/// Prefix of the weights before training.
+fn initial_key(manifest: &Manifest) -> &str {
+    manifest.extra.get(INITIAL_KEY).and_then(|key| key.as_str()).unwrap_or_default()
+}
+
+fn say_trainable(trainer: &Trainer) {
+    let parameters = trainer.model().config().parameters();
+    tracing::info!(trainable = trainer.trainable(), parameters, "the student's parameters");
 }
 
 fn no_trainer() -> Error {

@@ -7,7 +7,7 @@
 use std::time::Instant;
 
 use retort_core::{Code, Error, Result, spec::Train};
-use retort_llama::Model;
+use retort_llama::{Masks, Model};
 use serde::{Deserialize, Serialize};
 use tch::{Kind, TchError, Tensor};
 
@@ -103,21 +103,14 @@ pub struct Trainer {
 }
 
 impl Trainer {
-    /// At step 0, with `model`'s weights.
+    /// At step 0, with `model`'s weights. Of one with adapters these alone train.
     pub fn new(model: Model, options: Options) -> Result<Self> {
-        model.set_trainable(true);
-        let mut parameters = model.parameters();
-        if options.train.freeze_embeddings {
-            let is_frozen = |name: &str| [EMBEDDINGS, HEAD].contains(&name);
-            for (_, tensor) in parameters.iter().filter(|(name, _)| is_frozen(name)) {
-                let _ = tensor.set_requires_grad(false);
-            }
-            parameters.retain(|(name, _)| !is_frozen(name));
-        }
         let average_decay = options.train.ema_decay;
-        let optimizer = AdamW::new(parameters, Hyper { average_decay, ..Hyper::new(options.train.weight_decay) })?;
+        let hyper = Hyper { average_decay, ..Hyper::new(options.train.weight_decay) };
+        let optimizer = AdamW::new(trained(&model, &options.train), hyper)?;
         let head = if model.config().tie_word_embeddings { EMBEDDINGS } else { HEAD };
-        let head_grad_vh = if options.train.freeze_embeddings { None } else { Some(optimizer.gradient(head)?) };
+        let keeps_head = options.train.freeze_embeddings || model.lora().is_some();
+        let head_grad_vh = if keeps_head { None } else { Some(optimizer.gradient(head)?) };
         let loss = ChunkedLoss::new(model.config().vocab_size, model.kind(), model.device())?;
         let outer = options.train.diloco().map(|parallel| Outer::new(parallel, options.steps, &optimizer.masters()));
         let outer = outer.transpose()?;
@@ -141,6 +134,11 @@ impl Trainer {
         self.progress
     }
 
+    /// Numbers that train.
+    pub fn trainable(&self) -> u64 {
+        self.optimizer.numbers()
+    }
+
     /// One optimiser step on `examples`: the loss is the mean over all their target tokens. `check`
     /// is asked between micro-batches and may end the attempt.
     ///
@@ -158,9 +156,10 @@ impl Trainer {
     pub fn share(&mut self, examples: &[Example], positions: usize, check: &dyn Fn() -> Result<()>) -> Result<Share> {
         let objective = Objective::of(&self.options.train.loss, self.progress.step, self.options.steps);
         let mut share = Share::default();
-        for micro in &batch::cut(examples, self.options.limits) {
+        for (micro_batch, micro) in (0u32..).zip(&batch::cut(examples, self.options.limits)) {
             check()?;
-            share.loss += self.accumulate(micro, &objective, 1.0 / positions as f64)?.loss;
+            let masks = Masks { step: self.progress.step, micro_batch };
+            share.loss += self.accumulate(micro, masks, &objective, 1.0 / positions as f64)?.loss;
             share.positions += micro.targets.len() as u64;
             share.tokens += micro.ids_n.len() as u64;
         }
@@ -205,14 +204,15 @@ impl Trainer {
     }
 
     /// Adds one micro-batch's gradients: the head's by its closed form, then one backward pass
-    /// through the body from the hidden states' gradient.
-    fn accumulate(&mut self, micro: &MicroBatch, objective: &Objective, scale: f64) -> Result<Sums> {
+    /// through the body from the hidden states' gradient. A graph over a whole narrow model would hold its weights
+    /// wide, so there each block is computed twice.
+    fn accumulate(&mut self, micro: &MicroBatch, masks: Masks, objective: &Objective, scale: f64) -> Result<Sums> {
         let failed = torch("cannot run the student");
         let weight_vh = self.model.head_weight();
         let head_grad_vh = self.head_grad_vh.as_mut();
-        if self.options.train.activation_checkpointing {
+        if self.options.train.activation_checkpointing || self.model.is_narrow() {
             let Inputs { ids_n, positions_m } = Inputs::of(&self.model, micro)?;
-            let (hidden_nh, tape) = self.model.hidden_taped(&ids_n, &micro.lengths).map_err(llama)?;
+            let (hidden_nh, tape) = self.model.hidden_taped(&ids_n, &micro.lengths, Some(masks)).map_err(llama)?;
             let hidden_mh = hidden_nh.f_index_select(0, &positions_m).map_err(&failed)?;
             let (sums, grad_mh) =
                 self.loss.backward(objective, &hidden_mh, &weight_vh, head_grad_vh, &micro.targets, scale)?;
@@ -221,7 +221,7 @@ impl Trainer {
             self.optimizer.collect()?;
             return Ok(sums);
         }
-        let hidden_mh = target_hidden(&self.model, micro)?;
+        let hidden_mh = target_hidden(&self.model, micro, Some(masks))?;
         let (sums, grad_mh) =
             self.loss.backward(objective, &hidden_mh, &weight_vh, head_grad_vh, &micro.targets, scale)?;
         let through_body = || -> Result<(), TchError> {
@@ -262,13 +262,32 @@ impl Inputs {
     }
 }
 
-/// Hidden states `[m, h]` that predict the micro-batch's targets. Records a graph unless inside
-/// [`tch::no_grad`].
-pub(crate) fn target_hidden(model: &Model, micro: &MicroBatch) -> Result<Tensor> {
+/// The model's weights that train, by name; they alone require gradients.
+fn trained(model: &Model, train: &Train) -> Vec<(String, Tensor)> {
+    if model.lora().is_some() {
+        return model.adapters();
+    }
+    model.set_trainable(true);
+    let mut parameters = model.parameters();
+    if train.freeze_embeddings {
+        let is_frozen = |name: &str| [EMBEDDINGS, HEAD].contains(&name);
+        for (_, tensor) in parameters.iter().filter(|(name, _)| is_frozen(name)) {
+            let _ = tensor.set_requires_grad(false);
+        }
+        parameters.retain(|(name, _)| !is_frozen(name));
+    }
+    parameters
+}
+
+/// Hidden states `[m, h]` that predict the micro-batch's targets; `masks` are for a step of training. Records a
+/// graph unless inside [`tch::no_grad`].
+pub(crate) fn target_hidden(model: &Model, micro: &MicroBatch, masks: Option<Masks>) -> Result<Tensor> {
     let Inputs { ids_n, positions_m } = Inputs::of(model, micro)?;
-    let hidden_nh = model.hidden_packed(&ids_n, &micro.lengths).map_err(llama)?;
+    let hidden_nh = model.hidden_masked(&ids_n, &micro.lengths, masks).map_err(llama)?;
     hidden_nh.f_index_select(0, &positions_m).map_err(torch("cannot run the student"))
 }
 
+#[cfg(test)]
+mod lora_tests;
 #[cfg(test)]
 mod tests;

@@ -1,6 +1,6 @@
 //! A student distilled by `retort run` and exported is a model to transformers: it loads, and it
 //! answers with the same greedy tokens there as here. A GGUF file is to the gguf package what it would have
-//! written itself, and to transformers the same model.
+//! written itself, and to transformers the same model. Its adapters are such to PEFT.
 
 #![allow(clippy::unwrap_used)] // helpers of tests unwrap as tests do
 
@@ -10,11 +10,14 @@ use std::{
     process::{Command, Output},
 };
 
+use retort_core::spec::Lora;
+use retort_llama::Model;
 use retort_tests::{
     prompts::{self, Shape},
     retort::{programs, retort},
     teacher,
 };
+use tch::{Device, Kind, Tensor, no_grad};
 
 fn succeeded(what: &str, output: Output) -> Vec<u8> {
     let stderr = String::from_utf8_lossy(&output.stderr);
@@ -27,10 +30,13 @@ fn succeeded(what: &str, output: Output) -> Vec<u8> {
     output.stdout
 }
 
-fn python() -> PathBuf {
+fn cache() -> PathBuf {
     let cache = std::env::var_os("RETORT_CACHE").map(PathBuf::from);
-    let cache = cache.unwrap_or_else(|| std::env::home_dir().expect("a home").join(".cache").join("retort"));
-    let python = cache.join("venv-transformers").join("bin").join("python");
+    cache.unwrap_or_else(|| std::env::home_dir().expect("a home").join(".cache").join("retort"))
+}
+
+fn python() -> PathBuf {
+    let python = cache().join("venv-transformers").join("bin").join("python");
     assert!(python.exists(), "{} is not there: run `make test-parity`", python.display());
     python
 }
@@ -137,4 +143,36 @@ fn a_qwen2_and_a_llama_with_scaled_frequencies_too() {
         succeeded("the making of a model", make);
         checked_as_gguf(&model, &["q8_0", "bf16", "f32"]);
     }
+}
+
+/// PEFT takes `adapter/` as its own, and merges it to the weights of `model/`.
+#[test]
+fn adapters_are_adapters_in_peft() {
+    let folder = tempfile::tempdir().unwrap();
+    let place = |name: &str| folder.path().join(name);
+    let plain = Model::load(&teacher::smollm2(), Device::Cpu, Kind::Float).unwrap().prune_layers(&[0, 1, 29]).unwrap();
+    plain.save(&place("base"), Kind::Float).unwrap();
+    let model = plain.adapt(&Lora { rank: 8, alpha: 12.0, ..Lora::default() }, 3).unwrap();
+    for (name, mut tensor) in model.adapters() {
+        if name.contains("lora_B") {
+            let numbers = Tensor::arange(tensor.numel() as i64, (Kind::Float, Device::Cpu)).sin() * 0.05;
+            no_grad(|| tensor.copy_(&numbers.view_(tensor.size())));
+        }
+    }
+    model.save_adapters(&place("adapter")).unwrap();
+    model.save(&place("merged"), Kind::Float).unwrap();
+    let ids = (Tensor::arange(2 * 24, (Kind::Int64, Device::Cpu)) * 977).remainder(49_000).view([2, 24]);
+    let logits = no_grad(|| model.head(&model.hidden(&ids).unwrap()).unwrap());
+    Tensor::write_safetensors(&[("ids", &ids), ("logits", &logits)], place("ours.safetensors")).unwrap();
+
+    let script = Path::new(env!("CARGO_MANIFEST_DIR")).join("parity").join("check_adapter.py");
+    let mut check = Command::new(python());
+    check.env("PYTHONPATH", cache().join("peft")).arg(script);
+    for (option, name) in
+        [("--base", "base"), ("--adapter", "adapter"), ("--merged", "merged"), ("--ours", "ours.safetensors")]
+    {
+        check.arg(option).arg(place(name));
+    }
+    let said = succeeded("peft", check.output().unwrap());
+    println!("{}", String::from_utf8_lossy(&said));
 }

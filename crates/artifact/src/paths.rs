@@ -82,6 +82,11 @@ pub fn model_prefix(prefix: &str) -> String {
     format!("{prefix}model/")
 }
 
+/// The adapters of the checkpoint at `prefix`, as PEFT reads them.
+pub fn adapter_prefix(prefix: &str) -> String {
+    format!("{prefix}adapter/")
+}
+
 /// The trainer's state of the checkpoint at `prefix`.
 pub fn state_prefix(prefix: &str) -> String {
     format!("{prefix}state/")

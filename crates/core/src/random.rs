@@ -25,6 +25,10 @@ pub enum Purpose {
     Init = 4,
     /// Which rows are held out.
     Split = 5,
+    /// Initial weights of adapters.
+    Adapter = 6,
+    /// Which inputs of an adapter are dropped.
+    Dropout = 7,
     /// Curves made up for the interval of a forecast.
     Resample = 16,
 }

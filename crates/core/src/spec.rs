@@ -1,6 +1,7 @@
 //! The job spec: what a user writes in YAML, with defaults and the checks that need no file.
 
 mod export;
+mod lora;
 mod loss;
 mod prune;
 mod soft_targets;
@@ -10,6 +11,7 @@ mod yaml;
 use serde::{Deserialize, Deserializer, Serialize};
 
 pub use export::{Export, GgufType};
+pub use lora::{Lora, LoraBase, LoraTarget};
 pub use loss::{Loss, Weight};
 pub use prune::{Choose, Layers, Prune};
 pub use soft_targets::{
@@ -134,6 +136,9 @@ pub struct Student {
     #[serde(default = "default_pool")]
     pub pool: String,
     pub init: Init,
+    /// Adapters that train in the student's stead; left out of JSON where the student itself does.
+    #[serde(default, deserialize_with = "given", skip_serializing_if = "Option::is_none")]
+    pub lora: Option<Lora>,
 }
 
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
@@ -364,6 +369,11 @@ fn is_one<T: Copy + Into<f64>>(value: &T) -> bool {
 /// A section whose keys are all left out, the heading left in, has its defaults.
 fn section<'de, D: Deserializer<'de>, T: Deserialize<'de> + Default>(deserializer: D) -> Result<T, D::Error> {
     Ok(Option::deserialize(deserializer)?.unwrap_or_default())
+}
+
+/// As [`section`], of one that means something by being there.
+fn given<'de, D: Deserializer<'de>, T: Deserialize<'de> + Default>(deserializer: D) -> Result<Option<T>, D::Error> {
+    section(deserializer).map(Some)
 }
 
 fn default_held_out_fraction() -> f64 {

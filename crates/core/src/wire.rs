@@ -27,7 +27,9 @@ prompts: {path: /p.jsonl}
 teacher:
   model: /t
   soft_targets: {codec: head_draws, head: 40, temperatures: [2]}
-student: {init: {prune: {layers: 3}}}
+student:
+  init: {prune: {layers: 3}}
+  lora: {rank: 4, alpha: 8, targets: [v_proj, down_proj], dropout: 0.25, base: int8}
 train:
   warmup_ratio: 0.1
   schedule: wsd
@@ -97,6 +99,11 @@ export: {gguf: [q8_0, f16]}
         let mut unknown = sent.clone();
         unknown.train.as_mut().unwrap().promote = 99;
         assert!(job_spec_from_proto(unknown).unwrap_err().message.contains("train.promote 99"));
+        sent.student.as_mut().unwrap().lora = Some(proto::LoraSpec::default());
+        assert_eq!(job_spec_from_proto(sent.clone()).unwrap().student.lora, Some(Default::default()));
+        sent.student.as_mut().unwrap().lora = Some(proto::LoraSpec { targets: vec![8], ..Default::default() });
+        assert!(job_spec_from_proto(sent.clone()).unwrap_err().message.contains("student.lora.targets 8"));
+        sent.student.as_mut().unwrap().lora = None;
         sent.train.as_mut().unwrap().schedule = 99;
         assert!(job_spec_from_proto(sent).unwrap_err().message.contains("train.schedule 99"));
     }

@@ -181,6 +181,48 @@ fn keys_that_do_nothing_leave_the_json_as_it_was() {
 }
 
 #[test]
+fn adapters_that_cannot_be_are_refused() {
+    let of = |lora: &str| format!("{GOOD}  lora: {lora}\n");
+    for (lora, wrong) in [
+        ("{rank: 0}", "rank is 0; it must lie between 1 and 1024"),
+        ("{dropout: 1}", "dropout is 1; it must lie between 0 and 0.99"),
+        ("{alpha: 0}", "alpha is 0; it must lie between 0.001 and 1000000"),
+        (
+            "{targets: []}",
+            "targets is empty; name some of q_proj, k_proj, v_proj, o_proj, gate_proj, up_proj, down_proj, each once",
+        ),
+        (
+            "{targets: [q_proj, q_proj]}",
+            "targets has q_proj twice; name some of q_proj, k_proj, v_proj, o_proj, gate_proj, up_proj, down_proj, each once",
+        ),
+    ] {
+        check(&of(lora), Code::SpecInvalid, &format!("job.yaml: student.lora.{wrong}"));
+    }
+    check(
+        &of("{targets: [qproj]}"),
+        Code::SpecInvalid,
+        "job.yaml line 10 column 19: \"qproj\" is not known here; did you mean \"q_proj\"?",
+    );
+    check(
+        &of("{base: [int8]}"),
+        Code::SpecMalformed,
+        "job.yaml line 10 column 16: student.lora.base is a list; it must be model or int8",
+    );
+    let config = "{hidden_size: 96, intermediate_size: 64, num_hidden_layers: 2, num_attention_heads: 3, num_key_value_heads: 1}";
+    let random = of("{rank: 97}").replace("    prune:\n      layers: 10\n", &format!("    config: {config}\n"));
+    check(
+        &random,
+        Code::SpecInvalid,
+        "job.yaml: student.lora.rank is 97, more than the student's hidden_size of 96; lower it",
+    );
+    // A checkpoint of before this key knows its spec by the hash of its JSON.
+    let json = |yaml: &str| serde_json::to_string(&parse_yaml("job.yaml", yaml).unwrap()).unwrap();
+    assert!(!json(GOOD).contains("lora"));
+    assert_eq!(json(&of("")), json(&of("{rank: 16, alpha: 32, base: model}")));
+    assert!(json(&of("")).contains("\"lora\""));
+}
+
+#[test]
 fn a_value_of_the_wrong_kind_is_named_with_its_field_and_what_it_must_be() {
     let whole = "it must be a whole number from 0 to 4294967295";
     for (value, shown) in

@@ -2,30 +2,37 @@
 
 use std::{collections::HashMap, path::Path};
 
+use retort_core::spec::Lora;
 use serde_json::json;
 use tch::{Device, Kind, Tensor};
 
 use crate::{
-    Config, Error, KvCache, Result,
+    Config, Error, Keep, KvCache, Result,
     rope::Rope,
     weights::{Folder, safetensors},
 };
 
+mod adapter;
 pub(crate) mod block;
 mod importance;
+mod lora;
 mod packed;
 mod prune;
 
+pub use adapter::Masks;
 use block::{Block, Weight, norm};
 pub use importance::{Importance, LayerImportance, NormImportance, Observer};
 pub use packed::Tape;
 pub use prune::{Cut, LayerCut};
 
+/// How the name of a projection's weight ends.
+const PROJECTION: &str = "_proj.weight";
+
 /// A model whose tensors all lie on one device in one kind.
 #[derive(Debug)]
 pub struct Model {
     config: Config,
-    /// In the order of [`Config::tensors`]; the fields below share their storage.
+    /// In the order of [`Config::tensors`], but for what blocks keep in bytes; the fields below share their storage.
     named: Vec<(String, Tensor)>,
     embedding_vh: Tensor,
     blocks: Vec<Block>,
@@ -35,23 +42,38 @@ pub struct Model {
     rope: Rope,
     kind: Kind,
     device: Device,
+    /// Of the blocks' adapters, where there are any.
+    lora: Option<Lora>,
 }
 
 impl Model {
     /// Reads a Hugging Face folder: `config.json`, and the weights in one file or several. Every
     /// tensor's shape is compared with the config's before any memory is taken for it.
     pub fn load(dir: &Path, device: Device, kind: Kind) -> Result<Self> {
+        Self::load_keeping(dir, device, kind, Keep::Stored)
+    }
+
+    /// As [`Model::load`], the weights of projections kept as `keep` says: no more than one of them is held wide.
+    fn load_keeping(dir: &Path, device: Device, kind: Kind, keep: Keep) -> Result<Self> {
         let config = Config::from_dir(dir)?;
         let folder = Folder::open(dir)?;
         let table = config.tensors();
         folder.check(&table)?;
         report_unused(&folder, &table);
-        let read = |(name, shape): (String, Vec<i64>)| {
-            let tensor = folder.tensor(&name, &shape, device, kind)?;
-            Ok((name, tensor))
-        };
-        let named = tch::no_grad(|| table.into_iter().map(read).collect::<Result<_>>())?;
-        Self::assemble(config, named, device, kind)
+        let mut named = Vec::with_capacity(table.len());
+        let mut narrow = HashMap::new();
+        tch::no_grad(|| -> Result<()> {
+            for (name, shape) in table {
+                let tensor = folder.tensor(&name, &shape, device, kind)?;
+                if keep != Keep::Stored && name.ends_with(PROJECTION) {
+                    narrow.insert(name, Weight::Plain(tensor).keep(keep)?);
+                } else {
+                    named.push((name, tensor));
+                }
+            }
+            Ok(())
+        })?;
+        Self::assemble(config, named, &narrow, device, kind)
     }
 
     /// Random weights: normal with the config's deviation, norms at one, biases at zero. The same
@@ -74,7 +96,7 @@ impl Model {
         };
         let table = config.tensors();
         let named = tch::no_grad(|| table.into_iter().map(draw).collect::<Result<_>>())?;
-        Self::assemble(config, named, device, kind)
+        Self::assemble(config, named, &HashMap::new(), device, kind)
     }
 
     pub fn config(&self) -> &Config {
@@ -90,7 +112,8 @@ impl Model {
     }
 
     /// Every weight by its Hugging Face name, in a fixed order. The tensors share storage with the
-    /// model: writing into one changes the model. A tied head is not listed.
+    /// model: writing into one changes the model. A tied head is not listed, nor are adapters and what they
+    /// keep in bytes.
     pub fn parameters(&self) -> Vec<(String, Tensor)> {
         self.named.iter().map(|(name, tensor)| (name.clone(), tensor.shallow_clone())).collect()
     }
@@ -154,11 +177,12 @@ impl Model {
         })
     }
 
-    /// Writes `config.json` and `model.safetensors` in this kind; the weights appear complete or
-    /// not at all.
+    /// Writes `config.json` and `model.safetensors` in this kind, adapters merged into their projections in f32;
+    /// the weights appear complete or not at all.
     pub fn save(&self, dir: &Path, kind: Kind) -> Result<()> {
         std::fs::create_dir_all(dir).map_err(|error| Error::io(dir, error))?;
-        safetensors::write(&dir.join("model.safetensors"), &self.named, kind)?;
+        let table = self.config.tensors();
+        safetensors::write_each(&dir.join("model.safetensors"), &table, kind, |name| self.merged(name))?;
         let mut config = self.config.to_json();
         config["dtype"] = json!(match kind {
             Kind::BFloat16 => "bfloat16",
@@ -172,18 +196,26 @@ impl Model {
         std::fs::rename(&partial, &path).map_err(|error| Error::io(&path, error))
     }
 
-    fn assemble(config: Config, named: Vec<(String, Tensor)>, device: Device, kind: Kind) -> Result<Self> {
+    /// Of tensors in the order of [`Config::tensors`], and those weights that are not among them.
+    fn assemble(
+        config: Config,
+        named: Vec<(String, Tensor)>,
+        narrow: &HashMap<String, Weight>,
+        device: Device,
+        kind: Kind,
+    ) -> Result<Self> {
         let tensors: HashMap<&str, &Tensor> = named.iter().map(|(name, tensor)| (name.as_str(), tensor)).collect();
         let find = |name: &str| tensors.get(name).map(|tensor| tensor.shallow_clone());
         let take = |name: &str| find(name).ok_or_else(|| Error::Invalid(format!("no tensor {name:?}")));
         let embedding_vh = take("model.embed_tokens.weight")?;
-        let plain = |name: &str| Ok(find(name).map(Weight::Plain));
+        let weight =
+            |name: &str| Ok(find(name).map(Weight::Plain).or_else(|| narrow.get(name).map(Weight::shallow_clone)));
         let blocks =
-            (0..config.num_hidden_layers).map(|layer| Block::assemble(layer, &plain)).collect::<Result<Vec<_>>>()?;
+            (0..config.num_hidden_layers).map(|layer| Block::assemble(layer, &weight)).collect::<Result<Vec<_>>>()?;
         let norm_h = take("model.norm.weight")?;
         let head_vh = if config.tie_word_embeddings { embedding_vh.shallow_clone() } else { take("lm_head.weight")? };
         let rope = Rope::new(&config, device)?;
-        Ok(Self { embedding_vh, blocks, norm_h, head_vh, rope, kind, device, named, config })
+        Ok(Self { embedding_vh, blocks, norm_h, head_vh, rope, kind, device, named, config, lora: None })
     }
 
     /// Rows and positions of token ids, once they are known to fit the model.
@@ -225,7 +257,7 @@ impl Model {
         let angles = self.rope.angles(&step.position_bt, self.kind)?.over_heads()?;
         let mut hidden_bth = self.embed(ids_bt)?;
         for (layer, block) in self.blocks.iter().enumerate() {
-            hidden_bth = block.forward(&self.config, &hidden_bth, &angles, |query, key, value| {
+            hidden_bth = block.forward(&self.config, &hidden_bth, &angles, None, |query, key, value| {
                 cache.attend(layer, &step, query, key, value)
             })?;
         }

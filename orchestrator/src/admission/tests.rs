@@ -1,6 +1,6 @@
 use std::path::Path;
 
-use retort_core::spec::{GgufType, Init, Prune, TeacherMode};
+use retort_core::spec::{GgufType, Init, Lora, Prune, TeacherMode};
 use serde_json::json;
 
 use super::*;
@@ -282,6 +282,10 @@ async fn a_student_must_fit_its_teacher() {
     .await;
     check(Code::SpecInvalid, "student.init.prune.hidden_size is 9; the teacher has 8", |_, spec| {
         spec.student.init = Init::Prune(Prune { hidden_size: Some(9), ..Prune::default() });
+    })
+    .await;
+    check(Code::SpecInvalid, "student.lora.rank is 9, more than the student's hidden_size of 8", |_, spec| {
+        spec.student.lora = Some(Lora { rank: 9, ..Lora::default() });
     })
     .await;
     let student = |config: serde_json::Value, words: usize| {

@@ -44,6 +44,24 @@ async fn a_candidate_that_passes_becomes_a_version() {
     assert_eq!(world.read_job(&next).await.report.unwrap().promoted, "models/support/versions/2");
 }
 
+/// As PEFT reads them, beside the merged weights.
+#[tokio::test]
+async fn adapters_are_promoted_with_their_model() {
+    let world = World::new().await;
+    let mut spec = spec(std::path::Path::new("/nowhere"));
+    spec.student.lora = Some(Default::default());
+    let job = world.job_with(spec).await;
+    world.complete(&job, 0.25).await;
+    let finish = world.read_job(&job).await.train_finish.unwrap();
+    let adapters = paths::adapter_prefix(&finish.checkpoint_key);
+    let put = format!("{adapters}adapter_config.json");
+    world.context.store.put_new(&put, Bytes::from_static(b"{}")).await.unwrap();
+    judge_ready(&world.context).await.unwrap();
+    assert_eq!(world.read_job(&job).await.state, JobState::Succeeded);
+    assert!(exists(&world, "models/support/000001/config.json").await);
+    assert!(exists(&world, "models/support/000001/adapter/adapter_config.json").await);
+}
+
 #[tokio::test]
 async fn a_candidate_that_fails_a_gate_stays_one() {
     let world = World::new().await;

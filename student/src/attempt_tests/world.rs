@@ -50,6 +50,8 @@ pub(super) struct World {
     pub(super) train: String,
     /// Types of GGUF files that the spec asks for, as YAML lists them.
     pub(super) gguf: &'static str,
+    /// More of the spec's `student`, such as `, lora: {rank: 4}`.
+    pub(super) student: &'static str,
     prompts: (String, String),
     folder: tempfile::TempDir,
     state: Arc<State>,
@@ -122,6 +124,7 @@ impl World {
             shift: 0,
             train,
             gguf: "",
+            student: "",
             folder,
             state,
         }
@@ -201,10 +204,11 @@ impl World {
     fn spec(&self) -> JobSpec {
         let yaml = format!(
             "name: t\nseed: 3\nprompts: {{path: p}}\nteacher: {{model: {:?}, sampling: {{max_new_tokens: 6}}}}\n\
-             student: {{init: {{prune: {{layers: 2}}}}}}\n\
+             student: {{init: {{prune: {{layers: 2}}}}{}}}\n\
              train: {{passes: {PASSES}, batch_rows: {BATCH_ROWS}, checkpoint_steps: 7, {}}}\n\
              export: {{gguf: [{}]}}\n",
             self.teacher.folder.display().to_string(),
+            self.student,
             self.train,
             self.gguf
         );

@@ -9,26 +9,26 @@ use crate::{
     resume,
 };
 
-const VOCAB: u32 = 40;
-const STEPS: u32 = 6;
+pub(super) const VOCAB: u32 = 40;
+pub(super) const STEPS: u32 = 6;
 
-fn options() -> Options {
+pub(super) fn options() -> Options {
     let loss = Loss { forward_kl: Weight::constant(0.9), label_ce: Weight::constant(0.1), ..Loss::default() };
     let train = Train { learning_rate: 5e-3, loss, batch_rows: 4, ..Train::default() };
     Options { train, steps: STEPS, limits: batch::Limits { max_tokens: 60 } }
 }
 
-fn model(tied: bool) -> Model {
+pub(super) fn model(tied: bool) -> Model {
     let config = retort_llama::Config { tie_word_embeddings: tied, ..tiny_config(2, VOCAB.into()) };
     alone(|| Model::init(config, Device::Cpu, Kind::Float, 5)).unwrap()
 }
 
-fn rows(step: u32) -> Vec<Example> {
+pub(super) fn rows(step: u32) -> Vec<Example> {
     let seed = |i: u64| u64::from(step % 2) * 10 + i;
     (0..4).map(|i| example(seed(i), 3 + i as usize, 6 + 3 * i as usize, 5, VOCAB)).collect()
 }
 
-fn weights(trainer: &Trainer) -> Vec<(String, Vec<u8>)> {
+pub(super) fn weights(trainer: &Trainer) -> Vec<(String, Vec<u8>)> {
     let bytes = |tensor: &Tensor| {
         let mut bytes = vec![0; tensor.numel() * 4];
         tensor.detach().f_copy_data_u8(&mut bytes, tensor.numel()).unwrap();
@@ -81,7 +81,7 @@ fn resumed(options: &Options) {
         for step in 0..stop {
             first.step(&rows(step), &|| Ok(())).unwrap();
         }
-        resume::save(&mut first, &teacher.folder, &dir).unwrap();
+        resume::save(&mut first, &teacher.folder, &dir, true).unwrap();
         let mut second = resume::load(&dir, options(), Device::Cpu, Kind::Float).unwrap();
         assert_eq!(second.progress().step, stop);
         drop(first);
@@ -105,7 +105,7 @@ fn an_exported_folder_is_whole_and_a_damaged_state_is_refused() {
     let teacher = tiny_teacher(&folder.path().join("teacher"), 1, VOCAB.into());
     let trainer = Trainer::new(model(true), options()).unwrap();
     let dir = folder.path().join("checkpoint");
-    resume::save(&mut trainer, &teacher.folder, &dir).unwrap();
+    resume::save(&mut trainer, &teacher.folder, &dir, true).unwrap();
     for name in ["config.json", "model.safetensors", "tokenizer.json", "generation_config.json"] {
         assert!(dir.join("model").join(name).exists(), "{name}");
     }
@@ -197,7 +197,7 @@ fn frozen_embeddings_stay_as_they_are() {
         }
         let folder = tempfile::tempdir().unwrap();
         let teacher = tiny_teacher(&folder.path().join("teacher"), 1, VOCAB.into());
-        resume::save(&mut frozen, &teacher.folder, &folder.path().join("checkpoint")).unwrap();
+        resume::save(&mut frozen, &teacher.folder, &folder.path().join("checkpoint"), true).unwrap();
         let mut resumed =
             resume::load(&folder.path().join("checkpoint"), frozen_options, Device::Cpu, Kind::Float).unwrap();
         frozen.step(&rows(1), &|| Ok(())).unwrap();
@@ -245,7 +245,7 @@ fn a_leap_is_left_out_and_leaves_no_trace_in_the_weights() {
     for step in 0..12 {
         trainer.step(&rows(step), &|| Ok(())).unwrap();
     }
-    resume::save(&mut trainer, &teacher.folder, &folder.path().join("checkpoint")).unwrap();
+    resume::save(&mut trainer, &teacher.folder, &folder.path().join("checkpoint"), true).unwrap();
     let resumed = resume::load(&folder.path().join("checkpoint"), long, Device::Cpu, Kind::Float).unwrap();
     let mut leap = rows(1);
     leap.iter_mut().for_each(|row| row.support.masses.iter_mut().for_each(|mass| *mass *= 1e4));

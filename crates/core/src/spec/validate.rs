@@ -1,6 +1,6 @@
 //! Checks across a spec's fields that need no file.
 
-use super::{Codec, Init, JobSpec, Promote, Schedule};
+use super::{Codec, Init, JobSpec, Lora, Promote, Schedule};
 use crate::{Code, Error, Result};
 
 impl JobSpec {
@@ -42,6 +42,7 @@ impl JobSpec {
                 num_key_value_heads,
             } => {
                 count("student.init.config.hidden_size", *hidden_size, 8, 65_536)?;
+                self.student.lora.as_ref().map_or(Ok(()), |lora| lora.check_width((*hidden_size).into()))?;
                 count("student.init.config.intermediate_size", *intermediate_size, 8, 262_144)?;
                 count("student.init.config.num_hidden_layers", *num_hidden_layers, 1, 1024)?;
                 count("student.init.config.num_attention_heads", *num_attention_heads, 1, 1024)?;
@@ -68,6 +69,7 @@ impl JobSpec {
                 }
             }
         }
+        self.student.lora.as_ref().map_or(Ok(()), Lora::check)?;
         let train = &self.train;
         if train.freeze_embeddings && matches!(self.student.init, Init::Config { .. }) {
             return Err(invalid(

@@ -113,6 +113,8 @@ fn expected(field: Option<&Field>, error: &Yaml) -> Option<String> {
         _ if named("soft_targets.codec") => "full, top_k, top_k_tail, head_draws, threshold or random".to_owned(),
         _ if named("soft_targets.quantiser") => "u8 or f32".to_owned(),
         _ if named("student.init") => format!("one of {INITS}, as in {{prune: {{layers: 8}}}}"),
+        _ if named("student.lora.targets") => "a list, as in [q_proj, v_proj]".to_owned(),
+        _ if named("student.lora.base") => "model or int8".to_owned(),
         "u32" | "i32" => format!("a whole number from 0 to {}", u32::MAX),
         "u64" | "i64" => format!("a whole number from 0 to {}", u64::MAX),
         "floating point" => "a number".to_owned(),

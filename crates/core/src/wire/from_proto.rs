@@ -3,9 +3,9 @@ use retort_proto as proto;
 use crate::{
     Code, Error, Result,
     spec::{
-        Choose, CodecName, Export, FlatSoftTargets, Gates, GgufType, Guard, Init, JobSpec, Keep, Layers, Loss,
-        Parallel, Promote, Prompts, Prune, Quantiser, Sampling, Schedule, Sharing, SoftTargets, Student, Teacher,
-        TeacherMode, Train, Weight,
+        Choose, CodecName, Export, FlatSoftTargets, Gates, GgufType, Guard, Init, JobSpec, Keep, Layers, Lora,
+        LoraBase, LoraTarget, Loss, Parallel, Promote, Prompts, Prune, Quantiser, Sampling, Schedule, Sharing,
+        SoftTargets, Student, Teacher, TeacherMode, Train, Weight,
     },
     state::{JobState, Split},
 };
@@ -84,7 +84,7 @@ pub fn job_spec_from_proto(spec: proto::JobSpec) -> Result<JobSpec> {
             sampling,
             soft_targets,
         },
-        student: Student { pool: student.pool, init },
+        student: Student { pool: student.pool, init, lora: student.lora.map(lora_from_proto).transpose()? },
         train: spec.train.map_or_else(|| Ok(Train::default()), train_from_proto)?,
         gates: spec.gates.map_or_else(Gates::default, |g| Gates {
             max_kl: g.max_kl,
@@ -126,6 +126,37 @@ fn prune_from_proto(prune: proto::PruneInit) -> Result<Prune> {
         num_attention_heads: prune.num_attention_heads,
         num_key_value_heads: prune.num_key_value_heads,
         calibration_rows: prune.calibration_rows.unwrap_or(Prune::default().calibration_rows),
+    })
+}
+
+fn lora_from_proto(lora: proto::LoraSpec) -> Result<Lora> {
+    let unknown =
+        |field: &str, value: i32| Error::new(Code::SpecInvalid, format!("student.lora.{field} {value} is not known"));
+    let target = |&target: &i32| match proto::LoraTarget::try_from(target) {
+        Ok(proto::LoraTarget::QProj) => Ok(LoraTarget::QProj),
+        Ok(proto::LoraTarget::KProj) => Ok(LoraTarget::KProj),
+        Ok(proto::LoraTarget::VProj) => Ok(LoraTarget::VProj),
+        Ok(proto::LoraTarget::OProj) => Ok(LoraTarget::OProj),
+        Ok(proto::LoraTarget::GateProj) => Ok(LoraTarget::GateProj),
+        Ok(proto::LoraTarget::UpProj) => Ok(LoraTarget::UpProj),
+        Ok(proto::LoraTarget::DownProj) => Ok(LoraTarget::DownProj),
+        Ok(proto::LoraTarget::Unspecified) | Err(_) => Err(unknown("targets", target)),
+    };
+    let base = match proto::LoraBase::try_from(lora.base) {
+        Ok(proto::LoraBase::Unspecified | proto::LoraBase::Model) => LoraBase::Model,
+        Ok(proto::LoraBase::Int8) => LoraBase::Int8,
+        Err(_) => return Err(unknown("base", lora.base)),
+    };
+    let default = Lora::default();
+    Ok(Lora {
+        rank: lora.rank.unwrap_or(default.rank),
+        alpha: lora.alpha.unwrap_or(default.alpha),
+        targets: match &lora.targets[..] {
+            [] => default.targets,
+            targets => targets.iter().map(target).collect::<Result<_>>()?,
+        },
+        dropout: lora.dropout,
+        base,
     })
 }
 

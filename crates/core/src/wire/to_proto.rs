@@ -3,8 +3,8 @@ use retort_proto as proto;
 use crate::{
     Error,
     spec::{
-        Choose, CodecName, FlatSoftTargets, GgufType, Init, JobSpec, Layers, Loss, Parallel, Promote, Prune, Quantiser,
-        Schedule, Sharing, SoftTargets, TeacherMode, Weight,
+        Choose, CodecName, FlatSoftTargets, GgufType, Init, JobSpec, Layers, Lora, LoraBase, LoraTarget, Loss,
+        Parallel, Promote, Prune, Quantiser, Schedule, Sharing, SoftTargets, TeacherMode, Weight,
     },
     state::{JobState, Split, TaskKind},
 };
@@ -56,6 +56,7 @@ pub fn job_spec_to_proto(spec: &JobSpec) -> proto::JobSpec {
                     num_key_value_heads: *num_key_value_heads,
                 }),
             }),
+            lora: spec.student.lora.as_ref().map(lora_to_proto),
         }),
         train: Some(proto::TrainSpec {
             passes: spec.train.passes,
@@ -146,6 +147,29 @@ fn prune_to_proto(prune: &Prune) -> proto::PruneInit {
         num_attention_heads: prune.num_attention_heads,
         num_key_value_heads: prune.num_key_value_heads,
         calibration_rows: Some(prune.calibration_rows),
+    }
+}
+
+fn lora_to_proto(lora: &Lora) -> proto::LoraSpec {
+    let target = |target: &LoraTarget| match target {
+        LoraTarget::QProj => proto::LoraTarget::QProj,
+        LoraTarget::KProj => proto::LoraTarget::KProj,
+        LoraTarget::VProj => proto::LoraTarget::VProj,
+        LoraTarget::OProj => proto::LoraTarget::OProj,
+        LoraTarget::GateProj => proto::LoraTarget::GateProj,
+        LoraTarget::UpProj => proto::LoraTarget::UpProj,
+        LoraTarget::DownProj => proto::LoraTarget::DownProj,
+    };
+    proto::LoraSpec {
+        rank: Some(lora.rank),
+        alpha: Some(lora.alpha),
+        targets: lora.targets.iter().map(|of| target(of).into()).collect(),
+        dropout: lora.dropout,
+        base: match lora.base {
+            LoraBase::Model => proto::LoraBase::Model,
+            LoraBase::Int8 => proto::LoraBase::Int8,
+        }
+        .into(),
     }
 }
 

@@ -1,7 +1,9 @@
 //! One decoder block: attention and feed-forward, each after a norm and around a residual.
 
+use retort_core::spec::LoraTarget;
 use tch::{Kind, Tensor};
 
+use super::adapter::{Adapter, Masks};
 use crate::{Config, Error, Keep, Result, rope::Angles};
 
 #[derive(Debug)]
@@ -17,11 +19,12 @@ pub(crate) struct Block {
     down: Linear,
 }
 
-/// `x weight^T + bias`; the weight is `[outputs, inputs]`.
+/// `x weight^T + bias`, and what an adapter adds; the weight is `[outputs, inputs]`.
 #[derive(Debug)]
-struct Linear {
-    weight: Weight,
+pub(super) struct Linear {
+    pub(super) weight: Weight,
     bias: Option<Tensor>,
+    pub(super) adapter: Option<Adapter>,
 }
 
 /// What a block computes on the way, in this order.
@@ -49,7 +52,7 @@ impl Block {
         let take = |name: &str| needed(name)?.plain();
         let linear = |name: &str| {
             let bias = find(&format!("model.layers.{layer}.{name}.bias"))?.map(Weight::plain).transpose()?;
-            Ok::<_, Error>(Linear { weight: needed(&format!("{name}.weight"))?, bias })
+            Ok::<_, Error>(Linear { weight: needed(&format!("{name}.weight"))?, bias, adapter: None })
         };
         Ok(Self {
             input_norm_h: take("input_layernorm.weight")?,
@@ -65,15 +68,16 @@ impl Block {
     }
 
     /// `[b, t, h]` to `[b, t, h]`. `attend` takes rotated queries `[b, q, t, d]`, rotated keys and
-    /// values `[b, k, t, d]`, and gives `[b, q, t, d]`.
+    /// values `[b, k, t, d]`, and gives `[b, q, t, d]`. `masks` are of its adapters' inputs, in training.
     pub(crate) fn forward(
         &self,
         config: &Config,
         hidden_bth: &Tensor,
         angles: &Angles,
+        masks: Option<Masks>,
         attend: impl FnOnce(&Tensor, &Tensor, &Tensor) -> Result<Tensor>,
     ) -> Result<Tensor> {
-        self.forward_seen(config, hidden_bth, angles, attend, |_| Ok(()))
+        self.forward_seen(config, hidden_bth, angles, masks, attend, |_| Ok(()))
     }
 
     /// As [`Block::forward`]; `see` is shown what it computes on the way.
@@ -82,6 +86,7 @@ impl Block {
         config: &Config,
         hidden_bth: &Tensor,
         angles: &Angles,
+        masks: Option<Masks>,
         attend: impl FnOnce(&Tensor, &Tensor, &Tensor) -> Result<Tensor>,
         mut see: impl FnMut(Seen) -> Result<()>,
     ) -> Result<Tensor> {
@@ -91,20 +96,44 @@ impl Block {
         };
         let normed_bth = norm(hidden_bth, &self.input_norm_h, config.rms_norm_eps)?;
         see(Seen::InputNorm { from_bth: hidden_bth, to_bth: &normed_bth })?;
-        let query_bqtd = angles.rotate(&split(self.query.forward(&normed_bth)?, config.num_attention_heads)?)?;
-        let key_bktd = angles.rotate(&split(self.key.forward(&normed_bth)?, config.num_key_value_heads)?)?;
-        let value_bktd = split(self.value.forward(&normed_bth)?, config.num_key_value_heads)?;
+        let query_bqtd = angles.rotate(&split(self.query.forward(&normed_bth, masks)?, config.num_attention_heads)?)?;
+        let key_bktd = angles.rotate(&split(self.key.forward(&normed_bth, masks)?, config.num_key_value_heads)?)?;
+        let value_bktd = split(self.value.forward(&normed_bth, masks)?, config.num_key_value_heads)?;
         let mixed_bqtd = attend(&query_bqtd, &key_bktd, &value_bktd)?;
         let mixed = mixed_bqtd.f_transpose(1, 2)?.f_reshape([rows, tokens, -1])?;
         see(Seen::Mixed(&mixed))?;
-        let hidden_bth = hidden_bth.f_add(&self.output.forward(&mixed)?)?;
+        let hidden_bth = hidden_bth.f_add(&self.output.forward(&mixed, masks)?)?;
 
         let normed_bth = norm(&hidden_bth, &self.post_norm_h, config.rms_norm_eps)?;
         see(Seen::PostNorm { from_bth: &hidden_bth, to_bth: &normed_bth })?;
-        let gate = self.gate.forward(&normed_bth)?.f_silu()?;
-        let inner = gate.f_mul(&self.up.forward(&normed_bth)?)?;
+        let gate = self.gate.forward(&normed_bth, masks)?.f_silu()?;
+        let inner = gate.f_mul(&self.up.forward(&normed_bth, masks)?)?;
         see(Seen::Inner(&inner))?;
-        Ok(hidden_bth.f_add(&self.down.forward(&inner)?)?)
+        Ok(hidden_bth.f_add(&self.down.forward(&inner, masks)?)?)
+    }
+
+    pub(super) fn projection(&self, target: LoraTarget) -> &Linear {
+        match target {
+            LoraTarget::QProj => &self.query,
+            LoraTarget::KProj => &self.key,
+            LoraTarget::VProj => &self.value,
+            LoraTarget::OProj => &self.output,
+            LoraTarget::GateProj => &self.gate,
+            LoraTarget::UpProj => &self.up,
+            LoraTarget::DownProj => &self.down,
+        }
+    }
+
+    pub(super) fn projection_mut(&mut self, target: LoraTarget) -> &mut Linear {
+        match target {
+            LoraTarget::QProj => &mut self.query,
+            LoraTarget::KProj => &mut self.key,
+            LoraTarget::VProj => &mut self.value,
+            LoraTarget::OProj => &mut self.output,
+            LoraTarget::GateProj => &mut self.gate,
+            LoraTarget::UpProj => &mut self.up,
+            LoraTarget::DownProj => &mut self.down,
+        }
     }
 }
 
@@ -120,6 +149,24 @@ pub(crate) enum Weight {
 }
 
 impl Weight {
+    /// The numbers that are kept, `[o, i]`.
+    pub(super) fn stored(&self) -> &Tensor {
+        match self {
+            Self::Plain(tensor) => tensor,
+            Self::Scaled { bytes_oi, .. } => bytes_oi,
+        }
+    }
+
+    /// The same weight, sharing its memory.
+    pub(super) fn shallow_clone(&self) -> Self {
+        match self {
+            Self::Plain(tensor) => Self::Plain(tensor.shallow_clone()),
+            Self::Scaled { bytes_oi, scale_o1 } => {
+                Self::Scaled { bytes_oi: bytes_oi.shallow_clone(), scale_o1: scale_o1.shallow_clone() }
+            }
+        }
+    }
+
     pub(crate) fn plain(self) -> Result<Tensor> {
         match self {
             Self::Plain(tensor) => Ok(tensor),
@@ -161,11 +208,15 @@ impl Weight {
 }
 
 impl Linear {
-    fn forward(&self, input: &Tensor) -> Result<Tensor> {
-        match &self.weight {
-            Weight::Plain(weight) => Ok(input.f_linear(weight, self.bias.as_ref())?),
-            // Wide for as long as one product takes.
-            narrow => Ok(input.f_linear(&narrow.widened(input.kind())?, self.bias.as_ref())?),
+    fn forward(&self, input: &Tensor, masks: Option<Masks>) -> Result<Tensor> {
+        let output = match &self.weight {
+            Weight::Plain(weight) => input.f_linear(weight, self.bias.as_ref())?,
+            // Wide for as long as one product takes, or a graph over it lives.
+            narrow => input.f_linear(&narrow.widened(input.kind())?, self.bias.as_ref())?,
+        };
+        match &self.adapter {
+            Some(adapter) => Ok(output.f_add(&adapter.forward(input, masks)?)?),
+            None => Ok(output),
         }
     }
 }

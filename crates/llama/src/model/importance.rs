@@ -107,7 +107,7 @@ impl<'a> Observer<'a> {
     fn observe(&mut self, ids: &[i64]) -> Result<()> {
         let model = self.model;
         let ids_n = Tensor::f_from_slice(ids)?;
-        let documents = model.documents(&ids_n, &[ids.len() as i64])?;
+        let documents = model.documents(&ids_n, &[ids.len() as i64], None)?;
         let mut hidden_1nh = model.embed(&ids_n)?.f_unsqueeze(0)?;
         for (block, sums) in model.blocks.iter().zip(&mut self.layers) {
             let attend = |query: &Tensor, key: &Tensor, value: &Tensor| documents.attend(query, key, value);
@@ -122,7 +122,7 @@ impl<'a> Observer<'a> {
                 Seen::PostNorm { from_bth, to_bth } => sums.post_norm.add(from_bth, to_bth),
                 Seen::Inner(inner) => sums.channels.add_square_of_mean(&rows(inner)?.f_abs()?),
             };
-            let next_1nh = block.forward_seen(&model.config, &hidden_1nh, &documents.angles, attend, see)?;
+            let next_1nh = block.forward_seen(&model.config, &hidden_1nh, &documents.angles, None, attend, see)?;
             sums.turn += turn(&rows(&hidden_1nh)?, &rows(&next_1nh)?)?;
             hidden_1nh = next_1nh;
         }

@@ -3,7 +3,7 @@
 
 use tch::{Device, Kind, Tensor};
 
-use super::Model;
+use super::{Masks, Model};
 use crate::{
     Error, Result,
     attention::{self, Mask},
@@ -17,6 +17,8 @@ pub(super) struct Documents {
     /// causal mask does not say it all.
     runs: Vec<(i64, i64, Option<Tensor>)>,
     pub(super) angles: Angles,
+    /// Of adapters, in training.
+    masks: Option<Masks>,
 }
 
 /// What [`Model::backward`] computes the blocks again from: their inputs, `[1, n, h]` each, and the last one's
@@ -31,7 +33,12 @@ impl Model {
     /// Hidden states after the final norm, `[n, h]`, of token ids int64 `[n]` on any device: documents of
     /// `lengths` tokens one after another. Causal. Differentiable; wrap it in [`tch::no_grad`] for inference.
     pub fn hidden_packed(&self, ids_n: &Tensor, lengths: &[i64]) -> Result<Tensor> {
-        let documents = self.documents(ids_n, lengths)?;
+        self.hidden_masked(ids_n, lengths, None)
+    }
+
+    /// As [`Model::hidden_packed`], with `masks` over what goes into adapters.
+    pub fn hidden_masked(&self, ids_n: &Tensor, lengths: &[i64], masks: Option<Masks>) -> Result<Tensor> {
+        let documents = self.documents(ids_n, lengths, masks)?;
         let mut hidden_1nh = self.embed(ids_n)?.f_unsqueeze(0)?;
         for layer in 0..self.blocks.len() {
             hidden_1nh = self.block(layer, &hidden_1nh, &documents)?;
@@ -39,11 +46,11 @@ impl Model {
         self.final_norm(&hidden_1nh.f_squeeze_dim(0)?)
     }
 
-    /// As [`Model::hidden_packed`] without a graph, and what a backward pass starts from: one input a block
+    /// As [`Model::hidden_masked`] without a graph, and what a backward pass starts from: one input a block
     /// instead of all that happens in it (Chen et al., "Training Deep Nets with Sublinear Memory Cost", 2016).
-    pub fn hidden_taped(&self, ids_n: &Tensor, lengths: &[i64]) -> Result<(Tensor, Tape)> {
+    pub fn hidden_taped(&self, ids_n: &Tensor, lengths: &[i64], masks: Option<Masks>) -> Result<(Tensor, Tape)> {
         tch::no_grad(|| {
-            let documents = self.documents(ids_n, lengths)?;
+            let documents = self.documents(ids_n, lengths, masks)?;
             let mut inputs = Vec::with_capacity(self.blocks.len() + 1);
             let mut hidden_1nh = self.embed(ids_n)?.f_unsqueeze(0)?;
             for layer in 0..self.blocks.len() {
@@ -74,12 +81,12 @@ impl Model {
     }
 
     fn block(&self, layer: usize, hidden_1nh: &Tensor, documents: &Documents) -> Result<Tensor> {
-        self.blocks[layer].forward(&self.config, hidden_1nh, &documents.angles, |query, key, value| {
+        self.blocks[layer].forward(&self.config, hidden_1nh, &documents.angles, documents.masks, |query, key, value| {
             documents.attend(query, key, value)
         })
     }
 
-    pub(super) fn documents(&self, ids_n: &Tensor, lengths: &[i64]) -> Result<Documents> {
+    pub(super) fn documents(&self, ids_n: &Tensor, lengths: &[i64], masks: Option<Masks>) -> Result<Documents> {
         let tokens: i64 = lengths.iter().sum();
         let shape = ids_n.size();
         if shape != [tokens] || lengths.iter().any(|&length| length < 1) || tokens < 1 {
@@ -104,7 +111,7 @@ impl Model {
         let runs = lengths.chunk_by(|a, b| a == b).map(run).collect::<Result<_>>()?;
         let positions: Vec<i64> = lengths.iter().flat_map(|&length| 0..length).collect();
         let angles = self.rope.angles(&Tensor::f_from_slice(&positions)?.f_to_device(self.device)?, self.kind)?;
-        Ok(Documents { lengths: lengths.to_vec(), runs, angles })
+        Ok(Documents { lengths: lengths.to_vec(), runs, angles, masks })
     }
 
     /// Refuses ids that the embedding has no row for.

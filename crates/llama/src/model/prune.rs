@@ -99,6 +99,9 @@ impl Cut {
 impl Model {
     /// The model that `cut` leaves, with its own copy of every weight.
     pub fn prune(&self, cut: &Cut) -> Result<Self> {
+        if self.lora.is_some() {
+            return Err(Error::Invalid("a model with adapters cannot be pruned".into()));
+        }
         cut.check(&self.config)?;
         let config = cut.config(&self.config);
         let slices = Slices { cut, config: &self.config };
@@ -116,7 +119,7 @@ impl Model {
         };
         let table = config.tensors();
         let copies = tch::no_grad(|| table.into_iter().map(copy).collect::<Result<_>>())?;
-        Self::assemble(config, copies, self.device, self.kind)
+        Self::assemble(config, copies, &HashMap::new(), self.device, self.kind)
     }
 
     /// [`Model::prune`] to the layers `keep` in their whole width.

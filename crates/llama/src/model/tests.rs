@@ -376,7 +376,7 @@ fn a_tape_gives_the_gradients_of_autograd() {
         let parameters = model.parameters().into_iter().filter(|(name, _)| name != "lm_head.weight");
         parameters.map(|(_, tensor)| (tensor.grad().copy(), tensor.grad().zero_()).0).collect()
     };
-    let (hidden_nh, tape) = model.hidden_taped(&all, &lengths).unwrap();
+    let (hidden_nh, tape) = model.hidden_taped(&all, &lengths, None).unwrap();
     assert!(!hidden_nh.requires_grad());
     // Of the sum of cubes.
     model.backward(tape, &(hidden_nh.square() * 3.0)).unwrap();

@@ -182,11 +182,12 @@ impl TorchPart {
             }
             let Some(angles) = &angles else { continue };
             let kept = layer.lanes.get(lane as usize);
-            hidden_1nh =
-                layer.block.forward(&self.config, &hidden_1nh, angles, |query, key, value| match (&rows, kept) {
+            hidden_1nh = layer.block.forward(&self.config, &hidden_1nh, angles, None, |query, key, value| {
+                match (&rows, kept) {
                     (Some(rows), Some(kept)) => rows.attend(kept, query, key, value),
                     _ => plan.attend(pieces, kept, query, key, value),
-                })?;
+                }
+            })?;
         }
         Ok(hidden_1nh.f_squeeze_dim(0)?)
     }

@@ -159,27 +159,38 @@ impl SafetensorsFile {
     }
 }
 
-/// Writes tensors in the order given, one tensor in memory at a time beside the model. The file
-/// appears under its name complete or not at all.
+/// Writes tensors in the order given; the file appears under its name complete or not at all.
 pub(crate) fn write(path: &Path, tensors: &[(String, Tensor)], kind: Kind) -> Result<()> {
+    let table: Vec<_> = tensors.iter().map(|(name, tensor)| (name.clone(), tensor.size())).collect();
+    let mut each = tensors.iter();
+    write_each(path, &table, kind, |name| {
+        let next = each.next().ok_or_else(|| Error::Invalid(format!("no tensor {name:?}")))?;
+        Ok(next.1.shallow_clone())
+    })
+}
+
+/// As [`write`], each tensor of the table made when its turn comes and dropped after it.
+pub(crate) fn write_each(
+    path: &Path,
+    table: &[(String, Vec<i64>)],
+    kind: Kind,
+    mut make: impl FnMut(&str) -> Result<Tensor>,
+) -> Result<()> {
     let dtype = Dtype::from_kind(kind)?;
     let mut header = Map::new();
     // transformers refuses a file that does not say which framework wrote it.
     header.insert("__metadata__".into(), json!({ "format": "pt" }));
     let mut end = 0;
-    for (name, tensor) in tensors {
+    for (name, shape) in table {
         let begin = end;
-        end += tensor.numel() as u64 * dtype.bytes();
-        header.insert(
-            name.clone(),
-            json!({ "dtype": dtype.name(), "shape": tensor.size(), "data_offsets": [begin, end] }),
-        );
+        end += shape.iter().product::<i64>().unsigned_abs() * dtype.bytes();
+        header.insert(name.clone(), json!({ "dtype": dtype.name(), "shape": shape, "data_offsets": [begin, end] }));
     }
     let mut header = Value::Object(header).to_string().into_bytes();
     header.resize(header.len().next_multiple_of(8), b' ');
 
     let partial = path.with_extension("safetensors.partial");
-    let written = write_to(&partial, &header, tensors, kind)
+    let written = write_to(&partial, &header, table, kind, &mut make)
         .and_then(|()| std::fs::rename(&partial, path).map_err(|error| Error::io(path, error)));
     if written.is_err() {
         let _ = std::fs::remove_file(&partial);
@@ -187,12 +198,22 @@ pub(crate) fn write(path: &Path, tensors: &[(String, Tensor)], kind: Kind) -> Re
     written
 }
 
-fn write_to(path: &Path, header: &[u8], tensors: &[(String, Tensor)], kind: Kind) -> Result<()> {
+fn write_to(
+    path: &Path,
+    header: &[u8],
+    table: &[(String, Vec<i64>)],
+    kind: Kind,
+    make: &mut impl FnMut(&str) -> Result<Tensor>,
+) -> Result<()> {
     let io = |error| Error::io(path, error);
     let mut file = BufWriter::with_capacity(1 << 20, File::create(path).map_err(io)?);
     file.write_all(&(header.len() as u64).to_le_bytes()).map_err(io)?;
     file.write_all(header).map_err(io)?;
-    for (_, tensor) in tensors {
+    for (name, shape) in table {
+        let tensor = make(name)?;
+        if tensor.size() != *shape {
+            return Err(Error::Invalid(format!("tensor {name:?} has shape {:?}, not {shape:?}", tensor.size())));
+        }
         let tensor = tensor.f_detach()?.f_to_device(tch::Device::Cpu)?.f_to_kind(kind)?.f_contiguous()?;
         let mut bytes = vec![0; tensor.numel() * kind.elt_size_in_bytes()];
         tensor.f_copy_data_u8(&mut bytes, tensor.numel())?;
