@@ -38,6 +38,7 @@ mod workspace;
 
 pub use handler::Student;
 pub use init::{Teacher, kept_layers};
+pub use parallel::sync::{PeerArgs, Peers};
 pub use settings::{Settings, Threads};
 
 #[cfg(test)]

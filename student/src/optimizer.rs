@@ -140,11 +140,35 @@ impl AdamW {
             }
             no_grad(|| tensor.f_copy_(from)).map_err(|error| format!("{name:?}: {error}"))?;
         }
-        for slot in self.slots.iter_mut().filter(|slot| !slot.is_f32()) {
-            no_grad(|| slot.parameter.f_copy_(&slot.master)).map_err(|error| format!("{:?}: {error}", slot.name))?;
-        }
+        self.refresh().map_err(|error| error.chain())?;
         self.step = step;
         Ok(())
+    }
+
+    /// Name, f32 master and f32 gradient of each parameter; the tensors share memory with this optimiser.
+    pub(crate) fn trained(&self) -> impl Iterator<Item = (&str, &Tensor, &Tensor)> {
+        self.slots.iter().map(|slot| (slot.name.as_str(), &slot.master, &slot.gradient))
+    }
+
+    /// To be called once masters were written to: a model in another kind than f32 follows them.
+    pub(crate) fn refresh(&mut self) -> Result<()> {
+        let follow = |slot: &mut Slot| -> Result<(), TchError> {
+            if !slot.is_f32() {
+                slot.parameter.f_copy_(&slot.master)?;
+            }
+            Ok(())
+        };
+        no_grad(|| self.slots.iter_mut().try_for_each(follow)).map_err(torch("cannot set the weights"))
+    }
+
+    /// For one that collects gradients and never updates: gives back the memory of the moments.
+    pub(crate) fn forget_moments(&mut self) -> Result<()> {
+        let forget = |slot: &mut Slot| -> Result<(), TchError> {
+            let nothing = || Tensor::f_zeros([0], (Kind::Float, slot.master.device()));
+            (slot.first, slot.second) = (nothing()?, nothing()?);
+            Ok(())
+        };
+        no_grad(|| self.slots.iter_mut().try_for_each(forget)).map_err(torch("cannot give moments back"))
     }
 }
 

@@ -20,6 +20,7 @@ use crate::{
     held_out::HeldOutSample,
     init::{self, Teacher},
     measure::{Tally, measure},
+    parallel::sync::Lead,
     resume,
     settings::Settings,
     shards::ShardStream,
@@ -48,7 +49,11 @@ pub async fn run(attempt: &Attempt, task: &TrainTask, cx: &TaskContext, settings
     }
     let options = Options { train: attempt.spec.train.clone(), steps, limits: settings.limits() };
     let mut run = Run::start(attempt, cx, settings, options).await?;
-    run.train(order).await?;
+    let trained = run.train(order).await;
+    if let Some(lead) = run.lead.take() {
+        lead.close().await?;
+    }
+    trained?;
     run.finish().await
 }
 
@@ -76,6 +81,8 @@ struct Run<'a> {
     // Before the workspace: nothing may write there while it is removed.
     uploader: Uploader,
     thread: ModelThread<Option<Trainer>>,
+    /// Of the workers that train along, each step; `None` where this one trains alone.
+    lead: Option<Lead>,
     workspace: Workspace,
     held_out: HeldOutSample,
     progress: Progress,
@@ -107,6 +114,7 @@ impl<'a> Run<'a> {
             spec_sha256: sha256_hex(&spec),
             uploader: Uploader::new(cx.clone(), job),
             thread: ModelThread::spawn("trainer", || None)?,
+            lead: None,
             workspace,
             held_out: HeldOutSample::new(stream, teacher.vocab_size),
             teacher,
@@ -121,6 +129,7 @@ impl<'a> Run<'a> {
         if !resumed {
             run.begin(options).await?;
         }
+        run.lead = Lead::open(attempt, cx, settings, &run.thread, &run.initial_key, &run.spec_sha256).await?;
         Ok(run)
     }
 
@@ -232,6 +241,7 @@ impl<'a> Run<'a> {
                     gradient_norm = report.gradient_norm,
                     learning_rate = report.learning_rate,
                     tokens_per_second = rate as u64,
+                    workers = self.lead.as_ref().map_or(1, Lead::workers),
                     held_out_kl,
                     "trained"
                 );
@@ -244,6 +254,12 @@ impl<'a> Run<'a> {
     async fn step(&mut self, examples: Vec<Example>, teacher_done: bool) -> Result<StepReport> {
         let cx = self.cx.clone();
         let threads = self.settings.threads;
+        if let Some(lead) = &mut self.lead {
+            let enter = move || threads.enter(teacher_done);
+            let (report, progress) = lead.step(&self.thread, examples, teacher_done, enter).await?;
+            self.progress = progress;
+            return Ok(report);
+        }
         let step = move |slot: &mut Option<Trainer>| -> Result<(StepReport, Progress)> {
             threads.enter(teacher_done);
             let trainer = slot.as_mut().ok_or_else(no_trainer)?;
@@ -347,6 +363,6 @@ async fn load_rows(mut data: TrainingData, steps: std::ops::Range<u32>, send: mp
     Ok(())
 }
 
-fn no_trainer() -> Error {
+pub(crate) fn no_trainer() -> Error {
     Error::internal("the trainer was lost when its thread failed; the attempt must start again")
 }
