@@ -56,8 +56,8 @@ pub use formed::{Formed, Keeper, Parts, Pulse};
 pub use layers::Layers;
 pub use member::serve;
 pub use place::{GroupArgs, LeaderWorkerSet, Place};
-pub use stats_command::{StatsArgs, show_stats};
 pub use retort_worker::peer::TlsArgs;
+pub use stats_command::{StatsArgs, show_stats};
 pub(crate) use wire::MAX_CONTEXT;
 
 use frames::Work;

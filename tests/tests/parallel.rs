@@ -18,7 +18,8 @@ const PATIENCE: Duration = Duration::from_secs(300);
 /// The spec beside `job.yaml` that has `workers` students train.
 fn with_workers(spec: &Path, workers: u32) -> std::path::PathBuf {
     let text = fs::read_to_string(spec).unwrap();
-    let changed = text.replace("checkpoint_steps: 5}", &format!("checkpoint_steps: 5, parallel: {{workers: {workers}}}}}"));
+    let changed =
+        text.replace("checkpoint_steps: 5}", &format!("checkpoint_steps: 5, parallel: {{workers: {workers}}}}}"));
     assert_ne!(changed, text);
     let path = spec.with_file_name(format!("workers-{workers}.yaml"));
     fs::write(&path, changed).unwrap();

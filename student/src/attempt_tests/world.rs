@@ -111,7 +111,16 @@ impl World {
         fs::create_dir_all(path.parent().unwrap()).unwrap();
         fs::write(&path, &prompts).unwrap();
         let state = Arc::new(State { store: store.clone(), inner: Mutex::default() });
-        Self { prompts: (paths::prompt_set(&sha256), sha256), store, teacher, header, shift: 0, workers: 1, folder, state }
+        Self {
+            prompts: (paths::prompt_set(&sha256), sha256),
+            store,
+            teacher,
+            header,
+            shift: 0,
+            workers: 1,
+            folder,
+            state,
+        }
     }
 
     /// Every shard is published.
@@ -186,7 +195,8 @@ impl World {
     }
 
     fn spec(&self) -> JobSpec {
-        let parallel = if self.workers > 1 { format!(", parallel: {{workers: {}}}", self.workers) } else { String::new() };
+        let parallel =
+            if self.workers > 1 { format!(", parallel: {{workers: {}}}", self.workers) } else { String::new() };
         let yaml = format!(
             "name: t\nseed: 3\nprompts: {{path: p}}\nteacher: {{model: {:?}, sampling: {{max_new_tokens: 6}}}}\n\
              student: {{init: {{prune: {{layers: 2}}}}}}\n\
@@ -220,13 +230,7 @@ impl World {
 
     pub(crate) fn settings(&self) -> Settings {
         let threads = Threads { beside_teacher: None, alone: None };
-        Settings {
-            device: Device::Cpu,
-            kind: Kind::Float,
-            work_dir: self.work_dir(),
-            threads,
-            peers: Peers::default(),
-        }
+        Settings { device: Device::Cpu, kind: Kind::Float, work_dir: self.work_dir(), threads, peers: Peers::default() }
     }
 
     pub(crate) fn work_dir(&self) -> PathBuf {

@@ -7,7 +7,10 @@ use std::{
     sync::{Arc, Mutex, PoisonError},
 };
 
-use retort_core::{Code, Error, Result, wire::{error_from_proto, error_to_proto}};
+use retort_core::{
+    Code, Error, Result,
+    wire::{error_from_proto, error_to_proto},
+};
 use retort_proto::{self as proto, join_request, join_response};
 use retort_worker::peer::ticker;
 use tokio::{sync::mpsc, time::Instant};

@@ -15,7 +15,11 @@ use std::{
     time::Duration,
 };
 
-use retort_core::{Code, Error, Result, task_group::TaskGroup, wire::{error_from_proto, error_to_proto}};
+use retort_core::{
+    Code, Error, Result,
+    task_group::TaskGroup,
+    wire::{error_from_proto, error_to_proto},
+};
 use retort_llama::Part;
 use retort_process::Ready;
 use retort_proto::{self as proto, join_request, join_response};

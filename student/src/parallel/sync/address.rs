@@ -53,12 +53,7 @@ impl PeerArgs {
         let tls = self.tls.read()?;
         let addresses = std::iter::once(self.listen.as_str()).chain(self.advertise.as_deref());
         check_private(addresses, tls.as_ref(), self.plaintext)?;
-        Ok(Peers {
-            listen: self.listen.clone(),
-            advertise: self.advertise.clone(),
-            tls,
-            plaintext: self.plaintext,
-        })
+        Ok(Peers { listen: self.listen.clone(), advertise: self.advertise.clone(), tls, plaintext: self.plaintext })
     }
 }
 

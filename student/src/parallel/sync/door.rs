@@ -2,9 +2,9 @@
 
 use std::sync::Arc;
 
+use retort_artifact::sha256_hex;
 use retort_core::{Code, Error, Result, wire::to_status};
 use retort_proto::{self as proto, follow_request, train_service_server::TrainService};
-use retort_artifact::sha256_hex;
 use retort_worker::peer::SILENCE;
 use tokio::sync::mpsc;
 use tokio_stream::wrappers::ReceiverStream;
@@ -119,7 +119,8 @@ impl TrainService for Door {
         self.terms.check(&hello).map_err(|error| to_status(&error))?;
         let (answers, stream) = mpsc::channel(ANSWERS);
         let welcome = proto::LeadWelcome { initial_key: self.terms.initial_key.clone() };
-        let _ = answers.try_send(Ok(proto::FollowResponse { what: Some(proto::follow_response::What::Welcome(welcome)) }));
+        let _ =
+            answers.try_send(Ok(proto::FollowResponse { what: Some(proto::follow_response::What::Welcome(welcome)) }));
         let arrival = Arrival { hello, requests, answers };
         self.arrivals.send(arrival).await.map_err(|_| Status::unavailable("the training has ended"))?;
         Ok(Response::new(ReceiverStream::new(stream)))

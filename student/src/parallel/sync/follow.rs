@@ -45,12 +45,7 @@ const OUTGOING: usize = 4;
 
 /// The attempt at a replica's task, until that is cancelled. `attempt-yielded` where nobody leads and another
 /// task waits, `replica-mismatch` where the lead can do nothing with this student.
-pub(crate) async fn follow(
-    attempt: &Attempt,
-    task: &ReplicaTask,
-    cx: &TaskContext,
-    settings: &Settings,
-) -> Result<()> {
+pub(crate) async fn follow(attempt: &Attempt, task: &ReplicaTask, cx: &TaskContext, settings: &Settings) -> Result<()> {
     let steps = task.train.as_ref().map(|train| train.steps);
     let steps = steps.ok_or_else(|| Error::internal(format!("{} says nothing of its training", attempt.task)))?;
     let spec = serde_json::to_vec(&attempt.spec).map_err(|error| Error::internal(error.to_string()))?;
@@ -124,16 +119,14 @@ impl Replica<'_> {
         let (outgoing, requests) = mpsc::channel(OUTGOING);
         let _ = outgoing.try_send(message(follow_request::What::Hello(self.hello(lead))));
         let open = async {
-            let unreachable = |error| Error::with_source(Code::GroupBroken, format!("{} is not reached", lead.address), error);
+            let unreachable =
+                |error| Error::with_source(Code::GroupBroken, format!("{} is not reached", lead.address), error);
             let channel = endpoint.connect().await.map_err(unreachable)?;
             let mut client = TrainServiceClient::new(channel)
                 .max_decoding_message_size(MAX_MESSAGE)
                 .max_encoding_message_size(MAX_MESSAGE);
-            let mut messages = client
-                .follow(ReceiverStream::new(requests))
-                .await
-                .map_err(|status| from_status(&status))?
-                .into_inner();
+            let mut messages =
+                client.follow(ReceiverStream::new(requests)).await.map_err(|status| from_status(&status))?.into_inner();
             match messages.message().await.map_err(|status| from_status(&status))?.and_then(|message| message.what) {
                 Some(follow_response::What::Welcome(welcome)) => Ok((messages, welcome)),
                 _ => Err(wrong("a hello was answered with something else than a welcome")),
@@ -302,12 +295,7 @@ fn gone(error: &Error) -> bool {
     error.kind() == Kind::Unavailable
 }
 
-async fn answer(
-    outgoing: &mpsc::Sender<proto::FollowRequest>,
-    step: u32,
-    share: Share,
-    gradient: Bytes,
-) -> Result<()> {
+async fn answer(outgoing: &mpsc::Sender<proto::FollowRequest>, step: u32, share: Share, gradient: Bytes) -> Result<()> {
     let head = proto::ReplicaShare {
         step,
         loss: share.loss,

@@ -44,8 +44,7 @@ impl Order {
             teacher_done: self.teacher_done,
         };
         let rows = self.rows;
-        let chunks =
-            (0..rows.len()).flat_map(move |row| chunks(Bytes::from(rows[row].to_bytes()))).map(What::Chunk);
+        let chunks = (0..rows.len()).flat_map(move |row| chunks(Bytes::from(rows[row].to_bytes()))).map(What::Chunk);
         weights.chain(std::iter::once(What::Rows(head))).chain(chunks)
     }
 }
@@ -253,7 +252,9 @@ mod tests {
         let garbage = [What::Chunk(vec![7; 1000].into())];
         let head = proto::StepRows { step: 0, positions: 9, row_bytes: vec![400, 600], teacher_done: false };
         let weights = order(sound()).into_messages().take(4);
-        assert!(taken(weights.chain([What::Rows(head)]).chain(garbage)).unwrap_err().message.contains("cannot be read"));
+        assert!(
+            taken(weights.chain([What::Rows(head)]).chain(garbage)).unwrap_err().message.contains("cannot be read")
+        );
         let few = Order { positions: 3, ..order(sound()) };
         assert!(taken(few.into_messages()).unwrap_err().message.contains("16 target tokens of a step with 3"));
     }

@@ -163,7 +163,11 @@ impl Lead {
         };
         let (report, progress, unsound, workers) = thread.call(finish).await??;
         for number in unsound {
-            tracing::warn!(replica = number, step = report.step, "its gradient was not finite: the lead computed its rows");
+            tracing::warn!(
+                replica = number,
+                step = report.step,
+                "its gradient was not finite: the lead computed its rows"
+            );
             self.members.remove(&number);
         }
         self.workers = workers;

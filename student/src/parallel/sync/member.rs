@@ -67,8 +67,7 @@ pub(super) async fn serve(arrival: Arrival, terms: Arc<Terms>, ready: mpsc::Send
     let (results, computed) = mpsc::channel(1);
     let due = Due::default();
     let member = Member { number, epoch: hello.epoch, updates: None, orders, answers: computed };
-    let mut inbox =
-        Inbox { terms, number, due: due.clone(), newcomer: Some((member, ready)), results, underway: None };
+    let mut inbox = Inbox { terms, number, due: due.clone(), newcomer: Some((member, ready)), results, underway: None };
     let why = tokio::select! {
         biased;
         why = read(&mut requests, &mut inbox) => why,
@@ -141,8 +140,14 @@ impl Inbox {
         if !of_order || !head.loss.is_finite() || head.gradient_bytes != self.terms.gradient_bytes {
             return Err(wrong(&format!(
                 "a share of step {} with loss {}, {} target tokens of {} and {} bytes, where step {step}, {} of {} and {} bytes are due",
-                head.step, head.loss, head.positions, head.tokens, head.gradient_bytes,
-                due.positions, due.tokens, self.terms.gradient_bytes
+                head.step,
+                head.loss,
+                head.positions,
+                head.tokens,
+                head.gradient_bytes,
+                due.positions,
+                due.tokens,
+                self.terms.gradient_bytes
             )));
         }
         self.underway = Some((Share { loss: head.loss, ..due }, Parcel::of(head.gradient_bytes)));
@@ -170,11 +175,12 @@ async fn write(
     queue: &mut mpsc::Receiver<Order>,
     due: &Due,
 ) -> Error {
-    let send = async |what: follow_response::What| match tokio::time::timeout(SILENCE, answers.send(message(what))).await {
-        Ok(Ok(())) => Ok(()),
-        Ok(Err(_)) => Err(lost("it closed the connection")),
-        Err(_) => Err(lost(&format!("it takes no messages for {} s", SILENCE.as_secs()))),
-    };
+    let send =
+        async |what: follow_response::What| match tokio::time::timeout(SILENCE, answers.send(message(what))).await {
+            Ok(Ok(())) => Ok(()),
+            Ok(Err(_)) => Err(lost("it closed the connection")),
+            Err(_) => Err(lost(&format!("it takes no messages for {} s", SILENCE.as_secs()))),
+        };
     let mut tick = ticker();
     loop {
         let order = tokio::select! {

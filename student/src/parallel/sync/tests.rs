@@ -9,7 +9,8 @@ use retort_artifact::{
 };
 use retort_core::{Result, wire::from_status};
 use retort_proto::{
-    self as proto, claimed::Task, follow_request::What as Say, follow_response, train_service_client::TrainServiceClient,
+    self as proto, claimed::Task, follow_request::What as Say, follow_response,
+    train_service_client::TrainServiceClient,
 };
 use retort_worker::{Attempt, ModelThread, Stop, StopSwitch, TaskContext};
 use tch::{Device, Kind, Tensor};
@@ -37,7 +38,8 @@ const EPOCH: u64 = 4;
 
 /// Of different lengths, one without targets.
 fn rows(step: u32) -> Vec<Example> {
-    (0..7).map(|i| example(u64::from(step) * 10 + i, 2 + i as usize, (i as usize * 5 + 3 * step as usize) % 17, 5, VOCAB))
+    (0..7)
+        .map(|i| example(u64::from(step) * 10 + i, 2 + i as usize, (i as usize * 5 + 3 * step as usize) % 17, 5, VOCAB))
         .chain([example(99, 5, 0, 5, VOCAB)])
         .collect()
 }
