@@ -1,7 +1,7 @@
 //! Whole attempts against a real store and a stand-in orchestrator and broker: what a job would see.
 
 mod diloco;
-mod world;
+pub(crate) mod world;
 
 use std::{fs, time::Duration};
 

@@ -10,6 +10,7 @@ use retort_worker::WorkerArgs;
 use crate::{
     generate,
     handler::Student,
+    parallel::sync::PeerArgs,
     settings::{Settings, Threads},
 };
 
@@ -27,6 +28,8 @@ struct Cli {
     worker: Option<WorkerArgs>,
     #[command(flatten)]
     compute: Compute,
+    #[command(flatten)]
+    peers: PeerArgs,
     #[command(subcommand)]
     command: Option<Command>,
 }
@@ -34,6 +37,7 @@ struct Cli {
 const EXAMPLES: &str = "Examples:
   retort-student --store /srv/retort/store --brokers 127.0.0.1:9092
   retort-student --store /srv/retort/store --pool large --device cuda:0 --dtype bf16
+  retort-student --store /srv/retort/store --listen 0.0.0.0:7480 --advertise trainer-0.pool:7480 --tls-ca ca.pem --tls-cert me.pem --tls-key me.key
   retort-student generate --model ./student --prompts prompts.jsonl --max-new-tokens 32 --json";
 
 #[derive(Debug, Subcommand)]
@@ -72,7 +76,7 @@ pub fn run() -> ExitCode {
         // The optional group is `None` even when its flags are given: it holds another group.
         None => WorkerArgs::from_arg_matches(&matches)
             .map_err(|_| Error::new(Code::RequestInvalid, "--store is missing; see retort-student --help"))
-            .and_then(|args| serve(args, cli.compute)),
+            .and_then(|args| serve(args, cli.compute, &cli.peers)),
     };
     match done {
         Ok(()) => ExitCode::SUCCESS,
@@ -80,10 +84,10 @@ pub fn run() -> ExitCode {
     }
 }
 
-fn serve(args: WorkerArgs, compute: Compute) -> Result<()> {
+fn serve(args: WorkerArgs, compute: Compute, peers: &PeerArgs) -> Result<()> {
     let work_dir = compute.work_dir.unwrap_or_else(std::env::temp_dir);
     let threads = Threads { beside_teacher: compute.threads, alone: compute.threads_alone.or(compute.threads) };
-    let settings = Settings::new(&args.device, &args.dtype, work_dir, threads)?;
+    let settings = Settings { peers: peers.read()?, ..Settings::new(&args.device, &args.dtype, work_dir, threads)? };
     let runtime = tokio::runtime::Builder::new_multi_thread()
         .worker_threads(ASYNC_THREADS)
         .enable_all()

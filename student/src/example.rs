@@ -52,7 +52,8 @@ impl Example {
         self.token_ids[self.targets[p] as usize]
     }
 
-    fn check(&self, vocab_size: u32) -> Result<(), String> {
+    /// What a row must hold whoever made it; the text says which does not.
+    pub(crate) fn check(&self, vocab_size: u32) -> Result<(), String> {
         let support = &self.support;
         let positions = self.targets.len();
         let per_position = [support.label_logprobs.len(), support.top_ids.len(), support.residuals.len()];
@@ -74,6 +75,9 @@ impl Example {
             || self.targets.last().is_some_and(|&at| at as usize >= self.token_ids.len())
         {
             return Err("a target token has no token before it".to_owned());
+        }
+        if !self.targets.is_sorted_by(|before, after| before < after) {
+            return Err("its target tokens do not rise".to_owned());
         }
         let mut ids = self.token_ids.iter().chain(&support.ids).chain(&support.top_ids);
         match ids.find(|&&id| id >= vocab_size) {
@@ -121,7 +125,7 @@ impl Example {
         .filter(|_| reader.bytes.is_empty())
     }
 
-    fn spilled_bytes(&self) -> usize {
+    pub(crate) fn spilled_bytes(&self) -> usize {
         let words = self.token_ids.len() + 5 * self.targets.len() + 1 + 3 * self.support.ids.len();
         3 * size_of::<u64>() + words * size_of::<u32>() + self.support.heads.len()
     }
@@ -240,6 +244,9 @@ pub(crate) mod tests {
         let mut bad = sound.clone();
         bad.targets[0] = 0;
         assert!(bad.check(100).unwrap_err().contains("no token before it"));
+        let mut bad = sound.clone();
+        bad.targets[1] = 999;
+        assert!(bad.check(100).unwrap_err().contains("do not rise"));
         let mut bad = sound;
         bad.support.offsets[1] = 999;
         assert!(bad.check(100).is_err());

@@ -41,6 +41,7 @@ mod workspace;
 
 pub use handler::Student;
 pub use init::Teacher;
+pub use parallel::sync::{PeerArgs, Peers};
 pub use prune::kept_layers;
 pub use settings::{Settings, Threads};
 

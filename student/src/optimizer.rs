@@ -124,20 +124,9 @@ impl AdamW {
     }
 
     /// The trained weights in f32, by name, sharing memory with this optimiser: writing into one and then
-    /// calling [`AdamW::put_masters`] changes the model.
+    /// calling `refresh` changes the model.
     pub fn masters(&self) -> Vec<(String, Tensor)> {
         self.slots.iter().map(|slot| (slot.name.clone(), slot.master.shallow_clone())).collect()
-    }
-
-    /// Brings what was written into [`AdamW::masters`] to the model.
-    pub fn put_masters(&mut self) -> Result<()> {
-        let put = |slot: &mut Slot| -> Result<(), TchError> {
-            if !slot.is_f32() {
-                slot.parameter.f_copy_(&slot.master)?;
-            }
-            Ok(())
-        };
-        no_grad(|| self.slots.iter_mut().try_for_each(put)).map_err(torch("cannot set the weights"))
     }
 
     /// Has the model compute with the weights' averages, or with the weights again. Without averages it
@@ -197,9 +186,35 @@ impl AdamW {
             }
             no_grad(|| tensor.f_copy_(from)).map_err(|error| format!("{name:?}: {error}"))?;
         }
-        self.put_masters().map_err(|error| error.message)?;
+        self.refresh().map_err(|error| error.chain())?;
         self.step = step;
         Ok(())
+    }
+
+    /// Name, f32 master and f32 gradient of each parameter; the tensors share memory with this optimiser.
+    pub(crate) fn trained(&self) -> impl Iterator<Item = (&str, &Tensor, &Tensor)> {
+        self.slots.iter().map(|slot| (slot.name.as_str(), &slot.master, &slot.gradient))
+    }
+
+    /// To be called once masters were written to: a model in another kind than f32 follows them.
+    pub(crate) fn refresh(&mut self) -> Result<()> {
+        let follow = |slot: &mut Slot| -> Result<(), TchError> {
+            if !slot.is_f32() {
+                slot.parameter.f_copy_(&slot.master)?;
+            }
+            Ok(())
+        };
+        no_grad(|| self.slots.iter_mut().try_for_each(follow)).map_err(torch("cannot set the weights"))
+    }
+
+    /// For one that collects gradients and never updates: gives back the memory of the moments.
+    pub(crate) fn forget_moments(&mut self) -> Result<()> {
+        let forget = |slot: &mut Slot| -> Result<(), TchError> {
+            let nothing = || Tensor::f_zeros([0], (Kind::Float, slot.master.device()));
+            (slot.first, slot.second) = (nothing()?, nothing()?);
+            Ok(())
+        };
+        no_grad(|| self.slots.iter_mut().try_for_each(forget)).map_err(torch("cannot give moments back"))
     }
 }
 

@@ -1,5 +1,7 @@
 //! Several workers train one model: the worker of the train task leads, those of its replica tasks follow.
 
+pub(crate) mod sync;
+
 use retort_core::{Error, Result, spec::Sharing};
 use retort_proto::ReplicaTask;
 use retort_worker::{Attempt, TaskContext};
@@ -10,10 +12,12 @@ pub(crate) mod diloco;
 
 /// The attempt at `{job}/replica-N`: computes for the lead until that is done and the task cancelled.
 pub async fn replica(attempt: &Attempt, task: &ReplicaTask, cx: &TaskContext, settings: &Settings) -> Result<()> {
-    let incomplete = || Error::internal(format!("{} lacks what a replica needs", attempt.task));
-    let train = task.train.as_ref().ok_or_else(incomplete)?;
     match attempt.spec.train.parallel.map(|parallel| parallel.mode).unwrap_or_default() {
-        Sharing::Diloco => diloco::replica(attempt, task.number, train, cx, settings).await,
-        Sharing::Synchronous => Err(incomplete()),
+        Sharing::Synchronous => sync::follow(attempt, task, cx, settings).await,
+        Sharing::Diloco => {
+            let incomplete = || Error::internal(format!("{} lacks what a replica needs", attempt.task));
+            let train = task.train.as_ref().ok_or_else(incomplete)?;
+            diloco::replica(attempt, task.number, train, cx, settings).await
+        }
     }
 }

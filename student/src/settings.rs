@@ -5,7 +5,7 @@ use std::path::PathBuf;
 use retort_core::Result;
 use tch::{Device, Kind};
 
-use crate::{batch, failure::llama};
+use crate::{batch, failure::llama, parallel::sync::Peers};
 
 #[derive(Clone, Debug)]
 pub struct Settings {
@@ -14,6 +14,8 @@ pub struct Settings {
     /// Holds rows and checkpoints on their way; emptied after each attempt.
     pub work_dir: PathBuf,
     pub threads: Threads,
+    /// How it is reached by those that train with it.
+    pub peers: Peers,
 }
 
 /// Cores for arithmetic; `None` leaves libtorch its own choice.
@@ -41,7 +43,7 @@ impl Settings {
     pub fn new(device: &str, dtype: &str, work_dir: PathBuf, threads: Threads) -> Result<Self> {
         let device = retort_llama::device_from_flag(device).map_err(llama)?;
         let kind = retort_llama::dtype_from_flag(dtype, device).map_err(llama)?;
-        Ok(Self { device, kind, work_dir, threads })
+        Ok(Self { device, kind, work_dir, threads, peers: Peers::default() })
     }
 
     pub fn limits(&self) -> batch::Limits {

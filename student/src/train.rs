@@ -37,7 +37,7 @@ use crate::{
     held_out::HeldOutSample,
     init::{self, Teacher},
     measure::{Tally, measure},
-    parallel::diloco,
+    parallel::{diloco, sync::Lead},
     resume,
     settings::Settings,
     shards::ShardStream,
@@ -68,10 +68,14 @@ pub async fn run(attempt: &Attempt, task: &TrainTask, cx: &TaskContext, settings
     }
     let options = Options { train: attempt.spec.train.clone(), steps, limits: settings.limits() };
     let mut run = Run::start(attempt, cx, settings, options).await?;
-    match attempt.spec.train.diloco() {
-        Some(parallel) => diloco::lead(&mut run, order, parallel.inner_steps).await?,
-        None => run.train(order).await?,
+    let trained = match attempt.spec.train.diloco() {
+        Some(parallel) => diloco::lead(&mut run, order, parallel.inner_steps).await,
+        None => run.train(order).await,
+    };
+    if let Some(lead) = run.lead.take() {
+        lead.close().await?;
     }
+    trained?;
     run.finish().await
 }
 
@@ -99,6 +103,8 @@ pub(crate) struct Run<'a> {
     // Before the workspace: nothing may write there while it is removed.
     pub(crate) uploader: Uploader,
     pub(crate) thread: ModelThread<Option<Trainer>>,
+    /// Of the workers that train along, each step; `None` where this one trains alone.
+    lead: Option<Lead>,
     pub(crate) workspace: Workspace,
     held_out: HeldOutSample,
     pub(crate) progress: Progress,
@@ -132,6 +138,7 @@ impl<'a> Run<'a> {
             spec_sha256: spec_sha256(&attempt.spec)?,
             uploader: Uploader::new(cx.clone(), job, attempt.spec.train.keep),
             thread: ModelThread::spawn("trainer", || None)?,
+            lead: None,
             workspace,
             held_out: HeldOutSample::new(stream, teacher.vocab_size),
             teacher,
@@ -148,6 +155,7 @@ impl<'a> Run<'a> {
         if !resumed {
             run.begin(options).await?;
         }
+        run.lead = Lead::open(attempt, cx, settings, &run.thread, &run.initial_key, &run.spec_sha256).await?;
         Ok(run)
     }
 
@@ -317,6 +325,7 @@ impl<'a> Run<'a> {
                     gradient_norm = report.gradient_norm,
                     learning_rate = report.learning_rate,
                     tokens_per_second = rate as u64,
+                    workers = self.lead.as_ref().map_or(1, Lead::workers),
                     held_out_kl,
                     held_out_top1 = held_out.map(|held_out| held_out.top1_agreement),
                     held_out_calibration_error = held_out.map(|held_out| held_out.calibration_error),
@@ -331,6 +340,12 @@ impl<'a> Run<'a> {
     async fn step(&mut self, examples: Vec<Example>, teacher_done: bool) -> Result<StepReport> {
         let cx = self.cx.clone();
         let threads = self.settings.threads;
+        if let Some(lead) = &mut self.lead {
+            let enter = move || threads.enter(teacher_done);
+            let (report, progress) = lead.step(&self.thread, examples, teacher_done, enter).await?;
+            self.progress = progress;
+            return Ok(report);
+        }
         let step = move |slot: &mut Option<Trainer>| -> Result<(StepReport, Progress)> {
             threads.enter(teacher_done);
             let trainer = slot.as_mut().ok_or_else(no_trainer)?;
@@ -552,6 +567,6 @@ fn say_trainable(trainer: &Trainer) {
     tracing::info!(trainable = trainer.trainable(), parameters, "the student's parameters");
 }
 
-fn no_trainer() -> Error {
+pub(crate) fn no_trainer() -> Error {
     Error::internal("the trainer was lost when its thread failed; the attempt must start again")
 }

@@ -37,7 +37,6 @@ mod place;
 mod split;
 mod stats;
 mod stats_command;
-mod tls;
 mod wire;
 
 use std::{
@@ -57,8 +56,8 @@ pub use formed::{Formed, Keeper, Parts, Pulse};
 pub use layers::Layers;
 pub use member::serve;
 pub use place::{GroupArgs, LeaderWorkerSet, Place};
+pub use retort_worker::peer::TlsArgs;
 pub use stats_command::{StatsArgs, show_stats};
-pub use tls::TlsArgs;
 pub(crate) use wire::MAX_CONTEXT;
 
 use frames::Work;

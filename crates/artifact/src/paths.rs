@@ -72,6 +72,26 @@ pub fn parse_initial(job: &str, key: &str) -> Option<u64> {
     epoch.parse().ok()
 }
 
+/// Where the lead of a training says how its replicas reach it. `epoch` is its attempt's fencing number.
+pub fn lead(job: &str, epoch: u64) -> String {
+    format!("{}{epoch}.json", lead_stem(job))
+}
+
+/// Every object of a training but its checkpoints.
+pub fn train_prefix(job: &str) -> String {
+    format!("jobs/{job}/train/")
+}
+
+/// Epoch of a lead's key, None for any other key.
+pub fn parse_lead(job: &str, key: &str) -> Option<u64> {
+    let epoch = key.strip_prefix(&lead_stem(job))?.strip_suffix(".json")?.parse().ok()?;
+    (lead(job, epoch) == key).then_some(epoch)
+}
+
+fn lead_stem(job: &str) -> String {
+    format!("{}lead-", train_prefix(job))
+}
+
 /// The manifest of the checkpoint at `prefix`; written last, so its presence means all is there.
 pub fn manifest(prefix: &str) -> String {
     format!("{prefix}manifest.json")
@@ -231,5 +251,14 @@ mod tests {
         assert_eq!(parse_initial("j", &manifest(&initial("j", 12))), Some(12));
         assert_eq!(parse_initial("j", "jobs/j/initial-x/manifest.json"), None);
         assert_eq!(parse_initial("j", &checkpoint("j", 1, 2)), None);
+    }
+
+    #[test]
+    fn a_leads_key_says_its_epoch() {
+        assert_eq!(lead("j", 12), "jobs/j/train/lead-12.json");
+        assert_eq!(parse_lead("j", &lead("j", 12)), Some(12));
+        for other in ["jobs/k/train/lead-12.json", "jobs/j/train/lead-+2.json", "jobs/j/train/lead-12.json.part"] {
+            assert_eq!(parse_lead("j", other), None, "{other}");
+        }
     }
 }

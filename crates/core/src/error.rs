@@ -104,6 +104,7 @@ codes! {
     WorkerStopped = "worker-stopped", Unavailable;
     GroupBroken = "group-broken", Unavailable;
     StageMismatch = "stage-mismatch", Precondition;
+    ReplicaMismatch = "replica-mismatch", Precondition;
     AttemptsExhausted = "attempts-exhausted", Precondition;
     LossNotFinite = "loss-not-finite", Precondition;
     DeviceUnavailable = "device-unavailable", Precondition;

@@ -6,7 +6,9 @@ mod pruning;
 mod status;
 mod to_proto;
 
-pub use from_proto::{job_spec_from_proto, job_state_from_proto, soft_targets_from_proto, split_from_proto};
+pub use from_proto::{
+    error_from_proto, job_spec_from_proto, job_state_from_proto, soft_targets_from_proto, split_from_proto,
+};
 pub use pruning::{pruning_from_proto, pruning_to_proto};
 pub use status::{from_status, to_status};
 pub use to_proto::{

@@ -21,6 +21,7 @@ mod kafka;
 mod lease;
 mod model_thread;
 mod orchestrator;
+pub mod peer;
 pub mod ports;
 mod retry;
 mod run;

@@ -25,33 +25,33 @@ use retort_worker::{
 };
 use tch::{Device, Kind};
 
-use crate::{Settings, Student, Teacher, Threads, init::tests::tiny_teacher};
+use crate::{Peers, Settings, Student, Teacher, Threads, init::tests::tiny_teacher};
 
-pub(super) const JOB: &str = "0190a5b4c6d87e8fa0b1c2d3e4f50617";
-pub(super) const TRAIN_SHARDS: u32 = 3;
-pub(super) const HELD_OUT_SHARDS: u32 = 2;
+pub(crate) const JOB: &str = "0190a5b4c6d87e8fa0b1c2d3e4f50617";
+pub(crate) const TRAIN_SHARDS: u32 = 3;
+pub(crate) const HELD_OUT_SHARDS: u32 = 2;
 const SHARD_ROWS: u64 = 4;
 /// The last training shard is not full.
 const TRAIN_ROWS: u64 = 11;
 const VOCAB: u32 = 40;
 const PASSES: u32 = 12;
 const BATCH_ROWS: u32 = 3;
-pub(super) const STEPS: u32 = PASSES * 4;
+pub(crate) const STEPS: u32 = PASSES * 4;
 
 /// A store, a teacher, and who stands in for orchestrator and broker.
-pub(super) struct World {
-    pub(super) store: Store,
-    pub(super) teacher: Teacher,
+pub(crate) struct World {
+    pub(crate) store: Store,
+    pub(crate) teacher: Teacher,
     /// Of the shards published from here on.
-    pub(super) header: Header,
+    pub(crate) header: Header,
     /// They hold the rows that come this much later.
-    pub(super) shift: u64,
+    pub(crate) shift: u64,
     /// Of the spec's section `train`.
-    pub(super) train: String,
+    pub(crate) train: String,
     /// Types of GGUF files that the spec asks for, as YAML lists them.
-    pub(super) gguf: &'static str,
+    pub(crate) gguf: &'static str,
     /// More of the spec's `student`, such as `, lora: {rank: 4}`.
-    pub(super) student: &'static str,
+    pub(crate) student: &'static str,
     prompts: (String, String),
     folder: tempfile::TempDir,
     state: Arc<State>,
@@ -77,7 +77,7 @@ struct Inner {
 
 impl World {
     /// Nothing is published yet.
-    pub(super) fn new() -> Self {
+    pub(crate) fn new() -> Self {
         let folder = tempfile::tempdir().unwrap();
         let teacher = tiny_teacher(&folder.path().join("teacher"), 3, VOCAB.into());
         let store = Store::open(&folder.path().join("store").display().to_string()).unwrap();
@@ -131,7 +131,7 @@ impl World {
     }
 
     /// Every shard is published.
-    pub(super) async fn published() -> Self {
+    pub(crate) async fn published() -> Self {
         let world = Self::new();
         for shard in 0..TRAIN_SHARDS + HELD_OUT_SHARDS {
             world.publish(shard, 1).await;
@@ -139,7 +139,7 @@ impl World {
         world
     }
 
-    pub(super) async fn publish(&self, shard: u32, epoch: u64) {
+    pub(crate) async fn publish(&self, shard: u32, epoch: u64) {
         let held_out = shard >= TRAIN_SHARDS;
         let split = if held_out { "held_out" } else { "train" };
         // Another job may have counted its shards otherwise.
@@ -158,26 +158,20 @@ impl World {
     }
 
     /// What is published from here on was computed for another job.
-    pub(super) fn reuse(&mut self) {
+    pub(crate) fn reuse(&mut self) {
         self.header.job = "0190a5b4c6d87e8fa0b1c2d3e4f5ffff".to_owned();
         self.state.inner.lock().unwrap().reused = true;
     }
 
-    pub(super) fn train_attempt(&self, epoch: u64) -> Attempt {
+    pub(crate) fn train_attempt(&self, epoch: u64) -> Attempt {
         self.attempt(epoch, "train", Self::train_task(STEPS))
     }
 
-    pub(super) fn train_task(steps: u32) -> Task {
+    pub(crate) fn train_task(steps: u32) -> Task {
         Task::Train(proto::TrainTask { shards: TRAIN_SHARDS, rows: TRAIN_ROWS, steps })
     }
 
-    pub(super) fn replica_attempt(&self, number: u32, epoch: u64) -> Attempt {
-        let train = proto::TrainTask { shards: TRAIN_SHARDS, rows: TRAIN_ROWS, steps: STEPS };
-        let task = proto::ReplicaTask { number, train: Some(train) };
-        self.attempt(epoch, &format!("replica-{number:05}"), Task::Replica(task))
-    }
-
-    pub(super) fn evaluate_attempt(&self, epoch: u64, initial_key: &str, checkpoint_key: &str) -> Attempt {
+    pub(crate) fn evaluate_attempt(&self, epoch: u64, initial_key: &str, checkpoint_key: &str) -> Attempt {
         let task = proto::EvaluateTask {
             shards: HELD_OUT_SHARDS,
             checkpoint_key: checkpoint_key.to_owned(),
@@ -185,6 +179,12 @@ impl World {
             samples: 3,
         };
         self.attempt(epoch, "evaluate", Task::Evaluate(task))
+    }
+
+    pub(crate) fn replica_attempt(&self, number: u32, epoch: u64) -> Attempt {
+        let train = proto::TrainTask { shards: TRAIN_SHARDS, rows: TRAIN_ROWS, steps: STEPS };
+        let task = Task::Replica(proto::ReplicaTask { number, train: Some(train) });
+        self.attempt(epoch, &format!("replica-{number:05}"), task)
     }
 
     fn attempt(&self, epoch: u64, task: &str, work: Task) -> Attempt {
@@ -216,7 +216,7 @@ impl World {
     }
 
     /// One attempt as the worker loop would run it.
-    pub(super) async fn run(&self, attempt: &Attempt) -> Result<()> {
+    pub(crate) async fn run(&self, attempt: &Attempt) -> Result<()> {
         let stop = {
             let mut inner = self.state.inner.lock().unwrap();
             inner.stop = StopSwitch::default();
@@ -226,56 +226,63 @@ impl World {
     }
 
     /// With a switch of its own, so that several can run at once.
-    pub(super) async fn run_until(&self, attempt: &Attempt, stop: StopSwitch) -> Result<()> {
-        let cx = TaskContext::new(
+    pub(crate) async fn run_until(&self, attempt: &Attempt, stop: StopSwitch) -> Result<()> {
+        let cx = self.context(attempt, stop);
+        Student::new(self.settings()).run(attempt.clone(), &cx).await.map(drop)
+    }
+
+    pub(crate) fn context(&self, attempt: &Attempt, stop: StopSwitch) -> TaskContext {
+        TaskContext::new(
             &attempt.claimed,
             WorkerId::generate("student"),
             self.store.clone(),
             self.state.clone(),
             self.state.clone(),
             stop,
-        );
-        let threads = Threads { beside_teacher: None, alone: None };
-        let settings = Settings { device: Device::Cpu, kind: Kind::Float, work_dir: self.work_dir(), threads };
-        Student::new(settings).run(attempt.clone(), &cx).await.map(drop)
+        )
     }
 
-    pub(super) fn work_dir(&self) -> PathBuf {
+    pub(crate) fn settings(&self) -> Settings {
+        let threads = Threads { beside_teacher: None, alone: None };
+        Settings { device: Device::Cpu, kind: Kind::Float, work_dir: self.work_dir(), threads, peers: Peers::default() }
+    }
+
+    pub(crate) fn work_dir(&self) -> PathBuf {
         self.folder.path().join("work")
     }
 
-    pub(super) fn events(&self) -> Vec<What> {
+    pub(crate) fn events(&self) -> Vec<What> {
         self.state.inner.lock().unwrap().events.clone()
     }
 
-    pub(super) fn reported(&self) -> Vec<(u32, u64)> {
+    pub(crate) fn reported(&self) -> Vec<(u32, u64)> {
         self.state.inner.lock().unwrap().reported.clone()
     }
 
-    pub(super) fn stop(&self, why: Stop) {
+    pub(crate) fn stop(&self, why: Stop) {
         self.state.inner.lock().unwrap().stop.stop(why);
     }
 
     /// The attempt is stopped when this many of its checkpoints were written.
-    pub(super) fn stop_after_checkpoints(&self, count: u32, why: Stop) {
+    pub(crate) fn stop_after_checkpoints(&self, count: u32, why: Stop) {
         self.state.inner.lock().unwrap().stop_after = Some((count, why));
     }
 
-    pub(super) fn never_stop(&self) {
+    pub(crate) fn never_stop(&self) {
         self.state.inner.lock().unwrap().stop_after = None;
     }
 
     /// Whatever is published for this shard is damaged at once.
-    pub(super) fn always_damage(&self, shard: u32) {
+    pub(crate) fn always_damage(&self, shard: u32) {
         self.state.inner.lock().unwrap().always_damaged.insert(shard);
     }
 
-    pub(super) fn object(&self, key: &str) -> PathBuf {
+    pub(crate) fn object(&self, key: &str) -> PathBuf {
         self.store.root().join(key)
     }
 
     /// Flips one byte in the middle of an object.
-    pub(super) fn damage(&self, key: &str) {
+    pub(crate) fn damage(&self, key: &str) {
         flip(&self.object(key));
     }
 }

@@ -3,13 +3,16 @@
 //! Activations are large and heartbeats must not wait behind them, so they travel in chunks; every
 //! chunk counts as a sign of life.
 
-use retort_core::{Error, Result, wire::error_to_proto};
+use retort_core::{
+    Error, Result,
+    wire::{error_from_proto, error_to_proto},
+};
 use retort_llama::Room;
 use retort_proto::{self as proto, pass_request::What};
 
 use super::wire::{
-    MAX_STEP_TOKENS, begin_from_proto, begin_to_proto, error_from_proto, step_from_proto, step_to_proto,
-    taken_from_proto, taken_to_proto, wrong,
+    MAX_STEP_TOKENS, begin_from_proto, begin_to_proto, step_from_proto, step_to_proto, taken_from_proto,
+    taken_to_proto, wrong,
 };
 use crate::stage::step::{Activations, Begin, Step, Taken};
 

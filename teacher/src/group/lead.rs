@@ -7,8 +7,12 @@ use std::{
     sync::{Arc, Mutex, PoisonError},
 };
 
-use retort_core::{Code, Error, Result, wire::error_to_proto};
+use retort_core::{
+    Code, Error, Result,
+    wire::{error_from_proto, error_to_proto},
+};
 use retort_proto::{self as proto, join_request, join_response};
+use retort_worker::peer::ticker;
 use tokio::{sync::mpsc, time::Instant};
 use tokio_stream::wrappers::ReceiverStream;
 use tonic::Streaming;
@@ -17,9 +21,9 @@ use super::{
     dial::{RETRY, SILENCE, closed, dial, passes, refusal, silent},
     health::Health,
     identity::{compare, hello},
-    link::{FAREWELL, ticker},
+    link::FAREWELL,
     place::Place,
-    wire::{error_from_proto, wrong},
+    wire::wrong,
 };
 
 /// What a stage answered.

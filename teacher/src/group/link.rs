@@ -4,6 +4,7 @@ use std::{sync::Arc, time::Duration};
 
 use retort_core::{Error, Result};
 use retort_proto::{self as proto, pass_request, pass_response};
+use retort_worker::peer::ticker;
 use tokio::{
     sync::{mpsc, oneshot},
     time::Instant,
@@ -12,7 +13,7 @@ use tokio_stream::wrappers::ReceiverStream;
 use tonic::Streaming;
 
 use super::{
-    dial::{BEAT, RETRY, SILENCE, closed, dial, passes, refusal, silent},
+    dial::{RETRY, SILENCE, closed, dial, passes, refusal, silent},
     door::Inlet,
     frames::{Assembly, Work},
     health::Health,
@@ -163,13 +164,6 @@ pub(super) async fn receive(
         error = read => Err(error),
         error = beat => Err(error),
     }
-}
-
-/// Every [`BEAT`], the first at once; beats that were missed are not made up for.
-pub(super) fn ticker() -> tokio::time::Interval {
-    let mut tick = tokio::time::interval(BEAT);
-    tick.set_missed_tick_behavior(tokio::time::MissedTickBehavior::Delay);
-    tick
 }
 
 /// Waits until the group is broken, and then until the others have heard why: a stream that ends before

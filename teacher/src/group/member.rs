@@ -15,10 +15,15 @@ use std::{
     time::Duration,
 };
 
-use retort_core::{Code, Error, Result, task_group::TaskGroup, wire::error_to_proto};
+use retort_core::{
+    Code, Error, Result,
+    task_group::TaskGroup,
+    wire::{error_from_proto, error_to_proto},
+};
 use retort_llama::Part;
 use retort_process::Ready;
 use retort_proto::{self as proto, join_request, join_response};
+use retort_worker::peer;
 use tokio::{
     net::TcpListener,
     sync::{mpsc, oneshot},
@@ -28,14 +33,14 @@ use tokio_util::sync::CancellationToken;
 
 use super::{
     computer::Computer,
-    dial::{self, SILENCE, closed, silent},
+    dial::{SILENCE, closed, silent},
     door::{Door, Inlet, Joined},
     frames::{MAX_MESSAGE, Work},
     health::Health,
     link,
     place::Place,
     stats::Meter,
-    wire::{error_from_proto, wrong},
+    wire::wrong,
 };
 use model_thread::{ModelThread, Task};
 
@@ -83,13 +88,7 @@ pub async fn serve(
 }
 
 pub(super) async fn listen(place: &Place) -> Result<TcpListener> {
-    let listener = TcpListener::bind(&place.listen).await.map_err(|error| {
-        let code = match error.kind() {
-            std::io::ErrorKind::AddrInUse => Code::PortInUse,
-            _ => Code::RequestInvalid,
-        };
-        Error::new(code, format!("cannot listen on {}: {error}; give another with --listen HOST:PORT", place.listen))
-    })?;
+    let listener = peer::listen(&place.listen).await?;
     tracing::info!(stage = place.stage, listen = place.listen, group = place.group, "listening for the other stages");
     Ok(listener)
 }
@@ -104,7 +103,7 @@ pub(super) fn serve_door(
     let service = proto::stage_service_server::StageServiceServer::new(door)
         .max_decoding_message_size(MAX_MESSAGE)
         .max_encoding_message_size(MAX_MESSAGE);
-    let mut server = dial::server(&place)?;
+    let mut server = peer::server(place.tls.as_ref())?;
     Ok(async move {
         let serving = server.add_service(service).serve_with_incoming(TcpListenerStream::new(listener));
         tokio::select! {
@@ -282,7 +281,7 @@ async fn beat(
     answers: mpsc::Sender<Result<proto::JoinResponse, tonic::Status>>,
     link_stands: oneshot::Receiver<()>,
 ) -> Result<()> {
-    let mut tick = link::ticker();
+    let mut tick = peer::ticker();
     let link_stands = async {
         // Without an answer the link has failed, and its own task says why.
         if link_stands.await.is_err() {

@@ -4,14 +4,10 @@
 //! subdomain. It tells every pod the first one's address (`SET-GROUP.SUBDOMAIN.NAMESPACE`), the size of
 //! the group and the pod's own index, so the other addresses follow.
 
-use std::{
-    net::{IpAddr, SocketAddr},
-    ops::Range,
-};
+use std::ops::Range;
 
 use retort_core::{Code, Error, Result};
-
-use super::tls::{Tls, TlsArgs};
+use retort_worker::peer::{Tls, TlsArgs, check_private, host_and_port};
 
 /// Where a stage listens under LeaderWorkerSet, unless --listen says otherwise.
 const PORT: u16 = 7475;
@@ -133,14 +129,8 @@ impl Place {
         };
         host_and_port(&listen)?;
         let tls = args.tls.read()?;
-        if tls.is_none()
-            && !args.plaintext
-            && let Some(far) = std::iter::once(&listen).chain(&peers).find(|address| !loopback(address))
-        {
-            return Err(invalid(format!(
-                "{far} is not on this machine: give --tls-ca, --tls-cert and --tls-key, or --plaintext on a network where everyone may read and change the work"
-            )));
-        }
+        let addresses = std::iter::once(&listen).chain(&peers).map(String::as_str);
+        check_private(addresses, tls.as_ref(), args.plaintext)?;
         let layers = args.layers.as_deref().map(layers_of).transpose()?;
         let patience = std::time::Duration::from_secs(args.group_patience);
         Ok(Some(Self { group, stage, peers, listen, layers, patience, tls }))
@@ -217,24 +207,6 @@ fn pods(set: &LeaderWorkerSet, stages: usize, listen: Option<&str>) -> Result<Ve
         _ => format!("{pod}-{stage}.{domain}:{port}"),
     };
     Ok((0..stages).map(name).collect())
-}
-
-/// Host and port of `host:port`; an IPv6 host stands in brackets.
-pub(super) fn host_and_port(address: &str) -> Result<(&str, u16)> {
-    let parsed = address.rsplit_once(':').and_then(|(host, port)| Some((host, port.parse().ok()?)));
-    match parsed {
-        Some((host, port)) if !host.is_empty() && !host.contains(['/', '@', ' ']) => Ok((host, port)),
-        _ => Err(invalid(format!("{address:?} is no address; write HOST:PORT, such as 10.0.0.2:7475"))),
-    }
-}
-
-fn loopback(address: &str) -> bool {
-    match address.parse::<SocketAddr>() {
-        Ok(address) => address.ip().is_loopback(),
-        Err(_) => host_and_port(address).is_ok_and(|(host, _)| {
-            host == "localhost" || host.parse::<IpAddr>().is_ok_and(|address| address.is_loopback())
-        }),
-    }
 }
 
 fn invalid(message: String) -> Error {

@@ -197,10 +197,6 @@ pub(super) fn taken_from_proto(taken: proto::TakenPosition) -> Result<Taken> {
     })
 }
 
-pub(super) fn error_from_proto(error: proto::ErrorDetail) -> Error {
-    Error::new(Code::parse(&error.code).unwrap_or(Code::Internal), error.message)
-}
-
 /// A message that no stage of this version sends.
 pub(super) fn wrong(what: &str) -> Error {
     Error::new(Code::GroupBroken, format!("{what}; is something else than a stage of this group at the other end?"))

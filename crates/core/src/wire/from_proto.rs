@@ -270,6 +270,11 @@ pub fn job_state_from_proto(state: i32) -> Option<JobState> {
     }
 }
 
+/// An error that another process told; one of a code that is not known here is internal.
+pub fn error_from_proto(error: proto::ErrorDetail) -> Error {
+    Error::new(Code::parse(&error.code).unwrap_or(Code::Internal), error.message)
+}
+
 pub fn split_from_proto(split: i32) -> Option<Split> {
     match proto::Split::try_from(split).ok()? {
         proto::Split::Unspecified => None,

@@ -2,7 +2,7 @@
 
 use std::time::Instant;
 
-use retort_core::{Error, Result};
+use retort_core::Result;
 use retort_proto::worker_event::What;
 use retort_worker::{ModelThread, TaskContext};
 
@@ -10,6 +10,7 @@ use super::exchange::Delivery;
 use crate::{
     data::TrainingData,
     settings::Threads,
+    train::no_trainer,
     trainer::{StepReport, Trainer},
 };
 
@@ -76,8 +77,4 @@ pub async fn train(
     }
     sum.seconds = started.elapsed().as_secs_f64();
     Ok(sum)
-}
-
-pub fn no_trainer() -> Error {
-    Error::internal("the trainer was lost when its thread failed; the attempt must start again")
 }

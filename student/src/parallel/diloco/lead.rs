@@ -11,12 +11,12 @@ use retort_core::{Code, Error, Result};
 use super::{
     crew::Crew,
     exchange::{Delivery, Exchange, Part, Replica, Round},
-    inner::{self, Pace, no_trainer},
+    inner::{self, Pace},
     outer::{self, Rounds},
 };
 use crate::{
     data::{Order, TrainingData},
-    train::Run,
+    train::{Run, no_trainer},
     trainer::Trainer,
 };
 

@@ -69,7 +69,7 @@ impl Trainer {
         if let Some(path) = from {
             let weights = read(path)?;
             copy_named(&weights, &mut masters).map_err(|why| unfit(path, &why))?;
-            self.optimizer.put_masters()?;
+            self.optimizer.refresh()?;
         }
         if let Some(path) = into {
             write(path, &masters)?;
@@ -134,7 +134,7 @@ impl Trainer {
         no_grad(step).map_err(failed)?;
         outer.start.clear();
         outer.rounds.round += 1;
-        self.optimizer.put_masters()?;
+        self.optimizer.refresh()?;
         Ok(counted)
     }
 

@@ -11,7 +11,7 @@ use tokio::time::Instant;
 
 use super::{
     exchange::{Exchange, Replica, Round},
-    inner::{self, Pace, no_trainer},
+    inner::{self, Pace},
     outer,
 };
 use crate::{
@@ -20,7 +20,7 @@ use crate::{
     init,
     settings::Settings,
     shards::ShardStream,
-    train::spec_sha256,
+    train::{no_trainer, spec_sha256},
     trainer::{Options, Trainer},
     workspace::Workspace,
 };

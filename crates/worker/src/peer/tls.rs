@@ -1,4 +1,4 @@
-//! Mutual TLS between stages: each shows a certificate of the group's own authority and asks for one.
+//! Mutual TLS between workers: each shows a certificate of their own authority and asks for one.
 
 use std::path::PathBuf;
 
@@ -11,10 +11,10 @@ const MAX_BYTES: u64 = 1 << 20;
 /// Flags; all three or none.
 #[derive(Clone, Debug, Default, clap::Args)]
 pub struct TlsArgs {
-    /// Authority that signed every stage's certificate, PEM
+    /// Authority that signed the certificates of all workers that talk to each other, PEM
     #[arg(long, env = "RETORT_TLS_CA", value_name = "FILE", requires_all = ["tls_cert", "tls_key"])]
     pub tls_ca: Option<PathBuf>,
-    /// This stage's certificate, PEM; it names the host that --peers has for it
+    /// This process's certificate, PEM; it names the host at which the others reach it
     #[arg(long, env = "RETORT_TLS_CERT", value_name = "FILE", requires_all = ["tls_ca", "tls_key"])]
     pub tls_cert: Option<PathBuf>,
     /// Its private key, PEM
@@ -24,13 +24,14 @@ pub struct TlsArgs {
 
 /// What the flags name, read.
 #[derive(Clone)]
-pub(super) struct Tls {
+pub struct Tls {
     authority: Certificate,
     identity: Identity,
 }
 
 impl TlsArgs {
-    pub(super) fn read(&self) -> Result<Option<Tls>> {
+    /// `None` without flags; [`Code::RequestInvalid`] for a file that is no PEM.
+    pub fn read(&self) -> Result<Option<Tls>> {
         let (Some(authority), Some(certificate), Some(key)) = (&self.tls_ca, &self.tls_cert, &self.tls_key) else {
             return Ok(None);
         };
@@ -41,6 +42,12 @@ impl TlsArgs {
             authority: Certificate::from_pem(pem(authority)?),
             identity: Identity::from_pem(pem(certificate)?, pem(key)?),
         }))
+    }
+}
+
+impl std::fmt::Debug for Tls {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.write_str("Tls")
     }
 }
 

@@ -1,0 +1,296 @@
+//! The lead: who follows it, and how a step is computed together.
+
+use std::{
+    collections::BTreeMap,
+    sync::Arc,
+    time::{Duration, Instant},
+};
+
+use retort_core::{Code, Error, Result, spec::Sharing, task_group::TaskGroup};
+use retort_proto::train_service_server::TrainServiceServer;
+use retort_worker::{Attempt, ModelThread, TaskContext, peer};
+use tokio::{sync::mpsc, task::JoinSet};
+use tokio_stream::wrappers::TcpListenerStream;
+use tokio_util::{bytes::Bytes, sync::CancellationToken};
+
+use super::{
+    door::{Arrival, Door, Terms},
+    exchange,
+    frames::{MAX_MESSAGE, MAX_ROWS_BYTES, Order},
+    member::{self, Computed, Member},
+    rendezvous::{self, Rendezvous},
+    split::split,
+};
+use crate::{
+    example::Example,
+    resume,
+    settings::Settings,
+    train::no_trainer,
+    trainer::{Progress, Share, StepReport, Trainer},
+};
+
+/// Replicas that may come while a step is computed; those beyond come again.
+const NEWCOMERS: usize = 64;
+/// A share may take this long, or [`TIMES_SLOWER`] times as long as the lead's own.
+const PATIENCE: Duration = Duration::from_secs(60);
+const TIMES_SLOWER: u32 = 10;
+
+pub(crate) struct Lead {
+    cx: TaskContext,
+    job: String,
+    epoch: u64,
+    newcomers: mpsc::Receiver<Member>,
+    members: BTreeMap<u32, Member>,
+    tasks: TaskGroup,
+    /// That computed a part of the last step, this one included.
+    workers: u32,
+}
+
+/// A replica's part of a step.
+struct Part {
+    number: u32,
+    rows: Arc<Vec<Example>>,
+    /// `None` where the lead must compute it.
+    computed: Option<Computed>,
+}
+
+impl Lead {
+    /// Listens, and says so in the store; `None` where the job's spec asks for one worker, or for another
+    /// mode. `thread` has the trainer that the replicas will follow.
+    pub(crate) async fn open(
+        attempt: &Attempt,
+        cx: &TaskContext,
+        settings: &Settings,
+        thread: &ModelThread<Option<Trainer>>,
+        initial_key: &str,
+        spec_sha256: &str,
+    ) -> Result<Option<Self>> {
+        let workers = attempt.spec.train.workers();
+        let mode = attempt.spec.train.parallel.map(|parallel| parallel.mode);
+        if workers < 2 || mode != Some(Sharing::Synchronous) {
+            return Ok(None);
+        }
+        let table = |slot: &mut Option<Trainer>| {
+            slot.as_ref().map(|trainer| (exchange::print(&trainer.optimizer), exchange::bytes(&trainer.optimizer)))
+        };
+        let (parameters_sha256, gradient_bytes) = thread.call(table).await?.ok_or_else(no_trainer)?;
+        let peers = &settings.peers;
+        let listener = peer::listen(&peers.listen).await?;
+        let bound = listener.local_addr().map_err(|error| Error::io(&peers.listen, error))?;
+        let job = attempt.job.as_str().to_owned();
+        let rendezvous = Rendezvous::new(attempt.epoch, peers.advertised(bound)?);
+        let terms = Arc::new(Terms {
+            job: job.clone(),
+            epoch: attempt.epoch,
+            token: rendezvous.token.clone(),
+            spec_sha256: spec_sha256.to_owned(),
+            dtype: resume::dtype(settings.kind),
+            workers,
+            initial_key: initial_key.to_owned(),
+            parameters_sha256,
+            gradient_bytes,
+        });
+        let (arrivals, arrived) = mpsc::channel(NEWCOMERS);
+        let (ready, newcomers) = mpsc::channel(NEWCOMERS);
+        let service = TrainServiceServer::new(Door::new(Arc::clone(&terms), arrivals))
+            .max_decoding_message_size(MAX_MESSAGE)
+            .max_encoding_message_size(MAX_MESSAGE);
+        let mut server = peer::server(peers.tls.as_ref())?;
+        let mut tasks = TaskGroup::new(CancellationToken::new());
+        tasks.spawn("lead-server", async move {
+            let serving = server.add_service(service).serve_with_incoming(TcpListenerStream::new(listener));
+            serving.await.map_err(|error| Error::with_source(Code::GroupBroken, "the lead can serve no more", error))
+        });
+        tasks.spawn("replicas", async move {
+            welcome(arrived, terms, ready).await;
+            Ok(())
+        });
+        rendezvous.publish(&cx.store, &job).await?;
+        tracing::info!(address = rendezvous.address, workers, "leads a training");
+        let members = BTreeMap::new();
+        Ok(Some(Self { cx: cx.clone(), job, epoch: attempt.epoch, newcomers, members, tasks, workers: 1 }))
+    }
+
+    /// Workers that computed a part of the last step.
+    pub(crate) fn workers(&self) -> u32 {
+        self.workers
+    }
+
+    /// One optimiser step, computed together with the replicas that are there; as [`Trainer::step`].
+    /// `enter` is called on the trainer's thread before it computes.
+    pub(crate) async fn step(
+        &mut self,
+        thread: &ModelThread<Option<Trainer>>,
+        examples: Vec<Example>,
+        teacher_done: bool,
+        enter: impl FnOnce() + Send + 'static,
+    ) -> Result<(StepReport, Progress)> {
+        let started = Instant::now();
+        self.admit();
+        let positions: usize = examples.iter().map(|example| example.targets.len()).sum();
+        let (own, mut parts) = self.deal(examples);
+        self.send(thread, &parts, positions as u64, teacher_done).await?;
+
+        let cx = self.cx.clone();
+        let share = move |slot: &mut Option<Trainer>| -> Result<(Share, Duration)> {
+            enter();
+            let began = Instant::now();
+            let share = slot.as_mut().ok_or_else(no_trainer)?.share(&own, positions, &|| cx.check())?;
+            Ok((share, began.elapsed()))
+        };
+        let (share, took) = thread.call(share).await??;
+        self.collect(&mut parts, PATIENCE.max(took * TIMES_SLOWER)).await?;
+
+        let cx = self.cx.clone();
+        let finish = move |slot: &mut Option<Trainer>| -> Result<(StepReport, Progress, Vec<u32>, u32)> {
+            let trainer = slot.as_mut().ok_or_else(no_trainer)?;
+            let mut whole = share;
+            let mut unsound = Vec::new();
+            let mut workers = 1;
+            for Part { number, rows, computed } in parts {
+                if let Some(Computed { share, gradient }) = computed {
+                    if exchange::add_gradient(&trainer.optimizer, &gradient)? {
+                        whole.add(share);
+                        workers += 1;
+                        continue;
+                    }
+                    unsound.push(number);
+                }
+                whole.add(trainer.share(&rows, positions, &|| cx.check())?);
+            }
+            let report = trainer.update(whole, started)?;
+            Ok((report, trainer.progress(), unsound, workers))
+        };
+        let (report, progress, unsound, workers) = thread.call(finish).await??;
+        for number in unsound {
+            tracing::warn!(
+                replica = number,
+                step = report.step,
+                "its gradient was not finite: the lead computed its rows"
+            );
+            self.members.remove(&number);
+        }
+        self.workers = workers;
+        Ok((report, progress))
+    }
+
+    /// Ends every stream, and takes back what the store says.
+    pub(crate) async fn close(self) -> Result<()> {
+        let Self { cx, job, epoch, members, tasks, .. } = self;
+        drop((members, tasks));
+        rendezvous::remove(&cx.store, &job, epoch).await
+    }
+
+    /// Takes in who is ready by now, and forgets who has gone.
+    fn admit(&mut self) {
+        self.members.retain(|_, member| !member.has_gone());
+        while let Ok(member) = self.newcomers.try_recv() {
+            self.take_in(member);
+        }
+    }
+
+    fn take_in(&mut self, member: Member) {
+        // Of two attempts at one replica, the newer stays.
+        if self.members.get(&member.number).is_none_or(|present| present.epoch <= member.epoch) {
+            tracing::info!(replica = member.number, epoch = member.epoch, "a replica takes part from now on");
+            self.members.insert(member.number, member);
+        }
+    }
+
+    /// The lead's own rows, and each replica's.
+    fn deal(&self, mut examples: Vec<Example>) -> (Vec<Example>, Vec<Part>) {
+        let tokens: Vec<usize> = examples.iter().map(Example::input_len).collect();
+        let mut shares = split(&tokens, 1 + self.members.len()).into_iter();
+        let mut take = |rows: Vec<usize>| -> Vec<Example> {
+            rows.into_iter().map(|row| std::mem::take(&mut examples[row])).collect()
+        };
+        let mut own = shares.next().map(&mut take).unwrap_or_default();
+        let mut parts = Vec::new();
+        for (&number, rows) in self.members.keys().zip(shares.map(&mut take)) {
+            let bytes: u64 = rows.iter().map(|row| row.spilled_bytes() as u64).sum();
+            match bytes {
+                0 => {}
+                1..=MAX_ROWS_BYTES => parts.push(Part { number, rows: Arc::new(rows), computed: None }),
+                _ => own.extend(rows),
+            }
+        }
+        (own, parts)
+    }
+
+    /// Sends every part to its replica, with the weights if it has others.
+    async fn send(
+        &mut self,
+        thread: &ModelThread<Option<Trainer>>,
+        parts: &[Part],
+        positions: u64,
+        teacher_done: bool,
+    ) -> Result<()> {
+        if parts.is_empty() {
+            return Ok(());
+        }
+        let held: Vec<Option<u32>> =
+            parts.iter().map(|part| self.members.get(&part.number).and_then(|member| member.updates)).collect();
+        let weights = move |slot: &mut Option<Trainer>| -> Result<(u32, u32, Bytes)> {
+            let trainer = slot.as_ref().ok_or_else(no_trainer)?;
+            let updates = trainer.optimizer.step();
+            let stale = held.iter().any(|held| *held != Some(updates));
+            let weights = if stale { exchange::weights(&trainer.optimizer)? } else { Bytes::new() };
+            Ok((trainer.progress().step, updates, weights))
+        };
+        let (step, updates, weights) = thread.call(weights).await??;
+        for part in parts {
+            let Some(member) = self.members.get_mut(&part.number) else { continue };
+            let weights = (member.updates != Some(updates)).then(|| weights.clone());
+            let rows = Arc::clone(&part.rows);
+            member.updates = Some(updates);
+            if !member.order(Order { step, positions, teacher_done, weights, rows }) {
+                self.members.remove(&part.number);
+            }
+        }
+        Ok(())
+    }
+
+    /// Waits for every share that can still come; who does not answer in time goes.
+    async fn collect(&mut self, parts: &mut [Part], patience: Duration) -> Result<()> {
+        let deadline = tokio::time::Instant::now() + patience;
+        for part in parts {
+            let Some(member) = self.members.get_mut(&part.number) else { continue };
+            part.computed = tokio::select! {
+                () = self.cx.cancelled.cancelled() => return self.cx.check(),
+                answer = tokio::time::timeout_at(deadline, member.answer()) => answer.ok().flatten(),
+            };
+            if part.computed.is_none() {
+                let patience = patience.as_secs();
+                tracing::warn!(replica = part.number, patience, "a replica gave no answer: the lead computes its rows");
+                self.members.remove(&part.number);
+            }
+        }
+        Ok(())
+    }
+
+    /// Waits until so many replicas take part.
+    #[cfg(test)]
+    pub(super) async fn gather(&mut self, replicas: usize) {
+        self.admit();
+        while self.members.len() < replicas {
+            let member = self.newcomers.recv().await.unwrap();
+            self.take_in(member);
+        }
+    }
+}
+
+/// Serves whoever comes in, each in a task of its own, until the lead goes.
+async fn welcome(mut arrived: mpsc::Receiver<Arrival>, terms: Arc<Terms>, ready: mpsc::Sender<Member>) {
+    let mut serving = JoinSet::new();
+    loop {
+        tokio::select! {
+            arrival = arrived.recv() => match arrival {
+                Some(arrival) => drop(serving.spawn(member::serve(arrival, Arc::clone(&terms), ready.clone()))),
+                None => return,
+            },
+            Some(ended) = serving.join_next() => if let Err(error) = ended {
+                tracing::error!("a replica's task failed: {error}");
+            },
+        }
+    }
+}

@@ -1,0 +1,398 @@
+//! A lead and its replicas over loopback: what they compute is what one worker computes, whoever comes, goes
+//! or lies.
+
+use std::time::Duration;
+
+use retort_artifact::{
+    checkpoint::{self, Manifest},
+    paths,
+};
+use retort_core::{Result, wire::from_status};
+use retort_proto::{
+    self as proto, claimed::Task, follow_request::What as Say, follow_response,
+    train_service_client::TrainServiceClient,
+};
+use retort_worker::{Attempt, ModelThread, Stop, StopSwitch, TaskContext};
+use tch::{Device, Kind, Tensor};
+use tokio::{sync::mpsc, task::JoinHandle};
+use tokio_stream::wrappers::ReceiverStream;
+use tonic::{Streaming, transport::Channel};
+
+use super::{
+    frames::{Bounds, Incoming, Received},
+    rendezvous::Rendezvous,
+    *,
+};
+use crate::{
+    attempt_tests::world::{JOB, STEPS, World},
+    example::{Example, tests::example},
+    init, resume,
+    settings::Settings,
+    train::no_trainer,
+    trainer::{Options, Trainer},
+};
+
+const VOCAB: u32 = 40;
+const TOGETHER: u32 = 6;
+const EPOCH: u64 = 4;
+
+/// Of different lengths, one without targets.
+fn rows(step: u32) -> Vec<Example> {
+    (0..7)
+        .map(|i| example(u64::from(step) * 10 + i, 2 + i as usize, (i as usize * 5 + 3 * step as usize) % 17, 5, VOCAB))
+        .chain([example(99, 5, 0, 5, VOCAB)])
+        .collect()
+}
+
+/// With room for [`rows`] in a step.
+fn wide(mut attempt: Attempt) -> Attempt {
+    attempt.spec.train.batch_rows = 8;
+    attempt
+}
+
+/// A lead with the job's initial weights, and who follows it.
+struct Stage {
+    world: World,
+    settings: Settings,
+    cx: TaskContext,
+    thread: ModelThread<Option<Trainer>>,
+    lead: Lead,
+    replicas: Vec<(StopSwitch, JoinHandle<Result<()>>)>,
+}
+
+fn trainer(attempt: &Attempt, world: &World) -> Trainer {
+    let model = init::initial_model(&attempt.spec, &world.teacher, Device::Cpu, Kind::Float).unwrap();
+    let limits = crate::batch::Limits { max_tokens: 40 };
+    Trainer::new(model, Options { train: attempt.spec.train.clone(), steps: STEPS, limits }).unwrap()
+}
+
+fn parameters(trainer: &Trainer) -> Vec<f32> {
+    let flat = |(_, tensor): (String, Tensor)| Vec::<f32>::try_from(tensor.detach().view([-1])).unwrap();
+    trainer.model.parameters().into_iter().flat_map(flat).collect()
+}
+
+impl Stage {
+    async fn new(workers: u32) -> Self {
+        let mut world = World::new();
+        world.train = format!("learning_rate: 0.02, parallel: {{workers: {workers}}}");
+        let attempt = wide(world.train_attempt(EPOCH));
+        let cx = world.context(&attempt, StopSwitch::default());
+        let settings = world.settings();
+        let thread = ModelThread::spawn("trainer", || None).unwrap();
+        let made = trainer(&attempt, &world);
+        let folder = tempfile::tempdir().unwrap();
+        resume::export(&made.model, &world.teacher.folder, &folder.path().join("model")).unwrap();
+        let key = paths::initial(JOB, EPOCH);
+        checkpoint::publish(&world.store, &key, folder.path(), Manifest::default()).await.unwrap();
+        thread.call(move |slot: &mut Option<Trainer>| *slot = Some(made)).await.unwrap();
+        let spec = retort_artifact::sha256_hex(&serde_json::to_vec(&attempt.spec).unwrap());
+        let lead = Lead::open(&attempt, &cx, &settings, &thread, &key, &spec).await.unwrap().unwrap();
+        Self { world, settings, cx, thread, lead, replicas: Vec::new() }
+    }
+
+    /// With replicas 1 to `workers` - 1 taking part.
+    async fn full(workers: u32) -> Self {
+        let mut stage = Self::new(workers).await;
+        for number in 1..workers {
+            stage.join(number, 1);
+        }
+        stage.lead.gather(workers as usize - 1).await;
+        stage
+    }
+
+    fn join(&mut self, number: u32, epoch: u64) {
+        let attempt = wide(self.world.replica_attempt(number, epoch));
+        let stop = StopSwitch::default();
+        let (cx, settings) = (self.world.context(&attempt, stop.clone()), self.settings.clone());
+        let follow = async move {
+            let Task::Replica(task) = attempt.work.clone() else { unreachable!() };
+            follow(&attempt, &task, &cx, &settings).await
+        };
+        self.replicas.push((stop, tokio::spawn(follow)));
+    }
+
+    /// Stops the replica that was the first to join of those that are left.
+    async fn leave(&mut self) -> Error {
+        let (stop, running) = self.replicas.remove(0);
+        stop.stop(Stop::WorkerStopping);
+        running.await.unwrap().unwrap_err()
+    }
+
+    async fn step(&mut self, step: u32) -> u32 {
+        let (report, progress) = self.lead.step(&self.thread, rows(step), false, || {}).await.unwrap();
+        let targets: usize = rows(step).iter().map(|row| row.targets.len()).sum();
+        assert_eq!((report.step, progress.step), (step + 1, step + 1));
+        assert_eq!(report.tokens, rows(step).iter().map(|row| row.input_len() as u64).sum::<u64>());
+        assert!(progress.target_tokens >= targets as u64);
+        self.lead.workers()
+    }
+
+    /// Ends it; how far the weights lie from those of one worker alone after as many steps, relative to these.
+    async fn difference(mut self, steps: u32) -> f64 {
+        let together = self.thread.call(|slot| slot.as_ref().map(parameters)).await.unwrap().unwrap();
+        while !self.replicas.is_empty() {
+            assert_eq!(self.leave().await.code, Code::WorkerStopped);
+        }
+        self.lead.close().await.unwrap();
+        assert!(rendezvous::newest(&self.world.store, JOB).await.unwrap().is_none());
+        let mut alone = trainer(&wide(self.world.train_attempt(EPOCH)), &self.world);
+        for step in 0..steps {
+            alone.step(&rows(step), &|| Ok(())).unwrap();
+        }
+        let alone = parameters(&alone);
+        let square = |values: &mut dyn Iterator<Item = f64>| values.map(|value| value * value).sum::<f64>().sqrt();
+        let far = square(&mut together.iter().zip(&alone).map(|(a, b)| f64::from(a - b)));
+        far / square(&mut alone.iter().map(|&value| value.into()))
+    }
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn any_number_of_workers_ends_where_one_does() {
+    // Eight rows: of ten workers some have nothing to do.
+    for workers in [2, 3, 10] {
+        let mut stage = Stage::full(workers).await;
+        for step in 0..TOGETHER {
+            let took_part = stage.step(step).await;
+            let with_targets = rows(step).iter().filter(|row| row.input_len() > 0).count() as u32;
+            assert_eq!(took_part, workers.min(with_targets), "step {step}");
+        }
+        let difference = stage.difference(TOGETHER).await;
+        assert!(difference < 1e-5, "{workers} workers: {difference}");
+    }
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn replicas_come_go_and_are_replaced_between_steps() {
+    let mut stage = Stage::new(3).await;
+    assert_eq!(stage.step(0).await, 1);
+    stage.join(2, 1);
+    stage.lead.gather(1).await;
+    assert_eq!(stage.step(1).await, 2);
+    stage.join(1, 1);
+    stage.lead.gather(2).await;
+    assert_eq!(stage.step(2).await, 3);
+    assert_eq!(stage.leave().await.code, Code::WorkerStopped);
+    assert_eq!(stage.step(3).await, 2);
+    // Another attempt at it comes, whose steps are of weights that have changed since.
+    stage.join(2, 2);
+    stage.lead.gather(2).await;
+    assert_eq!(stage.step(4).await, 3);
+    let difference = stage.difference(5).await;
+    assert!(difference < 1e-5, "{difference}");
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_step_without_targets_is_one_for_all() {
+    let mut stage = Stage::full(2).await;
+    stage.step(0).await;
+    let none = vec![example(1, 5, 0, 3, VOCAB); 3];
+    let (report, _) = stage.lead.step(&stage.thread, none, false, || {}).await.unwrap();
+    assert_eq!((report.loss, report.tokens, stage.lead.workers()), (None, 0, 1));
+    let (report, _) = stage.lead.step(&stage.thread, rows(2), false, || {}).await.unwrap();
+    assert_eq!((report.step, stage.lead.workers()), (3, 2));
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_replica_waits_for_the_next_lead_until_it_is_cancelled() {
+    let mut stage = Stage::full(2).await;
+    stage.step(0).await;
+    let attempt = wide(stage.world.train_attempt(EPOCH + 1));
+    let Stage { world, settings, cx, thread, lead, replicas } = stage;
+    // As a kill would leave it: nobody takes back what the store says.
+    drop(lead);
+    let key = paths::initial(JOB, EPOCH);
+    let spec = retort_artifact::sha256_hex(&serde_json::to_vec(&attempt.spec).unwrap());
+    let lead = Lead::open(&attempt, &cx, &settings, &thread, &key, &spec).await.unwrap().unwrap();
+    let mut stage = Stage { world, settings, cx, thread, lead, replicas };
+    stage.lead.gather(1).await;
+    assert_eq!(stage.step(1).await, 2);
+    let difference = stage.difference(2).await;
+    assert!(difference < 1e-5, "{difference}");
+}
+
+/// A stranger's end of a stream.
+struct Stranger {
+    say: mpsc::Sender<proto::FollowRequest>,
+    messages: Streaming<proto::FollowResponse>,
+}
+
+impl Stage {
+    async fn hello(&self) -> (Rendezvous, proto::ReplicaHello) {
+        let found = rendezvous::newest(&self.world.store, JOB).await.unwrap().unwrap();
+        let attempt = wide(self.world.replica_attempt(1, 1));
+        let hello = proto::ReplicaHello {
+            protocol: PROTOCOL,
+            version: env!("CARGO_PKG_VERSION").to_owned(),
+            job_id: JOB.to_owned(),
+            lead_epoch: found.epoch,
+            token: found.token.clone(),
+            replica: 1,
+            epoch: 1,
+            spec_sha256: retort_artifact::sha256_hex(&serde_json::to_vec(&attempt.spec).unwrap()),
+            dtype: "f32".to_owned(),
+            threads: 1,
+        };
+        (found, hello)
+    }
+
+    async fn call(&self, first: Say) -> Result<Stranger> {
+        let (found, _) = self.hello().await;
+        let channel = Channel::from_shared(format!("http://{}", found.address)).unwrap().connect().await.unwrap();
+        let (say, requests) = mpsc::channel(16);
+        say.send(proto::FollowRequest { what: Some(first) }).await.unwrap();
+        let answer = TrainServiceClient::new(channel).follow(ReceiverStream::new(requests)).await;
+        let mut messages = answer.map_err(|status| from_status(&status))?.into_inner();
+        let welcome = messages.message().await.unwrap().unwrap().what;
+        assert!(matches!(welcome, Some(follow_response::What::Welcome(_))), "{welcome:?}");
+        Ok(Stranger { say, messages })
+    }
+
+    async fn table(&self) -> (String, u64) {
+        let table = |slot: &mut Option<Trainer>| {
+            let optimizer = &slot.as_ref().ok_or_else(no_trainer)?.optimizer;
+            Ok::<_, Error>((exchange::print(optimizer), exchange::bytes(optimizer)))
+        };
+        self.thread.call(table).await.unwrap().unwrap()
+    }
+}
+
+impl Stranger {
+    async fn say(&self, what: Say) {
+        let _ = self.say.send(proto::FollowRequest { what: Some(what) }).await;
+    }
+
+    /// Why the lead wants no more of it.
+    async fn over(&mut self) -> Error {
+        loop {
+            match self.messages.message().await.unwrap().and_then(|message| message.what) {
+                Some(follow_response::What::Over(why)) => return retort_core::wire::error_from_proto(why),
+                Some(_) => {}
+                None => panic!("the stream ended without a word"),
+            }
+        }
+    }
+
+    async fn order(&mut self, incoming: &mut Incoming) -> Received {
+        loop {
+            let what = self.messages.message().await.unwrap().unwrap().what.unwrap();
+            if let Some(order) = incoming.take(what).unwrap() {
+                return order;
+            }
+        }
+    }
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn who_does_not_belong_there_is_told_so() {
+    let stage = Stage::new(3).await;
+    let (_, hello) = stage.hello().await;
+    let refused = async |change: fn(&mut proto::ReplicaHello)| {
+        let mut hello = hello.clone();
+        change(&mut hello);
+        stage.call(Say::Hello(hello)).await.err().unwrap()
+    };
+    for change in [
+        |hello: &mut proto::ReplicaHello| hello.token = "0".repeat(64),
+        |hello| hello.token.clear(),
+        |hello| hello.lead_epoch -= 1,
+        |hello| hello.job_id.push('0'),
+        |hello| hello.replica = 0,
+        |hello| hello.replica = 3,
+    ] {
+        assert_eq!(refused(change).await.code, Code::RequestInvalid);
+    }
+    for (change, what) in [
+        ((|hello| hello.spec_sha256 = "f00d".to_owned()) as fn(&mut proto::ReplicaHello), "spec"),
+        (|hello| hello.dtype = "bf16".to_owned(), "dtype"),
+        (|hello| hello.version = "0".to_owned(), "version"),
+        (|hello| hello.protocol += 1, "protocol"),
+    ] {
+        let error = refused(change).await;
+        assert_eq!(error.code, Code::ReplicaMismatch);
+        assert!(error.message.starts_with(what), "{}", error.message);
+    }
+    assert!(stage.call(Say::Alive(proto::Alive {})).await.is_err());
+    let mut stranger = stage.call(Say::Hello(hello)).await.unwrap();
+    stranger.say(Say::Ready(proto::ReplicaReady { parameters_sha256: "f00d".to_owned() })).await;
+    assert_eq!(stranger.over().await.code, Code::ReplicaMismatch);
+}
+
+/// What a stranger answers to an order of rows, given the bytes of a gradient.
+type Answer = fn(&Received, u64) -> Vec<Say>;
+
+fn share(order: &Received, bytes: u64) -> proto::ReplicaShare {
+    proto::ReplicaShare {
+        step: order.step,
+        loss: 1.0,
+        positions: order.rows.iter().map(|row| row.targets.len() as u64).sum(),
+        tokens: order.rows.iter().map(|row| row.input_len() as u64).sum(),
+        gradient_bytes: bytes,
+    }
+}
+
+fn chunk(bytes: u64, value: f32) -> Say {
+    Say::Chunk(value.to_le_bytes().repeat(bytes as usize / 4).into())
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn what_is_no_share_is_computed_by_the_lead() {
+    let answers: [Answer; 10] = [
+        |order, bytes| vec![Say::Share(share(order, bytes)), chunk(bytes, f32::NAN)],
+        |order, bytes| vec![Say::Share(share(order, bytes + 4)), chunk(bytes + 4, 1.0)],
+        |order, bytes| vec![Say::Share(share(order, bytes)), chunk(bytes + 4, 1.0)],
+        |order, bytes| vec![Say::Share(proto::ReplicaShare { loss: f64::INFINITY, ..share(order, bytes) })],
+        |order, bytes| vec![Say::Share(proto::ReplicaShare { positions: 1 << 40, ..share(order, bytes) })],
+        |order, bytes| vec![Say::Share(proto::ReplicaShare { step: order.step + 1, ..share(order, bytes) })],
+        |_, bytes| vec![chunk(bytes, 1.0)],
+        |order, bytes| vec![Say::Share(share(order, bytes)), Say::Share(share(order, bytes))],
+        |_, _| vec![Say::Leave(proto::ErrorDetail::default())],
+        // Says nothing at all.
+        |_, _| vec![],
+    ];
+    let mut stage = Stage::new(2).await;
+    let (parameters_sha256, bytes) = stage.table().await;
+    let bounds = Bounds { weight_bytes: bytes, vocab_size: VOCAB, steps: STEPS, batch_rows: 8 };
+    let (_, hello) = stage.hello().await;
+    for (step, answer) in (0..).zip(answers) {
+        let mut stranger = stage.call(Say::Hello(hello.clone())).await.unwrap();
+        stranger.say(Say::Ready(proto::ReplicaReady { parameters_sha256: parameters_sha256.clone() })).await;
+        stage.lead.gather(1).await;
+        let lie = async {
+            let order = stranger.order(&mut Incoming::new(bounds)).await;
+            for what in answer(&order, bytes) {
+                stranger.say(what).await;
+            }
+            // Keeps the stream open.
+            stranger
+        };
+        let (took_part, _stranger) = tokio::join!(stage.step(step), lie);
+        assert_eq!(took_part, 1, "step {step}");
+    }
+    let difference = stage.difference(10).await;
+    assert!(difference < 1e-5, "{difference}");
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_cancelled_lead_does_not_wait_for_its_replicas() {
+    let mut stage = Stage::new(2).await;
+    let stop = StopSwitch::default();
+    stage.lead = {
+        let attempt = wide(stage.world.train_attempt(EPOCH + 1));
+        let cx = stage.world.context(&attempt, stop.clone());
+        let (_, hello) = stage.hello().await;
+        let key = paths::initial(JOB, EPOCH);
+        Lead::open(&attempt, &cx, &stage.settings, &stage.thread, &key, &hello.spec_sha256).await.unwrap().unwrap()
+    };
+    let (_, hello) = stage.hello().await;
+    let stranger = stage.call(Say::Hello(hello)).await.unwrap();
+    let (parameters_sha256, _) = stage.table().await;
+    stranger.say(Say::Ready(proto::ReplicaReady { parameters_sha256 })).await;
+    stage.lead.gather(1).await;
+    let cancel = async {
+        tokio::time::sleep(Duration::from_millis(200)).await;
+        stop.stop(Stop::JobCancelled);
+    };
+    let step = stage.lead.step(&stage.thread, rows(0), false, || {});
+    let (done, ()) = tokio::time::timeout(Duration::from_secs(4), async { tokio::join!(step, cancel) }).await.unwrap();
+    assert_eq!(done.err().unwrap().code, Code::JobCancelled);
+}

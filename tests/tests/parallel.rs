@@ -1,0 +1,109 @@
+//! Several student workers train one model: it ends where one worker's does, and a worker that is killed in
+//! between changes nothing but rounding.
+
+#![allow(clippy::unwrap_used)] // helpers of tests unwrap as tests do
+
+use std::{fs, path::Path, time::Duration};
+
+use retort_proto::{self as proto, job_event::What};
+use retort_tests::{
+    prompts::{self, Shape},
+    retort::Up,
+    teacher,
+};
+use tch::{Kind, Tensor};
+
+const PATIENCE: Duration = Duration::from_secs(300);
+
+/// The spec beside `job.yaml` that has `workers` students train.
+fn with_workers(spec: &Path, workers: u32) -> std::path::PathBuf {
+    let text = fs::read_to_string(spec).unwrap();
+    let changed =
+        text.replace("checkpoint_steps: 5}", &format!("checkpoint_steps: 5, parallel: {{workers: {workers}}}}}"));
+    assert_ne!(changed, text);
+    let path = spec.with_file_name(format!("workers-{workers}.yaml"));
+    fs::write(&path, changed).unwrap();
+    path
+}
+
+/// Weights of the job's last checkpoint, in the order of their names.
+fn weights(up: &Up, job: &str) -> Vec<(String, Tensor)> {
+    let keys = up.objects(&format!("{job}/checkpoints"));
+    let last = keys.iter().filter(|key| key.ends_with("model/model.safetensors")).max().expect("a checkpoint");
+    let mut weights = Tensor::read_safetensors(up.home.join("store").join(last)).unwrap();
+    weights.sort_by(|a, b| a.0.cmp(&b.0));
+    weights
+}
+
+/// How far `b` lies from `a`, relative to it, in Euclidean norm.
+fn difference(a: &[(String, Tensor)], b: &[(String, Tensor)]) -> f64 {
+    let square = |tensor: &Tensor| tensor.to_kind(Kind::Double).square().sum(Kind::Double).double_value(&[]);
+    let mut far = 0.0;
+    for ((name, a), (other, b)) in a.iter().zip(b) {
+        assert_eq!((name, a.size()), (other, b.size()));
+        far += square(&(a - b));
+    }
+    (far / a.iter().map(|(_, tensor)| square(tensor)).sum::<f64>()).sqrt()
+}
+
+async fn succeeded(up: &mut Up, job: &str) {
+    let end = up.jobs().await.get_job(proto::GetJobRequest { name: job.to_owned() }).await.unwrap().into_inner();
+    assert_eq!(end.state, proto::JobState::Succeeded as i32, "{:?}\n{}", end.error, up.log());
+}
+
+/// The worker whose log says `text` last.
+fn worker_that_says(up: &Up, text: &str) -> Option<String> {
+    ["student-1", "student-2"].into_iter().map(str::to_owned).find(|name| {
+        let log = fs::read_to_string(up.home.join("logs").join(format!("{name}.log"))).unwrap_or_default();
+        log.contains(text)
+    })
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn two_students_train_what_one_does_and_a_killed_one_is_done_without() {
+    let folder = tempfile::tempdir().unwrap();
+    teacher::tiny(&folder.path().join("teacher"), 4);
+    let shape = Shape { train: 40, held_out: 4, tokens: 24, passes: 6, ..Shape::default() };
+    let one = prompts::spec(folder.path(), &folder.path().join("teacher"), &shape);
+    let mut up = Up::start(folder.path(), &["--students", "2"]);
+
+    let alone = up.create(&one);
+    up.follow(&alone, PATIENCE, |_, _| false).await;
+    succeeded(&mut up, &alone).await;
+    let expected = weights(&up, &alone);
+
+    // The shards are there: what is left to do is training.
+    let two = up.create(&with_workers(&one, 2));
+    up.follow(&two, PATIENCE, |_, _| false).await;
+    succeeded(&mut up, &two).await;
+    assert!(worker_that_says(&up, "workers=2").is_some(), "both students took part\n{}", up.log());
+    let together = difference(&expected, &weights(&up, &two));
+    assert!(together < 1e-4, "{together}");
+    assert_eq!(up.objects(&format!("{two}/train")), Vec::<String>::new(), "the lead took back where it was");
+
+    let three = up.create(&with_workers(&one, 3));
+    let job = three.trim_start_matches("jobs/").to_owned();
+    let mut killed = false;
+    up.follow(&three, PATIENCE, |up, event| {
+        if !killed && matches!(event.what, Some(What::CheckpointSaved(_))) {
+            killed = true;
+            let replica = up.wait("a replica", PATIENCE, |up| replica_of(up, &job));
+            up.kill(&replica);
+        }
+        false
+    })
+    .await;
+    succeeded(&mut up, &three).await;
+    assert!(killed);
+    assert!(worker_that_says(&up, "a replica has gone").is_some(), "the lead noticed\n{}", up.log());
+    let without = difference(&expected, &weights(&up, &three));
+    assert!(without < 1e-4, "{without}");
+}
+
+/// The worker that follows the lead of this job.
+fn replica_of(up: &Up, job: &str) -> Option<String> {
+    ["student-1", "student-2"].into_iter().map(str::to_owned).find(|name| {
+        let log = fs::read_to_string(up.home.join("logs").join(format!("{name}.log"))).unwrap_or_default();
+        log.lines().any(|line| line.contains(job) && line.contains("follows a lead"))
+    })
+}
