@@ -2,13 +2,29 @@
 
 pub(crate) mod sync;
 
-use retort_core::{Error, Result, spec::Sharing};
+use std::path::Path;
+
+use retort_core::{
+    Error, Result,
+    spec::{JobSpec, Sharing},
+};
+use retort_llama::Model;
 use retort_proto::ReplicaTask;
 use retort_worker::{Attempt, TaskContext};
+use tch::{Device, Kind};
 
-use crate::settings::Settings;
+use crate::{failure::llama, settings::Settings};
 
 pub(crate) mod diloco;
+
+/// The student before training, from its folder: what of it is trained, a replica's lead sets anew.
+pub(crate) fn initial_model(folder: &Path, spec: &JobSpec, device: Device, kind: Kind) -> Result<Model> {
+    let loaded = match &spec.student.lora {
+        Some(lora) => Model::load_adapted(folder, (device, kind), lora, spec.seed),
+        None => Model::load(folder, device, kind),
+    };
+    loaded.map_err(llama)
+}
 
 /// The attempt at `{job}/replica-N`: computes for the lead until that is done and the task cancelled.
 pub async fn replica(attempt: &Attempt, task: &ReplicaTask, cx: &TaskContext, settings: &Settings) -> Result<()> {

@@ -20,7 +20,6 @@ use retort_core::{
     wire::pruning_to_proto,
 };
 use retort_export::Gguf;
-use retort_llama::Model;
 use retort_proto::{TrainFinished, TrainProgress, TrainTask, worker_event::What};
 use retort_worker::{Attempt, ModelThread, TaskContext};
 use serde_json::json;
@@ -33,11 +32,10 @@ use crate::{
     curve::Curve,
     data::{Consumed, Order, TrainingData},
     example::Example,
-    failure::llama,
     held_out::HeldOutSample,
     init::{self, Teacher},
     measure::{Tally, measure},
-    parallel::{diloco, sync::Lead},
+    parallel::{self, diloco, sync::Lead},
     resume,
     settings::Settings,
     shards::ShardStream,
@@ -248,9 +246,9 @@ impl<'a> Run<'a> {
             if let Some(pruning) = &pruning {
                 write_pruning(pruning, &target)?;
             }
-            if let Some(lora) = &spec.student.lora {
+            if spec.student.lora.is_some() {
                 drop(model);
-                model = Model::load_adapted(&folder, (device, kind), lora, spec.seed).map_err(llama)?;
+                model = parallel::initial_model(&folder, &spec, device, kind)?;
             }
             let trainer = Trainer::new(model, options)?;
             say_trainable(&trainer);

@@ -103,7 +103,7 @@ fn resumed(options: &Options) {
 fn an_exported_folder_is_whole_and_a_damaged_state_is_refused() {
     let folder = tempfile::tempdir().unwrap();
     let teacher = tiny_teacher(&folder.path().join("teacher"), 1, VOCAB.into());
-    let trainer = Trainer::new(model(true), options()).unwrap();
+    let mut trainer = Trainer::new(model(true), options()).unwrap();
     let dir = folder.path().join("checkpoint");
     resume::save(&mut trainer, &teacher.folder, &dir, true).unwrap();
     for name in ["config.json", "model.safetensors", "tokenizer.json", "generation_config.json"] {

@@ -4,7 +4,6 @@ use std::{sync::Arc, time::Duration};
 
 use retort_artifact::checkpoint;
 use retort_core::{Code, Error, Result, state::Split};
-use retort_llama::Model;
 use retort_proto::TrainTask;
 use retort_worker::{Attempt, ModelThread, TaskContext};
 use tokio::time::Instant;
@@ -16,8 +15,8 @@ use super::{
 };
 use crate::{
     data::{Order, TrainingData},
-    failure::llama,
     init,
+    parallel::initial_model,
     settings::Settings,
     shards::ShardStream,
     train::{no_trainer, spec_sha256},
@@ -175,9 +174,10 @@ impl Follower<'_> {
         let folder = self.workspace.path().join("initial");
         checkpoint::fetch_below(&self.cx.store, initial_key, "model/", &folder).await?;
         let (device, kind, options) = (self.settings.device, self.settings.kind, self.options.clone());
+        let spec = self.attempt.spec.clone();
         let make = move |slot: &mut Option<Trainer>| -> Result<()> {
             *slot = None;
-            let model = Model::load(&folder.join("model"), device, kind).map_err(llama)?;
+            let model = initial_model(&folder.join("model"), &spec, device, kind)?;
             *slot = Some(Trainer::new(model, options)?);
             std::fs::remove_dir_all(&folder).map_err(|error| Error::io(&folder, error))
         };

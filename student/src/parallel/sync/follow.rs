@@ -1,8 +1,8 @@
 //! A replica: looks for its lead, computes what it is sent, and looks again when the lead has gone.
 
-use std::{path::Path, pin::Pin, sync::Arc, time::Duration};
+use std::{pin::Pin, sync::Arc, time::Duration};
 
-use retort_artifact::{checkpoint, sha256_hex};
+use retort_artifact::checkpoint;
 use retort_core::{
     Code, Error, Kind, Result,
     wire::{error_from_proto, error_to_proto, from_status},
@@ -27,11 +27,11 @@ use super::{
     wrong,
 };
 use crate::{
-    failure::llama,
     init::{self, Teacher},
+    parallel::initial_model,
     resume,
     settings::Settings,
-    train::no_trainer,
+    train::{no_trainer, spec_sha256},
     trainer::{Options, Share, Trainer},
     workspace::Workspace,
 };
@@ -48,14 +48,13 @@ const OUTGOING: usize = 4;
 pub(crate) async fn follow(attempt: &Attempt, task: &ReplicaTask, cx: &TaskContext, settings: &Settings) -> Result<()> {
     let steps = task.train.as_ref().map(|train| train.steps);
     let steps = steps.ok_or_else(|| Error::internal(format!("{} says nothing of its training", attempt.task)))?;
-    let spec = serde_json::to_vec(&attempt.spec).map_err(|error| Error::internal(error.to_string()))?;
     let replica = Replica {
         attempt,
         cx,
         settings,
         number: task.number,
         options: Options { train: attempt.spec.train.clone(), steps, limits: settings.limits() },
-        spec_sha256: sha256_hex(&spec),
+        spec_sha256: spec_sha256(&attempt.spec)?,
         teacher: init::open_teacher(&attempt.spec.teacher.model).await?,
         thread: ModelThread::spawn("replica", || None)?,
         workspace: Workspace::create(&settings.work_dir, attempt)?,
@@ -252,10 +251,13 @@ impl Replica<'_> {
             }
         }
         let (device, kind, options) = (self.settings.device, self.settings.kind, self.options.clone());
+        let spec = self.attempt.spec.clone();
         let load = move |slot: &mut Option<Trainer>| -> Result<Done> {
             // The one before must make room first.
             *slot = None;
-            let trainer = new_trainer(&folder, options, device, kind)?;
+            let mut trainer = Trainer::new(initial_model(&folder.join("model"), &spec, device, kind)?, options)?;
+            std::fs::remove_dir_all(&folder).map_err(|error| Error::io(&folder, error))?;
+            trainer.optimizer.forget_moments()?;
             let optimizer = &slot.insert(trainer).optimizer;
             Ok(Done::Loaded(exchange::print(optimizer), exchange::bytes(optimizer)))
         };
@@ -279,15 +281,6 @@ impl Replica<'_> {
         };
         self.thread.call(compute).await?
     }
-}
-
-/// Reads the weights once and removes them; what of them is trained comes from the lead before each step.
-fn new_trainer(folder: &Path, options: Options, device: tch::Device, kind: tch::Kind) -> Result<Trainer> {
-    let model = retort_llama::Model::load(&folder.join("model"), device, kind).map_err(llama)?;
-    std::fs::remove_dir_all(folder).map_err(|error| Error::io(folder, error))?;
-    let mut trainer = Trainer::new(model, options)?;
-    trainer.optimizer.forget_moments()?;
-    Ok(trainer)
 }
 
 /// Whether another lead, or this one later, may do better.
