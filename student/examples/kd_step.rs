@@ -176,7 +176,7 @@ fn example(seed: u64, prompt: usize, completion: usize, k: usize, vocab_size: u3
         support.ids.extend(ids);
         support.offsets.push(support.ids.len() as u32);
     }
-    Example { token_ids, targets: (prompt as u32..length as u32).collect(), support }
+    Example { token_ids, targets: (prompt as u32..length as u32).collect(), support, weight: 1.0 }
 }
 
 /// Highest resident size so far; Linux only.

@@ -57,6 +57,8 @@ pub struct Targets {
     pub top_ids: Vec<i64>,
     /// Teacher's log-probability of each label.
     pub label_logprobs: Vec<f32>,
+    /// Of each position in the loss.
+    pub weights: Vec<f32>,
 }
 
 impl Targets {
@@ -92,6 +94,7 @@ impl Targets {
         self.labels.extend((0..example.targets.len()).map(|p| i64::from(example.label(p))));
         self.top_ids.extend(support.top_ids.iter().map(|&id| i64::from(id)));
         self.label_logprobs.extend_from_slice(&support.label_logprobs);
+        self.weights.extend(std::iter::repeat_n(example.weight, example.targets.len()));
     }
 }
 

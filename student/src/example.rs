@@ -14,6 +14,8 @@ pub struct Example {
     pub targets: Vec<u32>,
     /// One position for each of `targets`.
     pub support: SparseTargets,
+    /// Of each of them in the loss.
+    pub weight: f32,
 }
 
 impl Example {
@@ -25,7 +27,7 @@ impl Example {
         temperature: Option<(usize, f64)>,
     ) -> Result<Self> {
         let targets = (0u32..).zip(&sequence.target_mask).filter(|(_, target)| **target).map(|(at, _)| at).collect();
-        let mut example = Self { token_ids: sequence.token_ids, targets, support: sequence.targets };
+        let mut example = Self { token_ids: sequence.token_ids, targets, support: sequence.targets, weight: 1.0 };
         if let Some((index, temperature)) = temperature {
             example.support = example.support.at_temperature(index, temperature).ok_or_else(|| {
                 let message = format!(
@@ -40,6 +42,15 @@ impl Example {
             Error::new(Code::ShardCorrupt, format!("row {:?} of a soft-target shard: {why}", sequence.row_id))
         })?;
         Ok(example)
+    }
+
+    /// With another weight of its target tokens; 0 leaves it none.
+    pub fn weighing(self, weight: f64) -> Self {
+        if weight > 0.0 {
+            return Self { weight: weight as f32, ..self };
+        }
+        let support = SparseTargets { offsets: vec![0], ..SparseTargets::default() };
+        Self { targets: Vec::new(), support, ..self }
     }
 
     /// Tokens the student has to read: those up to the last target, which itself is only predicted.
@@ -100,6 +111,7 @@ impl Example {
             bytes.extend(numbers.iter().flat_map(|number| number.to_le_bytes()));
         }
         bytes.extend(support.heads.iter().map(|&head| u8::from(head)));
+        bytes.extend(self.weight.to_le_bytes());
         bytes
     }
 
@@ -121,13 +133,14 @@ impl Example {
                 log_sum_exps: Vec::new(),
                 heads: reader.flags(entries)?,
             },
+            weight: reader.numbers(1)?[0],
         })
         .filter(|_| reader.bytes.is_empty())
     }
 
     pub(crate) fn spilled_bytes(&self) -> usize {
         let words = self.token_ids.len() + 5 * self.targets.len() + 1 + 3 * self.support.ids.len();
-        3 * size_of::<u64>() + words * size_of::<u32>() + self.support.heads.len()
+        3 * size_of::<u64>() + (words + 1) * size_of::<u32>() + self.support.heads.len()
     }
 }
 
@@ -187,6 +200,7 @@ pub(crate) mod tests {
             token_ids,
             targets: (prompt as u32..(prompt + completion) as u32).collect(),
             support: SparseTargets { offsets: vec![0], ..SparseTargets::default() },
+            weight: 1.0,
         };
         let mut random = Counter::new(seed, Purpose::Tail, 0, 0);
         for p in 0..completion {
@@ -210,7 +224,7 @@ pub(crate) mod tests {
 
     #[test]
     fn spilled_and_read_back_is_the_same() {
-        for example in [example(1, 5, 7, 4, 100), example(2, 3, 0, 4, 100)] {
+        for example in [example(1, 5, 7, 4, 100), example(2, 3, 0, 4, 100), example(1, 5, 7, 4, 100).weighing(2.5)] {
             let bytes = example.to_bytes();
             assert_eq!(bytes.len(), example.spilled_bytes());
             assert_eq!(Example::from_bytes(&bytes).unwrap(), example);
@@ -247,6 +261,12 @@ pub(crate) mod tests {
         let mut bad = sound.clone();
         bad.targets[1] = 999;
         assert!(bad.check(100).unwrap_err().contains("do not rise"));
+        let mut bad = sound.clone();
+        bad.weight = f32::NAN;
+        assert!(bad.check(100).unwrap_err().contains("weight"));
+        let none = sound.clone().weighing(0.0);
+        none.check(100).unwrap();
+        assert_eq!((none.targets.len(), none.input_len()), (0, 0));
         let mut bad = sound;
         bad.support.offsets[1] = 999;
         assert!(bad.check(100).is_err());

@@ -25,7 +25,7 @@ const CHUNK_BYTES: usize = 128 << 20;
 /// Bounds of a chunk, positions: fewer starve the matrix product, more win nothing.
 const CHUNK_POSITIONS: (usize, usize) = (16, 2048);
 
-/// Sums over positions, in nats.
+/// Sums over positions, each as often as its weight says, in nats.
 #[derive(Clone, Copy, Debug, Default, PartialEq)]
 pub struct Sums {
     /// All terms as they are weighed.
@@ -230,16 +230,26 @@ impl ChunkedLoss {
         for p in chunk.positions() {
             let entries = chunk.entries(targets, p);
             let position = Position::of(targets, p, &student_e[entries.clone()], self.vocabulary());
-            let judged = objective.judge(&position, &mut corrections[entries]);
-            sums.loss += judged.loss;
-            sums.kl += judged.kl;
-            spread_n.push((judged.spread / temperature) as f32);
+            let judged = objective.judge(&position, &mut corrections[entries.clone()]);
+            let weight = f64::from(targets.weights[p]);
+            sums.loss += weight * judged.loss;
+            sums.kl += weight * judged.kl;
+            spread_n.push((weight * judged.spread / temperature) as f32);
+            corrections[entries].iter_mut().for_each(|correction| *correction *= weight);
         }
+        let weights_n = &targets.weights[chunk.positions()];
+        let weighed_ce = |logprobs: Vec<f32>| -> f64 {
+            -logprobs
+                .iter()
+                .zip(weights_n)
+                .map(|(&logprob, &weight)| f64::from(weight) * f64::from(logprob))
+                .sum::<f64>()
+        };
         let label_ce = objective.label_ce;
         let one_softmax = label_ce > 0.0 && temperature == 1.0;
         if one_softmax {
-            sums.ce = -gather(&logprobs_nv, &chunk.labels_n)?.iter().map(|&logprob| f64::from(logprob)).sum::<f64>();
-            spread_n.iter_mut().for_each(|spread| *spread += label_ce as f32);
+            sums.ce = weighed_ce(gather(&logprobs_nv, &chunk.labels_n)?);
+            spread_n.iter_mut().zip(weights_n).for_each(|(spread, weight)| *spread += label_ce as f32 * weight);
         }
         let corrections: Vec<f32> = corrections.iter().map(|correction| (correction / temperature) as f32).collect();
         let spread_n1 = Tensor::f_from_slice(&spread_n)?.f_to(device)?.f_unsqueeze(1)?;
@@ -250,13 +260,14 @@ impl ChunkedLoss {
             &Tensor::f_from_slice(&corrections)?.f_to(device)?,
         )?;
         if label_ce > 0.0 {
+            let label_ce_n: Vec<f32> = weights_n.iter().map(|weight| label_ce as f32 * weight).collect();
+            let label_ce_n = Tensor::f_from_slice(&label_ce_n)?.f_to(device)?;
             if !one_softmax {
                 let cold_nv = logits_nv.f_log_softmax(-1, Kind::Float)?;
-                sums.ce = -gather(&cold_nv, &chunk.labels_n)?.iter().map(|&logprob| f64::from(logprob)).sum::<f64>();
-                let _ = grad_nv.f_add_(&cold_nv.f_exp()?.f_mul_scalar(label_ce)?)?;
+                sums.ce = weighed_ce(gather(&cold_nv, &chunk.labels_n)?);
+                let _ = grad_nv.f_add_(&cold_nv.f_exp()?.f_mul_(&label_ce_n.f_unsqueeze(1)?)?)?;
             }
-            let minus_n = Tensor::f_full([chunk.n], -label_ce, (Kind::Float, device))?;
-            let _ = grad_nv.f_view([-1])?.f_index_add_(0, &chunk.labels_n, &minus_n)?;
+            let _ = grad_nv.f_view([-1])?.f_index_add_(0, &chunk.labels_n, &label_ce_n.f_neg()?)?;
             sums.loss += label_ce * sums.ce;
         }
         Ok((sums, grad_nv))

@@ -265,11 +265,12 @@ impl<'a> Run<'a> {
         Ok(())
     }
 
-    pub(crate) fn training_data(&self, order: Order) -> Result<TrainingData> {
+    pub(crate) async fn training_data(&self, order: Order) -> Result<TrainingData> {
+        let prompts = self.cx.prompt_set(self.attempt).await?;
         let (cx, teacher, folder) = (self.cx.clone(), Teacher::clone(&self.teacher), self.workspace.path());
         let stream = ShardStream::new(cx, self.attempt.clone(), Split::Train, teacher, folder.to_owned());
         let temperature = self.attempt.spec.loss_temperature();
-        TrainingData::new(stream, order, self.teacher.vocab_size, temperature, folder)
+        TrainingData::new(stream, order, self.teacher.vocab_size, temperature, prompts, folder)
     }
 
     /// What the initial weights are chosen by, where they are; waits until it is published.
@@ -288,7 +289,7 @@ impl<'a> Run<'a> {
         let first = self.progress.step;
         let first_pass = order.steps_per_pass();
         let (send, mut rows) = mpsc::channel(READ_AHEAD);
-        let data = self.training_data(order)?;
+        let data = self.training_data(order).await?;
         // Dropped with this call, and with it the task.
         let mut loader = TaskGroup::new(CancellationToken::new());
         loader.spawn("loader", load_rows(data, first..self.steps, send));

@@ -71,6 +71,8 @@ pub struct Share {
     /// Sum over their target tokens, nats.
     pub loss: f64,
     pub positions: u64,
+    /// Of these together in the loss.
+    pub weight: f64,
     /// That went through the student.
     pub tokens: u64,
 }
@@ -79,8 +81,14 @@ impl Share {
     pub fn add(&mut self, other: Share) {
         self.loss += other.loss;
         self.positions += other.positions;
+        self.weight += other.weight;
         self.tokens += other.tokens;
     }
+}
+
+/// Of all target tokens of these rows together.
+pub fn weight(examples: &[Example]) -> f64 {
+    examples.iter().map(|example| f64::from(example.weight) * example.targets.len() as f64).sum()
 }
 
 /// Name of the input embeddings, which are the head too where both are tied.
@@ -139,28 +147,28 @@ impl Trainer {
         self.optimizer.numbers()
     }
 
-    /// One optimiser step on `examples`: the loss is the mean over all their target tokens. `check`
+    /// One optimiser step on `examples`: the loss is the mean over all their target tokens, by weight. `check`
     /// is asked between micro-batches and may end the attempt.
     ///
     /// A loss or gradient that is not finite is [`Code::LossNotFinite`], and the weights stay as they
     /// were. Without a single target token the step counts and changes nothing.
     pub fn step(&mut self, examples: &[Example], check: &dyn Fn() -> Result<()>) -> Result<StepReport> {
         let started = Instant::now();
-        let positions = examples.iter().map(|example| example.targets.len()).sum();
-        let share = self.share(examples, positions, check)?;
+        let share = self.share(examples, weight(examples), check)?;
         self.update(share, started)
     }
 
     /// Adds the gradient of `examples` to what this step has by now: their part of the loss's mean over
-    /// the `positions` target tokens of the whole step.
-    pub fn share(&mut self, examples: &[Example], positions: usize, check: &dyn Fn() -> Result<()>) -> Result<Share> {
+    /// the whole step's target tokens, which together weigh `whole`.
+    pub fn share(&mut self, examples: &[Example], whole: f64, check: &dyn Fn() -> Result<()>) -> Result<Share> {
         let objective = Objective::of(&self.options.train.loss, self.progress.step, self.options.steps);
         let mut share = Share::default();
         for (micro_batch, micro) in (0u32..).zip(&batch::cut(examples, self.options.limits)) {
             check()?;
             let masks = Masks { step: self.progress.step, micro_batch };
-            share.loss += self.accumulate(micro, masks, &objective, 1.0 / positions as f64)?.loss;
+            share.loss += self.accumulate(micro, masks, &objective, 1.0 / whole)?.loss;
             share.positions += micro.targets.len() as u64;
+            share.weight += micro.targets.weights.iter().map(|&weight| f64::from(weight)).sum::<f64>();
             share.tokens += micro.ids_n.len() as u64;
         }
         Ok(share)
@@ -168,12 +176,12 @@ impl Trainer {
 
     /// Ends a step that began at `started`, whose rows came to `whole` and whose gradient is collected.
     pub fn update(&mut self, whole: Share, started: Instant) -> Result<StepReport> {
-        let Share { loss: sum, positions, tokens } = whole;
+        let Share { loss: sum, positions, weight, tokens } = whole;
         let learning_rate = self.schedule.learning_rate(self.progress.step);
         let mut gradient_norm = 0.0;
         let mut loss = None;
         if positions > 0 {
-            let mean = sum / positions as f64;
+            let mean = sum / weight;
             gradient_norm = self.optimizer.gradient_norm()?;
             if !mean.is_finite() || !gradient_norm.is_finite() {
                 self.optimizer.discard()?;

@@ -2,7 +2,7 @@
 //!
 //! ```json
 //! {"id": "refund-1", "messages": [{"role": "user", "content": "Where is my refund?"}],
-//!  "tags": ["billing"], "split": "train", "completion": "It is on its way."}
+//!  "tags": ["billing"], "split": "train", "completion": "It is on its way.", "weight": 2}
 //! ```
 //!
 //! Only `messages` is needed. `completion` is what a teacher in score mode judges.
@@ -31,6 +31,8 @@ pub struct Row {
     pub split: Option<Split>,
     /// What the assistant is to answer; score mode needs it.
     pub completion: Option<String>,
+    /// Of each of its target tokens in training, 1 unless the file says otherwise; 0 trains on none of them.
+    pub weight: f64,
 }
 
 #[derive(Clone, Debug, PartialEq, Eq, Hash, Serialize)]
@@ -71,6 +73,9 @@ pub fn to_jsonl(rows: &[Row]) -> Vec<u8> {
         split: &'static str,
         #[serde(skip_serializing_if = "Option::is_none")]
         completion: Option<&'a str>,
+        // Left out where it is 1: a set of prompts is named by its content.
+        #[serde(skip_serializing_if = "Option::is_none")]
+        weight: Option<f64>,
     }
     let mut text = Vec::new();
     for wanted in [Split::Train, Split::HeldOut] {
@@ -81,6 +86,7 @@ pub fn to_jsonl(rows: &[Row]) -> Vec<u8> {
                 tags: &row.tags,
                 split: wanted.as_str(),
                 completion: row.completion.as_deref(),
+                weight: (row.weight != 1.0).then_some(row.weight),
             };
             // Strings and lists of strings always have a JSON form, and a Vec always takes it.
             if serde_json::to_writer(&mut text, &line).is_ok() {

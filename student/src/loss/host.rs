@@ -77,29 +77,31 @@ impl Scratch {
         self.corrections_e.resize(ids.len(), 0.0);
         let position = Position::of(targets, p, &self.student_e, row.len());
         let judged = objective.judge(&position, &mut self.corrections_e);
-        let mut sums = Sums { loss: judged.loss, kl: judged.kl, ce: 0.0, positions: 1 };
-        let mut spread = judged.spread / temperature;
-        if objective.label_ce > 0.0 {
+        let weight = f64::from(targets.weights[p]);
+        let label_ce = weight * objective.label_ce;
+        let mut sums = Sums { loss: weight * judged.loss, kl: weight * judged.kl, ce: 0.0, positions: 1 };
+        let mut spread = weight * judged.spread / temperature;
+        if label_ce > 0.0 {
             let (max, sum) = cold.unwrap_or((max, sum));
-            sums.ce = f64::from(max) + sum.ln() - raw_label;
+            sums.ce = weight * (f64::from(max) + sum.ln() - raw_label);
             sums.loss += objective.label_ce * sums.ce;
         }
         match cold {
             Some((_, cold_sum)) => {
-                let (hot, cold) = ((spread / sum) as f32, (objective.label_ce / cold_sum) as f32);
+                let (hot, cold) = ((spread / sum) as f32, (label_ce / cold_sum) as f32);
                 row.iter_mut().zip(&self.cold).for_each(|(x, y)| *x = *x * hot + y * cold);
             }
             None => {
-                spread += objective.label_ce;
+                spread += label_ce;
                 let factor = (spread / sum) as f32;
                 row.iter_mut().for_each(|x| *x *= factor);
             }
         }
         for (&id, correction) in ids.iter().zip(&self.corrections_e) {
-            row[id as usize] += (correction / temperature) as f32;
+            row[id as usize] += (weight * correction / temperature) as f32;
         }
-        if objective.label_ce > 0.0 {
-            row[label] -= objective.label_ce as f32;
+        if label_ce > 0.0 {
+            row[label] -= label_ce as f32;
         }
         sums
     }

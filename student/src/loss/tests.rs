@@ -248,6 +248,7 @@ fn a_sampled_tail_is_unbiased() {
             labels: vec![0],
             top_ids: vec![0],
             label_logprobs: vec![0.0],
+            weights: vec![1.0],
         };
         loss.measure(&hidden_nh, &weight_vh, &targets).unwrap().kl[0]
     };
@@ -347,8 +348,45 @@ fn targets_of(teacher_nv: &Tensor, temperature: f64, ids: &[i64], bucket: bool) 
         targets.labels.push(p * 11 % V);
         targets.top_ids.push(0);
         targets.label_logprobs.push(-1.0);
+        targets.weights.push(1.0);
     }
     targets
+}
+
+/// A weight of three is three positions alike.
+#[test]
+fn a_weight_is_so_many_positions() {
+    let (hidden_nh, weight_vh) = (random([9, H], 3), random([V, H], 4));
+    let row = |weight: f64| example(5, 2, 3, 6, V as u32).weighing(weight);
+    let (mut heavy, mut often) = (Targets::default(), Targets::default());
+    heavy.push(&row(3.0));
+    (0..3).for_each(|_| often.push(&row(1.0)));
+    let three_times =
+        Tensor::cat(&[hidden_nh.narrow(0, 0, 3), hidden_nh.narrow(0, 0, 3), hidden_nh.narrow(0, 0, 3)], 0);
+    for temperature in [1.0, 2.5] {
+        for (name, loss) in objectives(temperature) {
+            let objective = Objective::of(&loss, 0, 1);
+            for fused in [true, false] {
+                let run = |hidden_nh: &Tensor, targets: &Targets| {
+                    let mut grad_vh = Tensor::zeros([V, H], (Kind::Float, Device::Cpu));
+                    let mut chunked = chunked(2);
+                    chunked.fused = fused;
+                    let (sums, grad_nh) =
+                        chunked.backward(&objective, hidden_nh, &weight_vh, Some(&mut grad_vh), targets, 0.1).unwrap();
+                    (sums, grad_nh, grad_vh)
+                };
+                let (one, one_nh, one_vh) = run(&hidden_nh.narrow(0, 0, 3), &heavy);
+                let (three, three_nh, three_vh) = run(&three_times, &often);
+                let near = |a: f64, b: f64| (a - b).abs() <= 1e-5 * (1.0 + b.abs());
+                let what = format!("{name} at {temperature}, fused {fused}");
+                assert!(near(one.loss, three.loss) && near(one.ce, three.ce) && near(one.kl, three.kl), "{what}");
+                let furthest = |a: &Tensor, b: &Tensor| (a - b).abs().max().double_value(&[]);
+                assert!(furthest(&one_vh, &three_vh) < 1e-5, "{what}");
+                assert!(furthest(&one_nh, &(three_nh.narrow(0, 0, 3) * 3.0)) < 1e-5, "{what}");
+                assert!(one_nh.abs().max().double_value(&[]) > 1e-4, "{what}");
+            }
+        }
+    }
 }
 
 #[test]

@@ -142,7 +142,7 @@ fn the_cut_changes_nothing_tied_or_not() {
         };
         let gradient = |max_tokens: usize| {
             let mut trainer = trainer(max_tokens);
-            trainer.share(&rows(0), 42, &|| Ok(())).unwrap();
+            trainer.share(&rows(0), 42.0, &|| Ok(())).unwrap();
             let flat = |gradient: &Tensor| gradient.view([-1]);
             Tensor::cat(&trainer.optimizer.trained().map(|(_, _, gradient)| flat(gradient)).collect::<Vec<_>>(), 0)
         };

@@ -43,6 +43,7 @@ fn order() -> Order {
         tags: vec!["a".to_owned(), "bc".to_owned()],
         split: None,
         completion: Some(format!("answer {index}")),
+        weight: 1.0,
     };
     Order {
         job: "0190a5b4c6d87e8fa0b1c2d3e4f50617".to_owned(),

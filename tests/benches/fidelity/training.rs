@@ -92,7 +92,7 @@ pub fn train(
 
 pub fn example(row: &Answered, support: SparseTargets) -> Example {
     let targets = (0u32..).zip(&row.target_mask).filter(|(_, target)| **target).map(|(at, _)| at).collect();
-    Example { token_ids: row.token_ids.clone(), targets, support }
+    Example { token_ids: row.token_ids.clone(), targets, support, weight: 1.0 }
 }
 
 /// A row's whole distributions as a support of every token.

@@ -18,7 +18,9 @@ pub const MAX_FILE_BYTES: u64 = 1 << 30;
 const MAX_NAME_BYTES: usize = 256;
 const MAX_TAGS: usize = 64;
 
-const ROW_KEYS: [&str; 5] = ["id", "messages", "tags", "split", "completion"];
+const ROW_KEYS: [&str; 6] = ["id", "messages", "tags", "split", "completion", "weight"];
+/// Largest weight of a row.
+const MAX_WEIGHT: f64 = 1000.0;
 const MESSAGE_KEYS: [&str; 2] = ["role", "content"];
 const ROLES: [&str; 3] = ["system", "user", "assistant"];
 const SPLITS: [&str; 2] = ["train", "held_out"];
@@ -124,7 +126,19 @@ pub fn parse_line(name: &str, line_no: usize, line: &str) -> Result<Row> {
             Some(Value::String(text)) => Some(without_nul("\"completion\"", text).map_err(bad)?),
             Some(other) => return Err(bad(format!("\"completion\" must be a string, it is {}", kind(&other)))),
         },
+        weight: weight(object.remove("weight")).map_err(bad)?,
     })
+}
+
+fn weight(value: Option<Value>) -> Result<f64, String> {
+    match value {
+        None | Some(Value::Null) => Ok(1.0),
+        Some(Value::Number(number)) => match number.as_f64() {
+            Some(weight) if (0.0..=MAX_WEIGHT).contains(&weight) => Ok(weight),
+            _ => Err(format!("\"weight\" is {number}; it must lie between 0 and {MAX_WEIGHT}")),
+        },
+        Some(other) => Err(format!("\"weight\" must be a number, it is {}", kind(&other))),
+    }
 }
 
 fn messages(place: &str, list: Vec<Value>) -> Result<Vec<Message>> {

@@ -7,7 +7,14 @@ fn message(role: Role, content: &str) -> Message {
 }
 
 fn row(id: &str, text: &str, split: Option<Split>) -> Row {
-    Row { id: id.to_owned(), messages: vec![message(Role::User, text)], tags: vec![], split, completion: None }
+    Row {
+        id: id.to_owned(),
+        messages: vec![message(Role::User, text)],
+        tags: vec![],
+        split,
+        completion: None,
+        weight: 1.0,
+    }
 }
 
 fn line_error(line: &str) -> (Code, String) {
@@ -85,6 +92,14 @@ fn each_malformed_line_has_its_message() {
         (
             r#"{"messages": [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]}"#,
             r#""messages" must end with a user turn"#,
+        ),
+        (
+            r#"{"messages": [{"role": "user", "content": "a"}], "weight": -1}"#,
+            r#""weight" is -1; it must lie between 0 and 1000"#,
+        ),
+        (
+            r#"{"messages": [{"role": "user", "content": "a"}], "weight": "2"}"#,
+            r#""weight" must be a number, it is a string"#,
         ),
         (r#"{"messages": [{"role": "user", "content": "a"}], "id": 7}"#, r#""id" must be a string, it is a number"#),
         (r#"{"messages": [{"role": "user", "content": "a"}], "id": " "}"#, r#""id" is empty"#),
@@ -384,4 +399,18 @@ fn random_bytes_never_panic() {
             assert!(matches!(error.code, Code::PromptMalformed | Code::PromptEmpty | Code::PromptSetLeaks), "{error}");
         }
     }
+}
+
+#[test]
+fn a_weight_is_kept_and_one_is_not_written() {
+    let text = br#"{"id":"a","messages":[{"role":"user","content":"x"}],"weight":2.5}
+{"id":"b","messages":[{"role":"user","content":"y"}],"weight":1}
+{"id":"c","messages":[{"role":"user","content":"z"}],"weight":0}"#;
+    let rows = parse("p", text).unwrap();
+    assert_eq!(rows.iter().map(|row| row.weight).collect::<Vec<_>>(), [2.5, 1.0, 0.0]);
+    let stored = to_jsonl(&rows);
+    let lines: Vec<bool> = String::from_utf8(stored.clone()).unwrap().lines().map(|l| l.contains("weight")).collect();
+    assert_eq!(lines, [true, false, true]);
+    let again = parse("p", &stored).unwrap();
+    assert_eq!(again.iter().map(|row| row.weight).collect::<Vec<_>>(), [2.5, 1.0, 0.0]);
 }

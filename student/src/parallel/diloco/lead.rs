@@ -33,7 +33,7 @@ pub(crate) async fn lead(run: &mut Run<'_>, order: Order, inner_steps: u32) -> R
     // Replicas read the weights before training.
     run.uploader.finish().await?;
     let first_pass = order.steps_per_pass();
-    let data = run.training_data(order)?;
+    let data = run.training_data(order).await?;
     let mut lead = Lead { run, exchange, crew: Crew::new(inner_steps), inner_steps, data, first_pass };
     lead.gather().await?;
     while lead.round().await? {}

@@ -43,7 +43,8 @@ pub(crate) async fn replica(
     let folder = workspace.path().to_owned();
     let stream = ShardStream::new(cx.clone(), attempt.clone(), Split::Train, (*teacher).clone(), folder.clone());
     let first_pass = order.steps_per_pass();
-    let data = TrainingData::new(stream, order, teacher.vocab_size, attempt.spec.loss_temperature(), &folder)?;
+    let (temperature, prompts) = (attempt.spec.loss_temperature(), cx.prompt_set(attempt).await?);
+    let data = TrainingData::new(stream, order, teacher.vocab_size, temperature, prompts, &folder)?;
     let options = Options { train: attempt.spec.train.clone(), steps: task.steps, limits: settings.limits() };
     let mut follower = Follower {
         attempt,

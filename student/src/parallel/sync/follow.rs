@@ -274,7 +274,7 @@ impl Replica<'_> {
             }
             trainer.progress.step = order.step;
             let check = || if over.is_cancelled() { Err(lost("its stream has ended")) } else { cx.check() };
-            let share = trainer.share(&order.rows, order.positions, &check)?;
+            let share = trainer.share(&order.rows, order.weight, &check)?;
             let gradient = exchange::gradient(&trainer.optimizer)?;
             trainer.optimizer.discard()?;
             Ok(Done::Computed(order.step, share, gradient))

@@ -22,8 +22,8 @@ pub(super) const MAX_ROWS_BYTES: u64 = 4 << 30;
 pub(super) struct Order {
     /// From 0.
     pub(super) step: u32,
-    /// Target tokens of the whole step.
-    pub(super) positions: u64,
+    /// Of the whole step's target tokens together.
+    pub(super) weight: f64,
     pub(super) teacher_done: bool,
     /// `None` if it has them.
     pub(super) weights: Option<Bytes>,
@@ -39,7 +39,7 @@ impl Order {
         });
         let head = proto::StepRows {
             step: self.step,
-            positions: self.positions,
+            weight: self.weight,
             row_bytes: self.rows.iter().map(|row| row.spilled_bytes() as u64).collect(),
             teacher_done: self.teacher_done,
         };
@@ -96,7 +96,7 @@ pub(super) struct Bounds {
 #[derive(Debug)]
 pub(super) struct Received {
     pub(super) step: u32,
-    pub(super) positions: usize,
+    pub(super) weight: f64,
     pub(super) teacher_done: bool,
     pub(super) weights: Option<Vec<u8>>,
     pub(super) rows: Vec<Example>,
@@ -186,12 +186,13 @@ impl Incoming {
             row.check(self.bounds.vocab_size).map_err(|why| wrong(&format!("a row that is none: {why}")))?;
             rows.push(row);
         }
-        let targets: usize = rows.iter().map(|row| row.targets.len()).sum();
-        let positions = usize::try_from(head.positions).ok().filter(|&whole| whole >= targets && targets > 0);
-        let positions = positions
-            .ok_or_else(|| wrong(&format!("rows with {targets} target tokens of a step with {}", head.positions)))?;
+        let own = weight(&rows);
+        // Sums in another order may differ by a rounding.
+        if !(own > 0.0 && head.weight.is_finite() && head.weight >= own * (1.0 - 1e-9)) {
+            return Err(wrong(&format!("rows whose target tokens weigh {own} of a step with {}", head.weight)));
+        }
         let weights = self.weights.take();
-        Ok(Received { step: head.step, positions, teacher_done: head.teacher_done, weights, rows })
+        Ok(Received { step: head.step, weight: head.weight, teacher_done: head.teacher_done, weights, rows })
     }
 }
 
@@ -208,7 +209,7 @@ mod tests {
 
     fn order(rows: Vec<Example>) -> Order {
         let weights = Some(Bytes::from((0..3 << 20).map(|at| (at % 251) as u8).collect::<Vec<_>>()));
-        Order { step: 3, positions: 100, teacher_done: true, weights, rows: Arc::new(rows) }
+        Order { step: 3, weight: 100.0, teacher_done: true, weights, rows: Arc::new(rows) }
     }
 
     fn sound() -> Vec<Example> {
@@ -231,7 +232,7 @@ mod tests {
             received.extend(incoming.take(what).unwrap());
         }
         let [first, second] = &received[..] else { panic!("{} orders", received.len()) };
-        assert_eq!((first.step, first.positions, first.teacher_done), (3, 100, true));
+        assert_eq!((first.step, first.weight, first.teacher_done), (3, 100.0, true));
         assert_eq!(first.weights.as_deref(), sent.weights.as_deref());
         assert_eq!(&first.rows, &*sent.rows);
         assert_eq!((second.step, second.weights.is_none()), (4, true));
@@ -250,13 +251,15 @@ mod tests {
             assert!(error.message.contains(why), "{}", error.message);
         }
         let garbage = [What::Chunk(vec![7; 1000].into())];
-        let head = proto::StepRows { step: 0, positions: 9, row_bytes: vec![400, 600], teacher_done: false };
+        let head = proto::StepRows { step: 0, weight: 9.0, row_bytes: vec![400, 600], teacher_done: false };
         let weights = order(sound()).into_messages().take(4);
         assert!(
             taken(weights.chain([What::Rows(head)]).chain(garbage)).unwrap_err().message.contains("cannot be read")
         );
-        let few = Order { positions: 3, ..order(sound()) };
-        assert!(taken(few.into_messages()).unwrap_err().message.contains("16 target tokens of a step with 3"));
+        let few = Order { weight: 3.0, ..order(sound()) };
+        assert!(taken(few.into_messages()).unwrap_err().message.contains("weigh 16 of a step with 3"));
+        let none = Order { weight: f64::NAN, ..order(sound()) };
+        assert!(taken(none.into_messages()).unwrap_err().message.contains("weigh 16 of a step with NaN"));
     }
 
     #[test]
@@ -265,7 +268,7 @@ mod tests {
         assert!(taken([weights(u64::MAX)]).is_err());
         assert!(taken([weights((3 << 20) + 1)]).is_err());
         let rows = |step, row_bytes: Vec<u64>| {
-            let head = proto::StepRows { step, positions: 100, row_bytes, teacher_done: false };
+            let head = proto::StepRows { step, weight: 100.0, row_bytes, teacher_done: false };
             taken(order(sound()).into_messages().take(4).chain([What::Rows(head)]))
         };
         rows(9, vec![100; 4]).unwrap();

@@ -26,7 +26,7 @@ use crate::{
     resume,
     settings::Settings,
     train::no_trainer,
-    trainer::{Progress, Share, StepReport, Trainer},
+    trainer::{Progress, Share, StepReport, Trainer, weight},
 };
 
 /// Replicas that may come while a step is computed; those beyond come again.
@@ -127,15 +127,15 @@ impl Lead {
     ) -> Result<(StepReport, Progress)> {
         let started = Instant::now();
         self.admit();
-        let positions: usize = examples.iter().map(|example| example.targets.len()).sum();
+        let weight = weight(&examples);
         let (own, mut parts) = self.deal(examples);
-        self.send(thread, &parts, positions as u64, teacher_done).await?;
+        self.send(thread, &parts, weight, teacher_done).await?;
 
         let cx = self.cx.clone();
         let share = move |slot: &mut Option<Trainer>| -> Result<(Share, Duration)> {
             enter();
             let began = Instant::now();
-            let share = slot.as_mut().ok_or_else(no_trainer)?.share(&own, positions, &|| cx.check())?;
+            let share = slot.as_mut().ok_or_else(no_trainer)?.share(&own, weight, &|| cx.check())?;
             Ok((share, began.elapsed()))
         };
         let (share, took) = thread.call(share).await??;
@@ -156,7 +156,7 @@ impl Lead {
                     }
                     unsound.push(number);
                 }
-                whole.add(trainer.share(&rows, positions, &|| cx.check())?);
+                whole.add(trainer.share(&rows, weight, &|| cx.check())?);
             }
             let report = trainer.update(whole, started)?;
             Ok((report, trainer.progress(), unsound, workers))
@@ -222,7 +222,7 @@ impl Lead {
         &mut self,
         thread: &ModelThread<Option<Trainer>>,
         parts: &[Part],
-        positions: u64,
+        weight: f64,
         teacher_done: bool,
     ) -> Result<()> {
         if parts.is_empty() {
@@ -243,7 +243,7 @@ impl Lead {
             let weights = (member.updates != Some(updates)).then(|| weights.clone());
             let rows = Arc::clone(&part.rows);
             member.updates = Some(updates);
-            if !member.order(Order { step, positions, teacher_done, weights, rows }) {
+            if !member.order(Order { step, weight, teacher_done, weights, rows }) {
                 self.members.remove(&part.number);
             }
         }

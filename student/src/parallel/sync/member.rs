@@ -20,7 +20,7 @@ use super::{
     frames::{Order, Parcel},
     lost, wrong,
 };
-use crate::trainer::Share;
+use crate::trainer::{Share, weight};
 
 /// How long a replica that goes may take to hear why.
 const FAREWELL: Duration = Duration::from_millis(500);
@@ -88,7 +88,7 @@ impl Due {
     fn set(&self, order: &Order) {
         let positions = order.rows.iter().map(|row| row.targets.len() as u64).sum();
         let tokens = order.rows.iter().map(|row| row.input_len() as u64).sum();
-        let share = Share { loss: 0.0, positions, tokens };
+        let share = Share { loss: 0.0, positions, weight: weight(&order.rows), tokens };
         *self.0.lock().unwrap_or_else(PoisonError::into_inner) = Some((order.step, share));
     }
 
