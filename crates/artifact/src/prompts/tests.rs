@@ -50,7 +50,7 @@ fn each_malformed_line_has_its_message() {
         (r#"[]"#, r#"it must be a JSON object, like {"messages": [...]}"#),
         (
             r#"{"mesages": []}"#,
-            r#"unknown key "mesages", did you mean "messages"?; known are id, messages, tags, split, completion"#,
+            r#"unknown key "mesages", did you mean "messages"?; known are id, messages, tags, split, completion, weight"#,
         ),
         (r#"{"messages": [], "messages": []}"#, r#"the key "messages" is there twice"#),
         (r#"{"messages": [{"role": "user", "content": "a", "content": "b"}]}"#, r#"the key "content" is there twice"#),
@@ -62,7 +62,7 @@ fn each_malformed_line_has_its_message() {
             r#"{"messages": [{"role": "user", "content": "a"}], "completion": "\u0000b"}"#,
             r#""completion" has the character U+0000 in it; remove it"#,
         ),
-        (r#"{"zzz": 1}"#, r#"unknown key "zzz"; known are id, messages, tags, split, completion"#),
+        (r#"{"zzz": 1}"#, r#"unknown key "zzz"; known are id, messages, tags, split, completion, weight"#),
         (r#"{"id": "a"}"#, r#""messages" is missing"#),
         (r#"{"messages": "hi"}"#, r#""messages" must be a list, it is a string"#),
         (r#"{"messages": ["hi"]}"#, r#"messages[0] must be an object with "role" and "content""#),
