@@ -26,7 +26,7 @@ fn ids_n() -> Tensor {
 
 /// A plain model and the same with adapters whose `B` is not zero.
 fn pair(lora: &Lora) -> (Model, Model) {
-    let plain = random(Config { qkv_bias: true, ..config() });
+    let plain = random(Config { qkv_bias: true, output_bias: true, ..config() });
     let own = plain.prune_layers(&[0, 1, 2, 3]).unwrap();
     let adapted = own.adapt(lora, 5).unwrap();
     for (at, (_, mut tensor)) in adapted.adapters().into_iter().enumerate() {
