@@ -151,7 +151,8 @@ fn by_importance(teacher: &Config, shape: &Config, prune: &Prune, importance: &I
 
 /// What was kept, without a word on what it weighs.
 fn unmeasured(teacher: &Config, shape: &Config, layers: &[usize]) -> Pruning {
-    let axis = |of: fn(&Config) -> i64| Axis { kept: size(of(shape)) as u32, of: size(of(teacher)) as u32, share: None };
+    let axis =
+        |of: fn(&Config) -> i64| Axis { kept: size(of(shape)) as u32, of: size(of(teacher)) as u32, share: None };
     let layer = |&layer: &usize| Layer {
         layer: layer as u32,
         influence: None,

@@ -187,7 +187,8 @@ fn what_was_pruned_is_said_in_two_lines() {
     });
     let text = render(&job, &Surroundings::default());
     assert!(text.contains("pruned        layers 0-2, 5, 28-29 of 30, 50.0 % of their influence\n"), "{text}");
-    let width = "1,024 of 1,536 intermediate channels (87.5 %), 6 of 9 attention heads (75.0 %); of importance on 32 rows\n";
+    let width =
+        "1,024 of 1,536 intermediate channels (87.5 %), 6 of 9 attention heads (75.0 %); of importance on 32 rows\n";
     assert!(text.contains(width), "{text}");
     let json = json::report(job.report.as_ref().unwrap());
     assert_eq!((&json["pruning"]["depth"]["kept"], &json["pruning"]["layers"][3]["layer"]), (&6.into(), &5.into()));

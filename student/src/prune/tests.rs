@@ -55,7 +55,8 @@ fn the_most_important_stay_in_their_order() {
     assert_eq!(top(&[0.5, 2.0, 0.25, 2.0, 3.0], 3), [1, 3, 4]);
     assert_eq!(top(&[1.0, 1.0, 1.0], 2), [0, 1]);
     let teacher = Config { num_attention_heads: 6, num_key_value_heads: 3, ..tiny_config(1, 30) };
-    let shape = |heads, key_value| Config { num_attention_heads: heads, num_key_value_heads: key_value, ..teacher.clone() };
+    let shape =
+        |heads, key_value| Config { num_attention_heads: heads, num_key_value_heads: key_value, ..teacher.clone() };
     let heads = [1.0, 1.0, 0.0, 1.5, 0.6, 0.7];
     assert_eq!(top_heads(&heads, &teacher, &shape(4, 2)), (vec![0, 1], vec![0, 1, 2, 3]));
     // With one query head each, a key-value head counts by its best.
@@ -80,12 +81,8 @@ fn heads_and_channels_that_do_nothing_are_found_and_not_missed() {
         let key_value = layer % 2;
         silence(&teacher, &name("self_attn.v_proj"), 0, &[0, 1, 2, 3].map(|at| 4 * key_value + at));
     }
-    let to = Prune {
-        hidden_size: Some(12),
-        intermediate_size: Some(18),
-        num_key_value_heads: Some(1),
-        ..Prune::default()
-    };
+    let to =
+        Prune { hidden_size: Some(12), intermediate_size: Some(18), num_key_value_heads: Some(1), ..Prune::default() };
     let (student, report) = pruned(&teacher, &to);
     assert_eq!(student.config(), &teacher.config().pruned(&to).unwrap());
     let (before, after) = (logits(&teacher), logits(&student));

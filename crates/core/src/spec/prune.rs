@@ -102,9 +102,7 @@ impl Prune {
                 }
             }
             None if !self.narrows() => {
-                return Err(invalid(format!(
-                    "{KEY} cuts nothing; give layers, or a size such as intermediate_size"
-                )));
+                return Err(invalid(format!("{KEY} cuts nothing; give layers, or a size such as intermediate_size")));
             }
             None => {}
         }

@@ -3,8 +3,8 @@ use retort_proto as proto;
 use crate::{
     Code, Error, Result,
     spec::{
-        Choose, CodecName, FlatSoftTargets, Gates, Guard, Init, JobSpec, Layers, Loss, Prompts, Prune, Quantiser, Sampling, Schedule,
-        SoftTargets, Student, Teacher, TeacherMode, Train, Weight,
+        Choose, CodecName, FlatSoftTargets, Gates, Guard, Init, JobSpec, Layers, Loss, Prompts, Prune, Quantiser,
+        Sampling, Schedule, SoftTargets, Student, Teacher, TeacherMode, Train, Weight,
     },
     state::{JobState, Split},
 };

@@ -63,12 +63,8 @@ mod tests {
     use super::*;
 
     fn pruning() -> Pruning {
-        let layer = |layer| Layer {
-            layer,
-            influence: Some(0.25),
-            attention_heads_share: Some(0.75),
-            intermediate_share: None,
-        };
+        let layer =
+            |layer| Layer { layer, influence: Some(0.25), attention_heads_share: Some(0.75), intermediate_share: None };
         let axis = |kept, of, share| Axis { kept, of, share };
         Pruning {
             layers: vec![layer(0), layer(3)],

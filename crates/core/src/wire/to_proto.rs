@@ -3,7 +3,8 @@ use retort_proto as proto;
 use crate::{
     Error,
     spec::{
-        Choose, CodecName, FlatSoftTargets, Init, JobSpec, Layers, Loss, Prune, Quantiser, Schedule, SoftTargets, TeacherMode, Weight,
+        Choose, CodecName, FlatSoftTargets, Init, JobSpec, Layers, Loss, Prune, Quantiser, Schedule, SoftTargets,
+        TeacherMode, Weight,
     },
     state::{JobState, Split, TaskKind},
 };

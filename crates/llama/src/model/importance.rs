@@ -137,8 +137,11 @@ impl NormSums {
     fn add(&mut self, from_1nh: &Tensor, to_1nh: &Tensor) -> Result<()> {
         self.outputs.add_square_of_mean(&rows(to_1nh)?.f_abs()?)?;
         let square_nh = rows(from_1nh)?.f_square()?;
-        let whole_n1 = square_nh.f_sum_dim_intlist([-1i64].as_slice(), true, Kind::Float)?.f_clamp_min(f64::from(f32::MIN_POSITIVE))?;
-        self.energy.add(&square_nh.f_div(&whole_n1)?.f_sum_dim_intlist([0i64].as_slice(), false, Kind::Double)?, |sum| sum)
+        let whole_n1 = square_nh
+            .f_sum_dim_intlist([-1i64].as_slice(), true, Kind::Float)?
+            .f_clamp_min(f64::from(f32::MIN_POSITIVE))?;
+        self.energy
+            .add(&square_nh.f_div(&whole_n1)?.f_sum_dim_intlist([0i64].as_slice(), false, Kind::Double)?, |sum| sum)
     }
 }
 

@@ -44,11 +44,7 @@ impl Cut {
             input_norm_scale: 1.0,
             post_norm_scale: 1.0,
         };
-        Self {
-            layers: keep.iter().map(layer).collect(),
-            hidden: all(config.hidden_size),
-            final_norm_scale: 1.0,
-        }
+        Self { layers: keep.iter().map(layer).collect(), hidden: all(config.hidden_size), final_norm_scale: 1.0 }
     }
 
     /// Refuses what `config` has not, and what would be no model.

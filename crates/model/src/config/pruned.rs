@@ -13,7 +13,9 @@ impl Config {
     pub fn pruned(&self, prune: &Prune) -> Result<Self> {
         let num_hidden_layers = match &prune.layers {
             None => self.num_hidden_layers,
-            Some(Layers::Count(layers)) => self.at_most("layers", (*layers).into(), "layers", self.num_hidden_layers)?,
+            Some(Layers::Count(layers)) => {
+                self.at_most("layers", (*layers).into(), "layers", self.num_hidden_layers)?
+            }
             Some(Layers::These(layers)) => {
                 let last = layers.last().copied().unwrap_or(0);
                 if i64::from(last) >= self.num_hidden_layers {
@@ -38,7 +40,9 @@ impl Config {
         let group = self.num_attention_heads / self.num_key_value_heads;
         let num_attention_heads = match prune.num_attention_heads {
             None => num_key_value_heads * group,
-            Some(heads) => self.at_most("num_attention_heads", heads.into(), "attention heads", self.num_attention_heads)?,
+            Some(heads) => {
+                self.at_most("num_attention_heads", heads.into(), "attention heads", self.num_attention_heads)?
+            }
         };
         if num_attention_heads % num_key_value_heads != 0 {
             return Err(invalid(format!(
@@ -127,12 +131,18 @@ mod tests {
         };
         let base = Prune::default;
         refuse(Prune::to_layers(7), "student.init.prune.layers is 7; the teacher has 6 layers to keep");
-        refuse(Prune { layers: Some(Layers::These(vec![1, 6])), ..base() }, "names layer 6; the teacher has 6 layers, 0 to 5");
+        refuse(
+            Prune { layers: Some(Layers::These(vec![1, 6])), ..base() },
+            "names layer 6; the teacher has 6 layers, 0 to 5",
+        );
         refuse(Prune { hidden_size: Some(97), ..base() }, "hidden_size is 97; the teacher has 96 hidden channels");
         refuse(Prune { intermediate_size: Some(65), ..base() }, "intermediate_size is 65; the teacher has 64");
         refuse(Prune { num_attention_heads: Some(13), ..base() }, "num_attention_heads is 13; the teacher has 12");
         refuse(Prune { num_key_value_heads: Some(5), ..base() }, "num_key_value_heads is 5; the teacher has 4");
-        refuse(Prune { num_attention_heads: Some(6), ..base() }, "no multiple of the student's 4 key-value heads; give");
+        refuse(
+            Prune { num_attention_heads: Some(6), ..base() },
+            "no multiple of the student's 4 key-value heads; give",
+        );
         refuse(
             Prune { num_attention_heads: Some(8), num_key_value_heads: Some(2), ..base() },
             "leaves 4 attention heads to a key-value head, the teacher has 3; keep fewer",

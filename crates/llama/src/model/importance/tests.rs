@@ -78,13 +78,17 @@ fn channels_and_norms_are_those_of_the_formulas() {
     close(&found.layers[2].post_norm.outputs, &aggregate(&of(2)));
     close(&found.final_norm.outputs, &aggregate(&of(4)));
     let inner = |normed_nh: &Tensor| {
-        let through = |name: &str| normed_nh.linear::<&Tensor>(&find(&format!("model.layers.2.mlp.{name}.weight")), None);
+        let through =
+            |name: &str| normed_nh.linear::<&Tensor>(&find(&format!("model.layers.2.mlp.{name}.weight")), None);
         through("gate_proj").silu() * through("up_proj")
     };
     close(&found.layers[2].channels, &aggregate(&of(2).iter().map(inner).collect::<Vec<_>>()));
     // A norm's output squared is the share of the channel, times their number.
     let energy: Tensor = Tensor::cat(&of(2), 0).square() / 24.0;
-    close(&found.layers[2].input_norm.energy, &Vec::try_from(energy.mean_dim([0i64].as_slice(), false, Kind::Double)).unwrap());
+    close(
+        &found.layers[2].input_norm.energy,
+        &Vec::try_from(energy.mean_dim([0i64].as_slice(), false, Kind::Double)).unwrap(),
+    );
     let whole: f64 = found.final_norm.energy.iter().sum();
     assert!((whole - 1.0).abs() < 1e-4, "{whole}");
 }
@@ -94,7 +98,8 @@ fn channels_and_norms_are_those_of_the_formulas() {
 fn heads_count_by_the_norm_of_what_they_give() {
     let model = random(config());
     let found = observed(&model, &[&[12], &[31]]);
-    let value = model.parameters().into_iter().find(|(name, _)| name == "model.layers.1.self_attn.v_proj.weight").unwrap().1;
+    let value =
+        model.parameters().into_iter().find(|(name, _)| name == "model.layers.1.self_attn.v_proj.weight").unwrap().1;
     let norm_of = |text: &[i64]| {
         let heads_1kd = norms(&model, text)[1].linear::<&Tensor>(&value, None).view([1, 2, 8]);
         heads_1kd.square().sum_dim_intlist([-1i64].as_slice(), false, Kind::Float).sqrt()

@@ -24,7 +24,8 @@ fn biased(tie_word_embeddings: bool) -> Model {
     for (at, (_, tensor)) in (0i64..).zip(model.parameters()) {
         // Biases and norms that all differ.
         if tensor.dim() == 1 {
-            let numbers = Tensor::arange(tensor.numel() as i64, (Kind::Float, tensor.device())) * 0.01 + at as f64 * 0.01;
+            let numbers =
+                Tensor::arange(tensor.numel() as i64, (Kind::Float, tensor.device())) * 0.01 + at as f64 * 0.01;
             tch::no_grad(|| tensor.shallow_clone().copy_(&numbers));
         }
     }
@@ -88,7 +89,8 @@ fn a_cut_takes_the_numbers_that_a_slow_look_up_finds() {
 /// Sets to zero all that writes into what `cut` leaves out, in the layers that it keeps.
 fn silence(model: &Model, cut: &Cut) {
     let kept = |kept: &[usize], size: i64, run: i64| -> Tensor {
-        let mask: Vec<f32> = (0..size * run).map(|at| f32::from(u8::from(kept.contains(&((at / run) as usize))))).collect();
+        let mask: Vec<f32> =
+            (0..size * run).map(|at| f32::from(u8::from(kept.contains(&((at / run) as usize))))).collect();
         Tensor::from_slice(&mask)
     };
     let config = model.config().clone();
@@ -161,7 +163,10 @@ fn a_cut_that_makes_no_model_is_refused() {
     refuse(&|cut| cut.hidden.clear(), "hidden channels [] cannot be kept");
     refuse(&|cut| cut.layers[0].channels = vec![2, 1, 3], "channels [2, 1, 3] cannot be kept");
     refuse(&|cut| cut.layers[0].query_heads = vec![2], "query heads [2] cannot be kept with key-value heads [0]");
-    refuse(&|cut| cut.layers[0].key_value_heads = vec![0, 1], "query heads [1] cannot be kept with key-value heads [0, 1]");
+    refuse(
+        &|cut| cut.layers[0].key_value_heads = vec![0, 1],
+        "query heads [1] cannot be kept with key-value heads [0, 1]",
+    );
     refuse(&|cut| cut.layers[1].query_heads = vec![2, 3], "layer 3 keeps [1, 2, 3] key-value heads");
     refuse(&|cut| cut.layers[1].layer = 0, "layers [1, 0] cannot be kept");
 }
