@@ -122,8 +122,9 @@ pub fn forecast(points: &[Point], seed: u64) -> Result<Forecast, Unfit> {
         Some(fit::Bound::Most) => return Err(Unfit::TooFast),
         None => {}
     }
-    let samples: Vec<fit::Curve> =
-        (0..RESAMPLES).map(|round| fit::fit(&reach, &resample(&fitted, &reach, &residuals, spare, seed, round))).collect();
+    let samples: Vec<fit::Curve> = (0..RESAMPLES)
+        .map(|round| fit::fit(&reach, &resample(&fitted, &reach, &residuals, spare, seed, round)))
+        .collect();
     let predictions = FACTORS.map(|factor| {
         let kl = fitted.at(factor.ln());
         let mut kls: Vec<f64> = samples.iter().map(|sample| sample.at(factor.ln())).collect();

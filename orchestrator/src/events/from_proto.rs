@@ -133,15 +133,13 @@ fn what_from_proto(job: &JobId, task: &TaskId, epoch: u64, time_ms: i64, what: &
             final_loss: finished.final_loss,
             curve: finished.curve.iter().filter_map(held_out).take(MAX_CURVE).collect(),
         }),
-        worker_event::What::EvaluationReady(ready) => {
-            What::EvaluationReady(Evaluation {
-                before: quality("evaluation_ready.before", ready.before.as_ref())?,
-                after: quality("evaluation_ready.after", ready.after.as_ref())?,
-                before_by_tag: by_tag("evaluation_ready.before_by_tag", &ready.before_by_tag)?,
-                after_by_tag: by_tag("evaluation_ready.after_by_tag", &ready.after_by_tag)?,
-                samples: ready.samples.iter().take(MAX_SAMPLES).map(sample).collect(),
-            })
-        }
+        worker_event::What::EvaluationReady(ready) => What::EvaluationReady(Evaluation {
+            before: quality("evaluation_ready.before", ready.before.as_ref())?,
+            after: quality("evaluation_ready.after", ready.after.as_ref())?,
+            before_by_tag: by_tag("evaluation_ready.before_by_tag", &ready.before_by_tag)?,
+            after_by_tag: by_tag("evaluation_ready.after_by_tag", &ready.after_by_tag)?,
+            samples: ready.samples.iter().take(MAX_SAMPLES).map(sample).collect(),
+        }),
     })
 }
 

@@ -235,7 +235,8 @@ async fn the_best_checkpoint_is_promoted_and_the_curve_reported() {
 
 #[test]
 fn a_report_of_before_still_reads() {
-    let quality = r#"{"kl": 1.0, "top1_agreement": 0.5, "student_perplexity": null, "teacher_perplexity": 2.0, "tokens": 9}"#;
+    let quality =
+        r#"{"kl": 1.0, "top1_agreement": 0.5, "student_perplexity": null, "teacher_perplexity": 2.0, "tokens": 9}"#;
     let read: Quality = serde_json::from_str(quality).unwrap();
     assert_eq!((read.calibration_error, read.teacher_calibration_error), (None, None));
     let finish = r#"{"steps": 4, "checkpoint_key": "c/", "initial_key": "i/", "trained_tokens": 9, "seconds": 1.0,

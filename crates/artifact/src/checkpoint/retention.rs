@@ -30,7 +30,8 @@ pub struct HeldOut {
 impl HeldOut {
     /// Whether it says something.
     pub fn is_sound(&self) -> bool {
-        self.tokens > 0 && [self.kl, self.top1_agreement, self.calibration_error].iter().all(|figure| figure.is_finite())
+        self.tokens > 0
+            && [self.kl, self.top1_agreement, self.calibration_error].iter().all(|figure| figure.is_finite())
     }
 }
 
@@ -53,9 +54,8 @@ pub async fn best(store: &Store, job: &str) -> Result<Option<(String, Manifest)>
             other => other?,
         };
         let Some(judged) = manifest.held_out() else { continue };
-        let beats = |other: &HeldOut| {
-            judged.tokens > other.tokens || (judged.tokens == other.tokens && judged.kl <= other.kl)
-        };
+        let beats =
+            |other: &HeldOut| judged.tokens > other.tokens || (judged.tokens == other.tokens && judged.kl <= other.kl);
         if best.as_ref().is_none_or(|(other, ..)| beats(other)) {
             best = Some((judged, prefix, manifest));
         }

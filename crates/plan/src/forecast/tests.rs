@@ -85,7 +85,8 @@ fn no_law_of_a_fine_grid_fits_better() {
     let reach: Vec<f64> = points.iter().map(|point| (point.tokens as f64 / last).ln()).collect();
     let logs: Vec<f64> = points.iter().map(|point| point.kl.ln()).collect();
     let cost = |curve: &fit::Curve| {
-        let residual = |(reach, log): (&f64, &f64)| log - (curve.floor + curve.excess * (-curve.exponent * reach).exp()).ln();
+        let residual =
+            |(reach, log): (&f64, &f64)| log - (curve.floor + curve.excess * (-curve.exponent * reach).exp()).ln();
         reach.iter().zip(&logs).map(residual).map(fit::huber).sum::<f64>()
     };
     let found = cost(&fit::fit(&reach, &logs));
