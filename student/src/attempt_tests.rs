@@ -140,7 +140,9 @@ async fn the_best_checkpoint_is_kept_and_judged_whoever_was_killed() {
     let steps: Vec<u32> = curve.iter().map(|(step, _)| *step).collect();
     assert_eq!(steps, [0, 7, 14, 21, 28, 35, 42, STEPS]);
     let judged = judged(&world);
-    assert!(judged.len() >= 4 && judged.iter().all(|point| curve.contains(point)), "{judged:?} {curve:?}");
+    // To the last bit but one: a manifest is text.
+    let known = |&(step, kl): &(u32, f64)| curve.iter().any(|&(at, value)| at == step && (value - kl).abs() < 1e-9);
+    assert!(judged.len() >= 4 && judged.iter().all(known), "{judged:?} {curve:?}");
     let (best, _) = *curve[1..].iter().rev().min_by(|a, b| a.1.total_cmp(&b.1)).unwrap();
     assert!(best < STEPS, "{curve:?}");
     assert_eq!(paths::parse_checkpoint(JOB, &finished.checkpoint_key).unwrap().0, best);

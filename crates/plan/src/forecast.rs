@@ -91,7 +91,7 @@ impl fmt::Display for Unfit {
                  train.checkpoint_steps gives more"
             ),
             Self::NoFall => f.write_str("the held-out KL did not fall more than its points scatter"),
-            Self::TooSlow => f.write_str("the held-out KL falls too evenly to tell where it would end"),
+            Self::TooSlow => f.write_str("the held-out KL falls too slowly to tell where it goes"),
             Self::TooFast => f.write_str("the held-out KL fell at the beginning alone, which no power law describes"),
         }
     }
