@@ -51,7 +51,7 @@ pub async fn run(attempt: &Attempt, task: &TrainTask, cx: &TaskContext, settings
     let mut run = Run::start(attempt, cx, settings, options).await?;
     let trained = run.train(order).await;
     if let Some(lead) = run.lead.take() {
-        lead.close().await?;
+        lead.close().await;
     }
     trained?;
     run.finish().await

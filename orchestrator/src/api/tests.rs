@@ -140,6 +140,8 @@ impl Service {
                 store.put_new(&key, "{}".into()).await.unwrap();
                 vec![testing::train_progress(train.steps, 1.0), What::TrainFinished(finished)]
             }
+            // It computes until its lead is done.
+            proto::claimed::Task::Replica(_) => vec![],
             proto::claimed::Task::Evaluate(evaluate) => {
                 assert!(evaluate.checkpoint_key.contains("/checkpoints/"), "{evaluate:?}");
                 vec![testing::evaluation(0.25)]
