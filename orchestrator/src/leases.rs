@@ -162,11 +162,12 @@ pub async fn heartbeat(context: &Context, id: &TaskId, epoch: u64, worker_id: &s
     Ok(Beat::Extended)
 }
 
-/// Whether another task of this one's topic waits for a worker.
+/// Whether another task of this one's topic waits for a worker. Replicas of its own job do not count: they
+/// would have nothing to do without it, or as little as it has.
 pub async fn others_wait(context: &Context, id: &TaskId) -> Result<bool> {
     let mut snapshot = context.database.read().await?;
     let Some(task) = tasks::find(&mut snapshot, id).await? else { return Ok(false) };
-    Ok(tasks::first_queued(&mut snapshot, &task.topic, None).await?.is_some())
+    tasks::others_queued(&mut snapshot, &task).await
 }
 
 /// Takes back what no heartbeat kept, each moment until `shutdown`.

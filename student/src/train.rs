@@ -71,7 +71,7 @@ pub async fn run(attempt: &Attempt, task: &TrainTask, cx: &TaskContext, settings
         None => run.train(order).await,
     };
     if let Some(lead) = run.lead.take() {
-        lead.close().await?;
+        lead.close().await;
     }
     trained?;
     run.finish().await

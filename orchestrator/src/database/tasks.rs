@@ -103,6 +103,20 @@ pub async fn first_queued(conn: &mut Connection, topic: &str, before: Option<&Ta
     first.as_deref().map(parse_task_id).transpose()
 }
 
+/// Whether a task of this one's topic is published and unclaimed, replicas of its own job not counted.
+pub async fn others_queued(conn: &mut Connection, task: &Task) -> Result<bool> {
+    let others: bool = sqlx::query_scalar(
+        "SELECT EXISTS (SELECT 1 FROM tasks
+             WHERE state = 'queued' AND topic = ? AND NOT (kind = 'replica' AND job_id = ?))",
+    )
+    .bind(&task.topic)
+    .bind(task.job_id.as_str())
+    .fetch_one(conn)
+    .await
+    .db()?;
+    Ok(others)
+}
+
 /// Tasks of a job of one kind and split (`None`: any) that are not done.
 pub async fn count_unfinished(conn: &mut Connection, job: &JobId, kind: TaskKind, split: Option<Split>) -> Result<u64> {
     let count: i64 = sqlx::query_scalar(

@@ -52,6 +52,27 @@ async fn the_first_claim_starts_the_job() {
 }
 
 #[tokio::test]
+async fn a_training_makes_no_room_for_its_own_replicas() {
+    let world = World::new().await;
+    let mut spec = spec(std::path::Path::new("/nowhere"));
+    spec.train.parallel = Some(retort_core::spec::Parallel::of(3));
+    let job = world.job_with(spec).await;
+    outbox::fill(&world.context).await.unwrap();
+    let train = TaskId::train(&job);
+    world.claim(&train, "lead").await;
+    let replica = TaskId::replica(&job, 1);
+    assert_eq!(world.task_state(&replica).await, TaskState::Queued);
+    assert!(!others_wait(&world.context, &train).await.unwrap());
+    world.claim(&replica, "follows").await;
+    assert!(!others_wait(&world.context, &replica).await.unwrap());
+    // Another job's training is another matter.
+    world.job().await;
+    outbox::fill(&world.context).await.unwrap();
+    assert!(others_wait(&world.context, &train).await.unwrap());
+    assert!(others_wait(&world.context, &replica).await.unwrap());
+}
+
+#[tokio::test]
 async fn a_lost_lease_is_ready_again_and_said_so() {
     let world = World::new().await;
     let job = world.job().await;

@@ -174,11 +174,13 @@ impl Lead {
         Ok((report, progress))
     }
 
-    /// Ends every stream, and takes back what the store says.
-    pub(crate) async fn close(self) -> Result<()> {
+    /// Ends every stream, and takes back what the store says; where that fails, the next lead does.
+    pub(crate) async fn close(self) {
         let Self { cx, job, epoch, members, tasks, .. } = self;
         drop((members, tasks));
-        rendezvous::remove(&cx.store, &job, epoch).await
+        if let Err(error) = rendezvous::remove(&cx.store, &job, epoch).await {
+            tracing::warn!(code = %error.code, "the store goes on saying where this training's lead was: {}", error.chain());
+        }
     }
 
     /// Takes in who is ready by now, and forgets who has gone.

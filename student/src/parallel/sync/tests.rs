@@ -133,7 +133,7 @@ impl Stage {
         while !self.replicas.is_empty() {
             assert_eq!(self.leave().await.code, Code::WorkerStopped);
         }
-        self.lead.close().await.unwrap();
+        self.lead.close().await;
         assert!(rendezvous::newest(&self.world.store, JOB).await.unwrap().is_none());
         let mut alone = trainer(&wide(self.world.train_attempt(EPOCH)), &self.world);
         for step in 0..steps {
