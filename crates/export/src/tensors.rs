@@ -137,7 +137,7 @@ impl Planned {
             Err(value) => Err(Error::new(
                 Code::ModelUnsupported,
                 format!(
-                    "tensor \"{name}\" holds {value}, which {} cannot; export it as f32, or as bf16 if it was that",
+                    "tensor \"{name}\" holds {value:e}, which {} cannot; export it as f32, or as bf16 if it was that",
                     self.kind.name()
                 ),
             )),
