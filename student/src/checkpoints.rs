@@ -23,12 +23,22 @@ impl Uploader {
         Self { cx, job, keep, running: None }
     }
 
-    /// Starts uploading `folder` to `prefix`; it is removed afterwards. Answers once the upload
-    /// before it is done, with that one's error if it had any.
-    pub async fn start(&mut self, folder: PathBuf, prefix: String, manifest: Manifest) -> Result<()> {
+    /// Starts uploading `folder` to `prefix` once `written` has filled it; it is removed afterwards. Answers once
+    /// the upload before it is done, with that one's error if it had any.
+    pub async fn start(
+        &mut self,
+        written: impl Future<Output = Result<()>> + Send + 'static,
+        folder: PathBuf,
+        prefix: String,
+        manifest: Manifest,
+    ) -> Result<()> {
         self.finish().await?;
         let mut group = TaskGroup::new(CancellationToken::new());
-        group.spawn("checkpoint", upload(self.cx.clone(), self.job.clone(), self.keep, folder, prefix, manifest));
+        let upload = upload(self.cx.clone(), self.job.clone(), self.keep, folder, prefix, manifest);
+        group.spawn("checkpoint", async {
+            written.await?;
+            upload.await
+        });
         self.running = Some(group);
         Ok(())
     }

@@ -15,13 +15,14 @@
 use std::{fs, path::Path};
 
 use retort_core::{Code, Error, Result, spec::Lora};
-use retort_llama::{Model, copy_text_files};
+use retort_llama::{Config, Model, Weights, copy_text_files};
 use serde::{Deserialize, Serialize};
 use serde_json::json;
-use tch::{Device, Kind, Tensor};
+use tch::{Device, Kind, TchError, Tensor};
 
 use crate::{
     failure::{llama, torch},
+    optimizer::copy_of,
     parallel::diloco::outer::Rounds,
     trainer::{Options, Progress, Trainer},
 };
@@ -46,53 +47,88 @@ struct State {
 /// A Hugging Face folder of the student's weights, complete with the teacher's tokenizer and chat
 /// template.
 pub fn export(model: &Model, teacher: &Path, into: &Path) -> Result<()> {
-    fs::create_dir_all(into).map_err(|error| Error::io(into, error))?;
-    copy_text_files(teacher, into).map_err(llama)?;
-    let path = into.join("generation_config.json");
-    if !path.exists() {
-        let config = model.config();
-        let ends = json!({
-            "bos_token_id": config.bos_token_id,
-            "eos_token_id": config.eos_token_ids,
-            "pad_token_id": config.pad_token_id,
-        });
-        fs::write(&path, format!("{ends:#}\n")).map_err(|error| Error::io(&path, error))?;
-    }
+    export_text(model.config(), teacher, into)?;
     model.save(into, model.kind()).map_err(llama)
 }
 
-/// Writes everything that [`load`] or [`load_adapted`] needs. `teacher` lends tokenizer and chat template. A student
-/// with adapters has its merged folder only where it is `whole`.
-pub fn save(trainer: &mut Trainer, teacher: &Path, dir: &Path, whole: bool) -> Result<()> {
-    trainer.judged(|model, _| {
-        let adapted = model.lora().is_some();
-        if adapted {
-            model.save_adapters(&dir.join("adapter")).map_err(llama)?;
-        }
-        if !adapted || whole { export(model, teacher, &dir.join("model")) } else { Ok(()) }
-    })?;
-    let folder = dir.join("state");
-    fs::create_dir_all(&folder).map_err(|error| Error::io(&folder, error))?;
-    let state = State {
-        schema_version: SCHEMA_VERSION,
-        progress: trainer.progress,
-        updates: trainer.optimizer.step(),
-        dtype: dtype(trainer.model.kind()).to_owned(),
-        rounds: trainer.outer.as_ref().map(|outer| outer.rounds.clone()),
-    };
-    let json = serde_json::to_vec_pretty(&state).map_err(|error| Error::internal(error.to_string()))?;
-    let path = folder.join("trainer.json");
-    fs::write(&path, json).map_err(|error| Error::io(&path, error))?;
-    Tensor::write_safetensors(&trainer.optimizer.state(), folder.join("optimizer.safetensors"))
-        .map_err(torch("cannot write the optimiser's state"))?;
-    if let Some(outer) = &trainer.outer {
-        Tensor::write_safetensors(outer.state(), folder.join("outer.safetensors"))
-            .map_err(torch("cannot write the outer optimiser's state"))?;
+/// All of a Hugging Face folder but the weights and their config.
+fn export_text(config: &Config, teacher: &Path, into: &Path) -> Result<()> {
+    fs::create_dir_all(into).map_err(|error| Error::io(into, error))?;
+    copy_text_files(teacher, into).map_err(llama)?;
+    let path = into.join("generation_config.json");
+    if path.exists() {
+        return Ok(());
     }
-    Ok(())
+    let ends = json!({
+        "bos_token_id": config.bos_token_id,
+        "eos_token_id": config.eos_token_ids,
+        "pad_token_id": config.pad_token_id,
+    });
+    fs::write(&path, format!("{ends:#}\n")).map_err(|error| Error::io(&path, error))
 }
 
-/// The trainer that [`save`] wrote, on `device`. The checkpoint must have been computed in `kind`.
+/// A trainer as it was at one step, copied: it can be written while training goes on. It takes as much memory as
+/// the weights and the optimiser's state.
+pub struct Snapshot {
+    /// What is judged and exported; absent of a student with adapters that is not to be `whole`.
+    weights: Option<Weights>,
+    optimizer: Vec<(String, Tensor)>,
+    /// The outer optimiser's velocity, where workers exchange weights.
+    outer: Option<Vec<(String, Tensor)>>,
+    state: State,
+}
+
+impl Snapshot {
+    /// Adapters, which are small, are written to `dir` at once. A student with adapters has its merged folder only
+    /// where it is `whole`.
+    pub fn of(trainer: &mut Trainer, dir: &Path, whole: bool) -> Result<Self> {
+        let weights = trainer.judged(|model, _| {
+            let adapted = model.lora().is_some();
+            if adapted {
+                model.save_adapters(&dir.join("adapter")).map_err(llama)?;
+            }
+            (!adapted || whole).then(|| model.copied().map_err(llama)).transpose()
+        })?;
+        let copies = |named: &[(String, Tensor)]| -> Result<Vec<(String, Tensor)>> {
+            let copy = |(name, tensor): &(String, Tensor)| Ok((name.clone(), copy_of(tensor)?));
+            let copies: Result<_, TchError> = tch::no_grad(|| named.iter().map(copy).collect());
+            copies.map_err(torch("cannot copy the optimiser's state"))
+        };
+        Ok(Self {
+            weights,
+            optimizer: copies(&trainer.optimizer.state())?,
+            outer: trainer.outer.as_ref().map(|outer| copies(outer.state())).transpose()?,
+            state: State {
+                schema_version: SCHEMA_VERSION,
+                progress: trainer.progress,
+                updates: trainer.optimizer.step(),
+                dtype: dtype(trainer.model.kind()).to_owned(),
+                rounds: trainer.outer.as_ref().map(|outer| outer.rounds.clone()),
+            },
+        })
+    }
+
+    /// Writes everything that [`load`] or [`load_adapted`] needs. `teacher` lends tokenizer and chat template.
+    pub fn write(&self, teacher: &Path, dir: &Path) -> Result<()> {
+        if let Some(weights) = &self.weights {
+            let model = dir.join("model");
+            export_text(weights.config(), teacher, &model)?;
+            weights.save(&model).map_err(llama)?;
+        }
+        let folder = dir.join("state");
+        fs::create_dir_all(&folder).map_err(|error| Error::io(&folder, error))?;
+        let json = serde_json::to_vec_pretty(&self.state).map_err(|error| Error::internal(error.to_string()))?;
+        let path = folder.join("trainer.json");
+        fs::write(&path, json).map_err(|error| Error::io(&path, error))?;
+        let write = |tensors: &[(String, Tensor)], name: &str| {
+            Tensor::write_safetensors(tensors, folder.join(name)).map_err(torch("cannot write the optimiser's state"))
+        };
+        write(&self.optimizer, "optimizer.safetensors")?;
+        self.outer.iter().try_for_each(|outer| write(outer, "outer.safetensors"))
+    }
+}
+
+/// The trainer that [`Snapshot::write`] wrote, on `device`. The checkpoint must have been computed in `kind`.
 pub fn load(dir: &Path, options: Options, device: Device, kind: Kind) -> Result<Trainer> {
     let state = read_state(dir, kind)?;
     let model = Model::load(&dir.join("model"), device, kind).map_err(llama)?;

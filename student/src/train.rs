@@ -36,7 +36,7 @@ use crate::{
     init::{self, Teacher},
     measure::{Tally, measure},
     parallel::{self, diloco, sync::Lead},
-    resume,
+    resume::{self, Snapshot},
     settings::Settings,
     shards::ShardStream,
     trainer::{Options, Progress, StepReport, Trainer},
@@ -84,6 +84,16 @@ fn planned_steps(order: &Order, passes: u32) -> Result<u32> {
         .map_err(|_| Error::new(Code::SpecInvalid, format!("{passes} passes make more steps than can be counted")))
 }
 
+/// Time of this attempt that was spent otherwise than in steps.
+#[derive(Clone, Copy, Debug, Default)]
+struct Spent {
+    /// Waiting for rows: for the teacher, and for what reads them.
+    rows: Duration,
+    /// Copying for checkpoints, and waiting until the one before was stored.
+    checkpoints: Duration,
+    judging: Duration,
+}
+
 /// Rows of one step, and the shards that were read for them.
 struct StepRows {
     examples: Vec<Example>,
@@ -103,9 +113,10 @@ pub(crate) struct Run<'a> {
     pub(crate) thread: ModelThread<Option<Trainer>>,
     /// Of the workers that train along, each step; `None` where this one trains alone.
     lead: Option<Lead>,
-    pub(crate) workspace: Workspace,
+    pub(crate) workspace: Arc<Workspace>,
     held_out: HeldOutSample,
     pub(crate) progress: Progress,
+    spent: Spent,
     pub(crate) initial_key: String,
     /// Prefix of the newest checkpoint; empty before the first.
     checkpoint_key: String,
@@ -125,7 +136,7 @@ impl<'a> Run<'a> {
     ) -> Result<Self> {
         let teacher = init::open_teacher(&attempt.spec.teacher.model).await?;
         let job = attempt.job.as_str().to_owned();
-        let workspace = Workspace::create(&settings.work_dir, attempt)?;
+        let workspace = Arc::new(Workspace::create(&settings.work_dir, attempt)?);
         let folder = workspace.path().to_owned();
         let stream = ShardStream::new(cx.clone(), attempt.clone(), Split::HeldOut, Teacher::clone(&teacher), folder);
         let mut run = Self {
@@ -141,6 +152,7 @@ impl<'a> Run<'a> {
             held_out: HeldOutSample::new(stream, teacher.vocab_size),
             teacher,
             progress: Progress::default(),
+            spent: Spent::default(),
             initial_key: String::new(),
             checkpoint_key: String::new(),
             shards: Vec::new(),
@@ -258,7 +270,7 @@ impl<'a> Run<'a> {
         self.pruning = self.thread.call(begin).await??;
         let held_out = self.judge().await?;
         let manifest = self.manifest(held_out);
-        self.uploader.start(folder, self.initial_key.clone(), manifest).await?;
+        self.uploader.start(async { Ok(()) }, folder, self.initial_key.clone(), manifest).await?;
         if let Some(held_out) = held_out {
             self.cx.emit_lossy(self.progress_event(Some(held_out.kl), 0.0)).await;
         }
@@ -295,7 +307,10 @@ impl<'a> Run<'a> {
         loader.spawn("loader", load_rows(data, first..self.steps, send));
         let mut reported: Option<Instant> = None;
         for step in first..self.steps {
-            let Some(StepRows { examples, shards }) = rows.recv().await else {
+            let waits = Instant::now();
+            let next = rows.recv().await;
+            self.spent.rows += waits.elapsed();
+            let Some(StepRows { examples, shards }) = next else {
                 // Its error says why; a cancelled attempt says so itself.
                 self.cx.check()?;
                 let ended = loader.join().await;
@@ -359,39 +374,44 @@ impl<'a> Run<'a> {
     /// Judges first, so that the manifest can say how good the checkpoint is.
     async fn write_checkpoint(&mut self) -> Result<Option<HeldOut>> {
         let held_out = self.judge().await?;
+        let began = Instant::now();
+        // One copy at a time.
+        self.uploader.finish().await?;
         let step = self.progress.step;
         let best = self.attempt.spec.train.promote == Promote::Best && self.curve.ends_at_its_best();
         let promotable = best || step == self.steps;
         let folder = self.workspace.path().join(format!("checkpoint-{step}"));
-        let (target, teacher) = (folder.clone(), Arc::clone(&self.teacher));
-        let save = move |slot: &mut Option<Trainer>| {
-            resume::save(slot.as_mut().ok_or_else(no_trainer)?, &teacher.folder, &target, promotable)
-        };
-        self.thread.call(save).await??;
-        if promotable {
-            self.export_gguf(folder.join("model")).await?;
-        }
+        let target = folder.clone();
+        let copy =
+            move |slot: &mut Option<Trainer>| Snapshot::of(slot.as_mut().ok_or_else(no_trainer)?, &target, promotable);
+        let snapshot = self.thread.call(copy).await??;
         self.checkpoint_key = paths::checkpoint(self.attempt.job.as_str(), step, self.attempt.epoch);
         let manifest = self.manifest(held_out);
-        self.uploader.start(folder, self.checkpoint_key.clone(), manifest).await?;
+        let written = write(
+            snapshot,
+            Arc::clone(&self.teacher),
+            Arc::clone(&self.workspace),
+            folder.clone(),
+            promotable.then(|| self.export()),
+        );
+        self.uploader.start(written, folder, self.checkpoint_key.clone(), manifest).await?;
+        self.spent.checkpoints += began.elapsed();
         Ok(held_out)
     }
 
-    /// Beside the weights in `folder`: one GGUF file of each type that the spec asks for.
-    async fn export_gguf(&self, folder: PathBuf) -> Result<()> {
-        let (spec, cx) = (&self.attempt.spec, self.cx.clone());
-        let (name, kinds) = (spec.name.clone(), spec.export.gguf.clone());
-        let export = move || {
+    /// One GGUF file of each type that the spec asks for, into the folder of weights that it is given.
+    fn export(&self) -> impl FnOnce(&Path) -> Result<()> + Send + 'static {
+        let (name, kinds) = (self.attempt.spec.name.clone(), self.attempt.spec.export.gguf.clone());
+        let cx = self.cx.clone();
+        move |folder| {
             kinds.into_iter().try_for_each(|kind| {
                 let out = folder.join(retort_export::file_name(&name, kind));
-                let gguf = Gguf::plan(&folder, &name, kind)?;
+                let gguf = Gguf::plan(folder, &name, kind)?;
                 gguf.export(&out, false, &mut |_| cx.check())?;
                 tracing::info!(file = %out.display(), bytes = gguf.bytes(), "exported");
                 Ok(())
             })
-        };
-        let done = tokio::task::spawn_blocking(export).await;
-        done.map_err(|error| Error::internal(format!("the export broke off: {error}")))?
+        }
     }
 
     /// Before the task is handed back: what was trained since the last checkpoint is not lost.
@@ -406,6 +426,7 @@ impl<'a> Run<'a> {
 
     /// On the held-out rows at hand; `None` while none is published.
     async fn judge(&mut self) -> Result<Option<HeldOut>> {
+        let began = Instant::now();
         let examples = self.held_out.rows().await?.to_vec();
         let (cx, limits) = (self.cx.clone(), self.settings.limits());
         let measure = move |slot: &mut Option<Trainer>| -> Result<Tally> {
@@ -416,6 +437,7 @@ impl<'a> Run<'a> {
             Ok(sum)
         };
         let quality = self.thread.call(measure).await??.quality();
+        self.spent.judging += began.elapsed();
         let held_out = HeldOut {
             step: self.progress.step,
             target_tokens: self.progress.target_tokens,
@@ -466,8 +488,18 @@ impl<'a> Run<'a> {
     }
 
     async fn finish(mut self) -> Result<()> {
+        let began = Instant::now();
         self.uploader.finish().await?;
         let checkpoint_key = self.chosen().await?;
+        let Spent { rows, checkpoints, judging } = self.spent;
+        tracing::info!(
+            computing_s = self.progress.seconds,
+            waiting_for_rows_s = rows.as_secs_f64(),
+            checkpoints_s = checkpoints.as_secs_f64(),
+            last_checkpoint_s = began.elapsed().as_secs_f64(),
+            judging_s = judging.as_secs_f64(),
+            "trained to the end"
+        );
         let Progress { step, trained_tokens, seconds, loss, .. } = self.progress;
         let finished = TrainFinished {
             steps: step,
@@ -513,6 +545,25 @@ impl<'a> Run<'a> {
             held_out_kl,
         })
     }
+}
+
+/// Writes a checkpoint's files, away from the thread that trains.
+async fn write(
+    snapshot: Snapshot,
+    teacher: Arc<Teacher>,
+    workspace: Arc<Workspace>,
+    folder: PathBuf,
+    export: Option<impl FnOnce(&Path) -> Result<()> + Send + 'static>,
+) -> Result<()> {
+    let write = move || {
+        // It stays until this is done, also when the attempt is given up meanwhile.
+        let _workspace = workspace;
+        snapshot.write(&teacher.folder, &folder)?;
+        drop(snapshot);
+        export.map_or(Ok(()), |export| export(&folder.join("model")))
+    };
+    let done = tokio::task::spawn_blocking(write).await;
+    done.map_err(|error| Error::internal(format!("the writing of a checkpoint broke off: {error}")))?
 }
 
 /// Of a job's spec in canonical form.

@@ -46,6 +46,46 @@ pub struct Model {
     lora: Option<Lora>,
 }
 
+/// A model's weights without the model: what can be written while it goes on training.
+#[derive(Debug)]
+pub struct Weights {
+    config: Config,
+    named: Vec<(String, Tensor)>,
+    kind: Kind,
+}
+
+impl Weights {
+    pub fn config(&self) -> &Config {
+        &self.config
+    }
+
+    /// As [`Model::save`], in the kind that they are in.
+    pub fn save(&self, dir: &Path) -> Result<()> {
+        let mut named = self.named.iter();
+        save(&self.config, dir, self.kind, |name| {
+            let next = named.next().filter(|(known, _)| known == name);
+            next.map(|(_, tensor)| tensor.shallow_clone()).ok_or_else(|| Error::Invalid(format!("no tensor {name:?}")))
+        })
+    }
+}
+
+/// Writes a Hugging Face folder's config and weights, each made when its turn comes.
+fn save(config: &Config, dir: &Path, kind: Kind, make: impl FnMut(&str) -> Result<Tensor>) -> Result<()> {
+    std::fs::create_dir_all(dir).map_err(|error| Error::io(dir, error))?;
+    safetensors::write_each(&dir.join("model.safetensors"), &config.tensors(), kind, make)?;
+    let mut config = config.to_json();
+    config["dtype"] = json!(match kind {
+        Kind::BFloat16 => "bfloat16",
+        Kind::Half => "float16",
+        Kind::Double => "float64",
+        _ => "float32",
+    });
+    let path = dir.join("config.json");
+    let partial = dir.join("config.json.partial");
+    std::fs::write(&partial, format!("{config:#}\n")).map_err(|error| Error::io(&partial, error))?;
+    std::fs::rename(&partial, &path).map_err(|error| Error::io(&path, error))
+}
+
 impl Model {
     /// Reads a Hugging Face folder: `config.json`, and the weights in one file or several. Every
     /// tensor's shape is compared with the config's before any memory is taken for it.
@@ -180,20 +220,19 @@ impl Model {
     /// Writes `config.json` and `model.safetensors` in this kind, adapters merged into their projections in f32;
     /// the weights appear complete or not at all.
     pub fn save(&self, dir: &Path, kind: Kind) -> Result<()> {
-        std::fs::create_dir_all(dir).map_err(|error| Error::io(dir, error))?;
-        let table = self.config.tensors();
-        safetensors::write_each(&dir.join("model.safetensors"), &table, kind, |name| self.merged(name))?;
-        let mut config = self.config.to_json();
-        config["dtype"] = json!(match kind {
-            Kind::BFloat16 => "bfloat16",
-            Kind::Half => "float16",
-            Kind::Double => "float64",
-            _ => "float32",
-        });
-        let path = dir.join("config.json");
-        let partial = dir.join("config.json.partial");
-        std::fs::write(&partial, format!("{config:#}\n")).map_err(|error| Error::io(&partial, error))?;
-        std::fs::rename(&partial, &path).map_err(|error| Error::io(&path, error))
+        save(&self.config, dir, kind, |name| self.merged(name))
+    }
+
+    /// A copy of the weights as [`Model::save`] would write them now, on the CPU and in the model's kind.
+    pub fn copied(&self) -> Result<Weights> {
+        let copy = |(name, _): (String, Vec<i64>)| -> Result<(String, Tensor)> {
+            let tensor = self.merged(&name)?;
+            let mut copy = Tensor::f_empty(tensor.size(), (self.kind, Device::Cpu))?;
+            copy.f_copy_(&tensor)?;
+            Ok((name, copy))
+        };
+        let named = tch::no_grad(|| self.config.tensors().into_iter().map(copy).collect::<Result<_>>())?;
+        Ok(Weights { config: self.config.clone(), named, kind: self.kind })
     }
 
     /// Of tensors in the order of [`Config::tensors`], and those weights that are not among them.

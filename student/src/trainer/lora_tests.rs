@@ -6,7 +6,7 @@ use retort_core::spec::{Lora, LoraBase};
 use tch::Device;
 
 use super::{
-    tests::{STEPS, VOCAB, model, options, rows, weights},
+    tests::{STEPS, VOCAB, model, options, rows, save, weights},
     *,
 };
 use crate::{
@@ -65,7 +65,7 @@ fn adapters_bring_the_student_closer_and_nothing_else_changes() {
         assert_eq!(trainer.trainable(), trained);
 
         let dir = folder.path().join(format!("{base:?}"));
-        resume::save(&mut trainer, &teacher.folder, &dir, true).unwrap();
+        save(&mut trainer, &teacher.folder, &dir, true);
         let merged = Model::load(&dir.join("model"), Device::Cpu, Kind::Float).unwrap();
         assert!((kl(&merged, &mut trainer.loss) - after).abs() < 1e-5);
         assert!(dir.join("adapter/adapter_config.json").exists());
@@ -105,7 +105,7 @@ fn resumed_adapters_end_with_the_same_bytes() {
             for step in 0..stop {
                 first.step(&rows(step), &|| Ok(())).unwrap();
             }
-            resume::save(&mut first, &teacher.folder, &dir, stop == STEPS).unwrap();
+            save(&mut first, &teacher.folder, &dir, stop == STEPS);
             // The base is in the store already.
             assert_eq!(dir.join("model").exists(), stop == STEPS);
             drop(first);
@@ -157,7 +157,7 @@ fn a_checkpoint_of_adapters_holds_them_and_their_moments_alone() {
     let teacher = tiny_teacher(&folder.path().join("teacher"), 1, VOCAB.into());
     let mut trainer = trainer(&lora(), with(|_| {}));
     trainer.step(&rows(0), &|| Ok(())).unwrap();
-    resume::save(&mut trainer, &teacher.folder, folder.path(), false).unwrap();
+    save(&mut trainer, &teacher.folder, folder.path(), false);
     let moments: HashMap<String, Tensor> =
         Tensor::read_safetensors(folder.path().join("state/optimizer.safetensors")).unwrap().into_iter().collect();
     assert_eq!(moments.len(), 2 * trainer.model.adapters().len());

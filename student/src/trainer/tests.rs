@@ -1,3 +1,5 @@
+use std::path::Path;
+
 use retort_core::spec::{Loss, Weight};
 use tch::Device;
 
@@ -26,6 +28,11 @@ pub(super) fn model(tied: bool) -> Model {
 pub(super) fn rows(step: u32) -> Vec<Example> {
     let seed = |i: u64| u64::from(step % 2) * 10 + i;
     (0..4).map(|i| example(seed(i), 3 + i as usize, 6 + 3 * i as usize, 5, VOCAB)).collect()
+}
+
+/// A checkpoint of the trainer as it is.
+pub(super) fn save(trainer: &mut Trainer, teacher: &Path, dir: &Path, whole: bool) {
+    resume::Snapshot::of(trainer, dir, whole).unwrap().write(teacher, dir).unwrap();
 }
 
 pub(super) fn weights(trainer: &Trainer) -> Vec<(String, Vec<u8>)> {
@@ -81,7 +88,7 @@ fn resumed(options: &Options) {
         for step in 0..stop {
             first.step(&rows(step), &|| Ok(())).unwrap();
         }
-        resume::save(&mut first, &teacher.folder, &dir, true).unwrap();
+        save(&mut first, &teacher.folder, &dir, true);
         let mut second = resume::load(&dir, options(), Device::Cpu, Kind::Float).unwrap();
         assert_eq!(second.progress().step, stop);
         drop(first);
@@ -105,7 +112,7 @@ fn an_exported_folder_is_whole_and_a_damaged_state_is_refused() {
     let teacher = tiny_teacher(&folder.path().join("teacher"), 1, VOCAB.into());
     let mut trainer = Trainer::new(model(true), options()).unwrap();
     let dir = folder.path().join("checkpoint");
-    resume::save(&mut trainer, &teacher.folder, &dir, true).unwrap();
+    save(&mut trainer, &teacher.folder, &dir, true);
     for name in ["config.json", "model.safetensors", "tokenizer.json", "generation_config.json"] {
         assert!(dir.join("model").join(name).exists(), "{name}");
     }
@@ -215,7 +222,7 @@ fn frozen_embeddings_stay_as_they_are() {
         }
         let folder = tempfile::tempdir().unwrap();
         let teacher = tiny_teacher(&folder.path().join("teacher"), 1, VOCAB.into());
-        resume::save(&mut frozen, &teacher.folder, &folder.path().join("checkpoint"), true).unwrap();
+        save(&mut frozen, &teacher.folder, &folder.path().join("checkpoint"), true);
         let mut resumed =
             resume::load(&folder.path().join("checkpoint"), frozen_options, Device::Cpu, Kind::Float).unwrap();
         frozen.step(&rows(1), &|| Ok(())).unwrap();
@@ -263,7 +270,7 @@ fn a_leap_is_left_out_and_leaves_no_trace_in_the_weights() {
     for step in 0..12 {
         trainer.step(&rows(step), &|| Ok(())).unwrap();
     }
-    resume::save(&mut trainer, &teacher.folder, &folder.path().join("checkpoint"), true).unwrap();
+    save(&mut trainer, &teacher.folder, &folder.path().join("checkpoint"), true);
     let resumed = resume::load(&folder.path().join("checkpoint"), long, Device::Cpu, Kind::Float).unwrap();
     let mut leap = rows(1);
     leap.iter_mut().for_each(|row| row.support.masses.iter_mut().for_each(|mass| *mass *= 1e4));
