@@ -282,31 +282,35 @@ impl Stranger {
     }
 }
 
+type Change = fn(&mut proto::ReplicaHello);
+
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn who_does_not_belong_there_is_told_so() {
     let stage = Stage::new(3).await;
     let (_, hello) = stage.hello().await;
-    let refused = async |change: fn(&mut proto::ReplicaHello)| {
+    let refused = async |change: Change| {
         let mut hello = hello.clone();
         change(&mut hello);
         stage.call(Say::Hello(hello)).await.err().unwrap()
     };
-    for change in [
-        |hello: &mut proto::ReplicaHello| hello.token = "0".repeat(64),
+    let strangers: [Change; 6] = [
+        |hello| hello.token = "0".repeat(64),
         |hello| hello.token.clear(),
         |hello| hello.lead_epoch -= 1,
         |hello| hello.job_id.push('0'),
         |hello| hello.replica = 0,
         |hello| hello.replica = 3,
-    ] {
+    ];
+    for change in strangers {
         assert_eq!(refused(change).await.code, Code::RequestInvalid);
     }
-    for (change, what) in [
-        ((|hello| hello.spec_sha256 = "f00d".to_owned()) as fn(&mut proto::ReplicaHello), "spec"),
+    let misfits: [(Change, &str); 4] = [
+        (|hello| hello.spec_sha256 = "f00d".to_owned(), "spec"),
         (|hello| hello.dtype = "bf16".to_owned(), "dtype"),
         (|hello| hello.version = "0".to_owned(), "version"),
         (|hello| hello.protocol += 1, "protocol"),
-    ] {
+    ];
+    for (change, what) in misfits {
         let error = refused(change).await;
         assert_eq!(error.code, Code::ReplicaMismatch);
         assert!(error.message.starts_with(what), "{}", error.message);
