@@ -36,6 +36,7 @@ use crate::{
     init::{self, Teacher},
     measure::{Tally, measure},
     parallel::{self, diloco, sync::Lead},
+    prune,
     resume::{self, Snapshot},
     settings::Settings,
     shards::ShardStream,

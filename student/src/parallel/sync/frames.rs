@@ -8,7 +8,7 @@ use retort_proto::{self as proto, follow_response::What};
 use tokio_util::bytes::Bytes;
 
 use super::wrong;
-use crate::example::Example;
+use crate::{example::Example, trainer::weight};
 
 /// Bytes of one chunk.
 const CHUNK: usize = 1 << 20;
