@@ -17,7 +17,7 @@ mod packed;
 mod prune;
 
 use block::{Block, Weight, norm};
-pub use importance::{Importance, LayerImportance, NormImportance, Observer};
+pub use importance::{Importance, LayerImportance, Observer};
 pub use packed::Tape;
 pub use prune::{Cut, LayerCut};
 
