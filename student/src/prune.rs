@@ -7,7 +7,7 @@ use retort_core::{
     pruning::{Axis, Layer, Pruning},
     spec::{Choose, Layers, Prune},
 };
-use retort_llama::{Config, Cut, Importance, LayerCut, LayerImportance, Model, NormImportance, Observer};
+use retort_llama::{Config, Cut, Importance, LayerCut, LayerImportance, Model, Observer};
 
 use crate::failure::llama;
 
@@ -81,11 +81,11 @@ fn measure(teacher: &Model, texts: &[Vec<u32>], check: &dyn Fn() -> Result<()>) 
     let finite = |numbers: &[f64]| numbers.iter().all(|number| number.is_finite());
     let sound = |layer: &LayerImportance| {
         layer.influence.is_finite()
-            && [&layer.heads, &layer.channels, &layer.input_norm.outputs, &layer.post_norm.outputs]
+            && [&layer.heads, &layer.channels, &layer.input_norm, &layer.post_norm]
                 .iter()
                 .all(|numbers| finite(numbers))
     };
-    if !importance.layers.iter().all(sound) || !finite(&importance.final_norm.outputs) {
+    if !importance.layers.iter().all(sound) || !finite(&importance.final_norm) {
         return Err(Error::new(
             Code::ModelMalformed,
             "the teacher's activations on the calibration rows are not finite; check its weights, or start the student \
@@ -104,7 +104,6 @@ fn by_importance(teacher: &Config, shape: &Config, prune: &Prune, importance: &I
     };
     let hidden_importance = hidden_importance(importance, &layers);
     let hidden = top(&hidden_importance, size(shape.hidden_size));
-    let scale = |norm: &NormImportance| norm_scale(norm, &hidden);
     let mut cuts = Vec::with_capacity(layers.len());
     let mut kept = Vec::with_capacity(layers.len());
     let mut key_value_shares = Vec::with_capacity(layers.len());
@@ -121,14 +120,7 @@ fn by_importance(teacher: &Config, shape: &Config, prune: &Prune, importance: &I
             attention_heads_share: Some(share(&of.heads, &query_heads)),
             intermediate_share: Some(share(&of.channels, &channels)),
         });
-        cuts.push(LayerCut {
-            layer,
-            key_value_heads,
-            query_heads,
-            channels,
-            input_norm_scale: scale(&of.input_norm),
-            post_norm_scale: scale(&of.post_norm),
-        });
+        cuts.push(LayerCut { layer, key_value_heads, query_heads, channels });
     }
     let mean = |shares: &dyn Fn(&Layer) -> Option<f64>| {
         Some(rounded(kept.iter().filter_map(shares).sum::<f64>() / kept.len().max(1) as f64))
@@ -147,8 +139,7 @@ fn by_importance(teacher: &Config, shape: &Config, prune: &Prune, importance: &I
         calibration_tokens: importance.tokens,
         layers: kept,
     };
-    let final_norm_scale = scale(&importance.final_norm);
-    (Cut { layers: cuts, hidden, final_norm_scale }, pruning)
+    (Cut { layers: cuts, hidden }, pruning)
 }
 
 /// What was kept, without a word on what it weighs.
@@ -175,24 +166,14 @@ fn unmeasured(teacher: &Config, shape: &Config, layers: &[usize]) -> Pruning {
 
 /// Of each hidden channel: its part in the outputs of all norms that the student keeps.
 fn hidden_importance(importance: &Importance, layers: &[usize]) -> Vec<f64> {
-    let mut sums = importance.final_norm.outputs.clone();
+    let mut sums = importance.final_norm.clone();
     let of_layers = layers.iter().map(|&layer| &importance.layers[layer]);
     for norm in of_layers.flat_map(|layer| [&layer.input_norm, &layer.post_norm]) {
-        for (sum, output) in sums.iter_mut().zip(&norm.outputs) {
+        for (sum, output) in sums.iter_mut().zip(norm) {
             *sum += output;
         }
     }
     sums
-}
-
-/// By what a norm's weight is multiplied once only `hidden` channels are left. The mean of squares is taken over
-/// fewer channels, and without the squares of the others; with this the kept channels come out as large as they did.
-fn norm_scale(norm: &NormImportance, hidden: &[usize]) -> f64 {
-    if hidden.len() == norm.energy.len() {
-        return 1.0;
-    }
-    let kept: f64 = hidden.iter().map(|&channel| norm.energy[channel]).sum();
-    (kept * norm.energy.len() as f64 / hidden.len() as f64).sqrt()
 }
 
 /// Key-value heads and query heads that stay. Within a key-value head the most important of its query heads; a

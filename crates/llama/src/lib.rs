@@ -26,7 +26,7 @@ pub use device::{device_from_flag, dtype_from_flag};
 pub use error::{Error, Result};
 pub use generate::{GenerateOptions, Sampler, generate, greedy};
 pub use hash::{TensorHash, folder_print, folder_sha256, tensor_hashes, tensors_sha256};
-pub use model::{Cut, Importance, LayerCut, LayerImportance, Masks, Model, NormImportance, Observer, Tape, Weights};
+pub use model::{Cut, Importance, LayerCut, LayerImportance, Masks, Model, Observer, Tape, Weights};
 pub use part::{Keep, Part, Piece, Room, Share, host::HostPart, torch::TorchPart};
 pub use retort_model::{
     Architecture, ChatMessage, ChatTemplate, Config, Llama3Scaling, TextStream, Tokenizer, copy_text_files,

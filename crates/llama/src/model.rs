@@ -21,7 +21,7 @@ mod prune;
 
 pub use adapter::Masks;
 use block::{Block, Weight, norm};
-pub use importance::{Importance, LayerImportance, NormImportance, Observer};
+pub use importance::{Importance, LayerImportance, Observer};
 pub use packed::Tape;
 pub use prune::{Cut, LayerCut};
 

@@ -305,8 +305,8 @@ async fn a_student_must_fit_its_teacher() {
     assert_eq!(admit(&world.context, &spec).await.unwrap().plan.student_parameters, 128 + 2 * 592 + 8);
     spec.student.init = Init::Prune(Prune { intermediate_size: Some(5), hidden_size: Some(6), ..Prune::to_layers(1) });
     let plan = admit(&world.context, &spec).await.unwrap().plan;
-    // embedding 16x6; q, k, v and o 6x8 each, mlp 3x5x6, norms 12; last norm 6.
-    assert_eq!(plan.student_parameters, 96 + 4 * 48 + 90 + 12 + 6);
+    // embedding 16x6; q, k with v, and o 6x8 each, mlp 3x5x6, norms 12; last norm 6.
+    assert_eq!(plan.student_parameters, 96 + 3 * 48 + 90 + 12 + 6);
     let of_width = |width| Init::Config {
         hidden_size: width,
         intermediate_size: width,

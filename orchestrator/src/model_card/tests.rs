@@ -15,7 +15,15 @@ gates: {max_kl_ratio: 0.5}
 ";
 
 fn quality(kl: f64, tokens: u64) -> Quality {
-    Quality { kl, top1_agreement: 0.334, student_perplexity: 51.54, teacher_perplexity: 3.73, tokens }
+    Quality {
+        kl,
+        top1_agreement: 0.334,
+        student_perplexity: 51.54,
+        teacher_perplexity: 3.73,
+        tokens,
+        calibration_error: Some(0.0421),
+        teacher_calibration_error: None,
+    }
 }
 
 fn job(spec: &str) -> Job {
@@ -54,6 +62,7 @@ fn job(spec: &str) -> Job {
         evaluation: Some(Evaluation {
             before: quality(8.7786, 1476),
             after: quality(2.3382, 1476),
+            before_by_tag: BTreeMap::new(),
             after_by_tag,
             samples: Vec::new(),
         }),
@@ -80,6 +89,8 @@ fn card(spec: &str, license: Option<&str>) -> String {
         seconds: 1.0,
         tokens_per_second: 1.0,
         final_loss: 1.0,
+        pruning: None,
+        curve: Vec::new(),
     };
     render(&Facts {
         model: &model,

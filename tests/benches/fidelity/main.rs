@@ -47,9 +47,10 @@ fn main() -> Result<(), Failure> {
             let result = training::run(&folder, &Student::named(student)?, setting, seed)?;
             write(&result_path(&folder, student, setting, seed), &result)
         }
-        [folder, "prune", spec] => Ok(println!("{}", pruning::run(Path::new(folder), spec, None)?)),
-        [folder, "prune", spec, rate] => {
-            Ok(println!("{}", pruning::run(Path::new(folder), spec, Some(rate.parse()?))?))
+        [folder, "prune", spec, rate @ ..] if rate.len() < 2 => {
+            let rate = rate.first().map(|rate| rate.parse()).transpose()?;
+            println!("{}", pruning::run(Path::new(folder), spec, rate)?);
+            Ok(())
         }
         _ => Err("usage: fidelity FOLDER [train STUDENT SETTING SEED | prune JSON [LEARNING_RATE]]".into()),
     }

@@ -29,16 +29,12 @@ pub(super) struct Linear {
 
 /// What a block computes on the way, in this order.
 pub(crate) enum Seen<'a> {
-    InputNorm {
-        from_bth: &'a Tensor,
-        to_bth: &'a Tensor,
-    },
+    /// What the norm before attention gives, `[b, t, h]`.
+    InputNorm(&'a Tensor),
     /// The heads' outputs one after another, `[b, t, q * d]`.
     Mixed(&'a Tensor),
-    PostNorm {
-        from_bth: &'a Tensor,
-        to_bth: &'a Tensor,
-    },
+    /// What the norm before the feed-forward block gives, `[b, t, h]`.
+    PostNorm(&'a Tensor),
     /// The activations inside the feed-forward block, `[b, t, inner]`.
     Inner(&'a Tensor),
 }
@@ -95,7 +91,7 @@ impl Block {
             Ok(projected.f_view([rows, tokens, heads, config.head_dim])?.f_transpose(1, 2)?)
         };
         let normed_bth = norm(hidden_bth, &self.input_norm_h, config.rms_norm_eps)?;
-        see(Seen::InputNorm { from_bth: hidden_bth, to_bth: &normed_bth })?;
+        see(Seen::InputNorm(&normed_bth))?;
         let query_bqtd = angles.rotate(&split(self.query.forward(&normed_bth, masks)?, config.num_attention_heads)?)?;
         let key_bktd = angles.rotate(&split(self.key.forward(&normed_bth, masks)?, config.num_key_value_heads)?)?;
         let value_bktd = split(self.value.forward(&normed_bth, masks)?, config.num_key_value_heads)?;
@@ -105,7 +101,7 @@ impl Block {
         let hidden_bth = hidden_bth.f_add(&self.output.forward(&mixed, masks)?)?;
 
         let normed_bth = norm(&hidden_bth, &self.post_norm_h, config.rms_norm_eps)?;
-        see(Seen::PostNorm { from_bth: &hidden_bth, to_bth: &normed_bth })?;
+        see(Seen::PostNorm(&normed_bth))?;
         let gate = self.gate.forward(&normed_bth, masks)?.f_silu()?;
         let inner = gate.f_mul(&self.up.forward(&normed_bth, masks)?)?;
         see(Seen::Inner(&inner))?;

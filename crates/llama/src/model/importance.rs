@@ -16,7 +16,8 @@ use crate::Result;
 pub struct Importance {
     /// Of every layer of the model.
     pub layers: Vec<LayerImportance>,
-    pub final_norm: NormImportance,
+    /// As of the layers' norms.
+    pub final_norm: Vec<f64>,
     pub texts: u32,
     pub tokens: u64,
 }
@@ -29,17 +30,10 @@ pub struct LayerImportance {
     pub heads: Vec<f64>,
     /// Of each channel inside the feed-forward block: its activation's absolute value.
     pub channels: Vec<f64>,
-    pub input_norm: NormImportance,
-    pub post_norm: NormImportance,
-}
-
-/// One number a hidden channel.
-#[derive(Clone, Debug, PartialEq)]
-pub struct NormImportance {
-    /// The absolute value of the norm's output.
-    pub outputs: Vec<f64>,
-    /// Share of a token's squared input that lies in the channel, mean over all tokens; they sum to 1.
-    pub energy: Vec<f64>,
+    /// Of each hidden channel: the absolute value of what the norm before attention gives.
+    pub input_norm: Vec<f64>,
+    /// The same of the norm before the feed-forward block.
+    pub post_norm: Vec<f64>,
 }
 
 /// Sums over the texts that a model has been shown.
@@ -47,7 +41,7 @@ pub struct NormImportance {
 pub struct Observer<'a> {
     model: &'a Model,
     layers: Vec<LayerSums>,
-    final_norm: NormSums,
+    final_norm: Sums,
     texts: u32,
     tokens: u64,
 }
@@ -57,15 +51,8 @@ struct LayerSums {
     turn: f64,
     heads: Sums,
     channels: Sums,
-    input_norm: NormSums,
-    post_norm: NormSums,
-}
-
-#[derive(Debug, Default)]
-struct NormSums {
-    outputs: Sums,
-    /// Over tokens, not squared.
-    energy: Sums,
+    input_norm: Sums,
+    post_norm: Sums,
 }
 
 /// One sum a channel.
@@ -76,7 +63,7 @@ impl<'a> Observer<'a> {
     /// Nothing seen yet.
     pub fn new(model: &'a Model) -> Self {
         let layers = (0..model.blocks.len()).map(|_| LayerSums::default()).collect();
-        Self { model, layers, final_norm: NormSums::default(), texts: 0, tokens: 0 }
+        Self { model, layers, final_norm: Sums::default(), texts: 0, tokens: 0 }
     }
 
     /// Runs the model over a text of at least one token id, and no more than its context; records no gradients.
@@ -87,18 +74,17 @@ impl<'a> Observer<'a> {
     /// Zeros where nothing was seen.
     pub fn finish(self) -> Importance {
         let tokens = self.tokens.max(1) as f64;
-        let norm = |sums: NormSums| NormImportance { outputs: sums.outputs.root(), energy: sums.energy.over(tokens) };
         let layer = |sums: LayerSums| LayerImportance {
             // Unlike `max`, keeps what is not a number.
             influence: (sums.turn / tokens).clamp(0.0, 2.0),
             heads: sums.heads.root(),
             channels: sums.channels.root(),
-            input_norm: norm(sums.input_norm),
-            post_norm: norm(sums.post_norm),
+            input_norm: sums.input_norm.root(),
+            post_norm: sums.post_norm.root(),
         };
         Importance {
             layers: self.layers.into_iter().map(layer).collect(),
-            final_norm: norm(self.final_norm),
+            final_norm: self.final_norm.root(),
             texts: self.texts,
             tokens: self.tokens,
         }
@@ -112,60 +98,40 @@ impl<'a> Observer<'a> {
         for (block, sums) in model.blocks.iter().zip(&mut self.layers) {
             let attend = |query: &Tensor, key: &Tensor, value: &Tensor| documents.attend(query, key, value);
             let see = |seen: Seen| match seen {
-                Seen::InputNorm { from_bth, to_bth } => sums.input_norm.add(from_bth, to_bth),
+                Seen::InputNorm(normed) => sums.input_norm.add_square_of_mean(&rows(normed)?.f_abs()?),
                 Seen::Mixed(mixed) => {
                     let heads = [-1, model.config.num_attention_heads, model.config.head_dim];
                     let heads_nqd = mixed.f_to_kind(Kind::Float)?.f_view(heads)?;
                     let size_nq = heads_nqd.f_square()?.f_sum_dim_intlist([-1i64].as_slice(), false, Kind::Float)?;
                     sums.heads.add_square_of_mean(&size_nq.f_sqrt()?)
                 }
-                Seen::PostNorm { from_bth, to_bth } => sums.post_norm.add(from_bth, to_bth),
+                Seen::PostNorm(normed) => sums.post_norm.add_square_of_mean(&rows(normed)?.f_abs()?),
                 Seen::Inner(inner) => sums.channels.add_square_of_mean(&rows(inner)?.f_abs()?),
             };
             let next_1nh = block.forward_seen(&model.config, &hidden_1nh, &documents.angles, None, attend, see)?;
             sums.turn += turn(&rows(&hidden_1nh)?, &rows(&next_1nh)?)?;
             hidden_1nh = next_1nh;
         }
-        self.final_norm.add(&hidden_1nh, &model.final_norm(&hidden_1nh)?)?;
+        self.final_norm.add_square_of_mean(&rows(&model.final_norm(&hidden_1nh)?)?.f_abs()?)?;
         self.texts = self.texts.saturating_add(1);
         self.tokens += ids.len() as u64;
         Ok(())
     }
 }
 
-impl NormSums {
-    fn add(&mut self, from_1nh: &Tensor, to_1nh: &Tensor) -> Result<()> {
-        self.outputs.add_square_of_mean(&rows(to_1nh)?.f_abs()?)?;
-        let square_nh = rows(from_1nh)?.f_square()?;
-        let whole_n1 = square_nh
-            .f_sum_dim_intlist([-1i64].as_slice(), true, Kind::Float)?
-            .f_clamp_min(f64::from(f32::MIN_POSITIVE))?;
-        self.energy
-            .add(&square_nh.f_div(&whole_n1)?.f_sum_dim_intlist([0i64].as_slice(), false, Kind::Double)?, |sum| sum)
-    }
-}
-
 impl Sums {
     /// `values_nc` is `[n, c]`.
     fn add_square_of_mean(&mut self, values_nc: &Tensor) -> Result<()> {
-        self.add(&values_nc.f_mean_dim([0i64].as_slice(), false, Kind::Double)?, |mean| mean * mean)
-    }
-
-    fn add(&mut self, values_c: &Tensor, of: impl Fn(f64) -> f64) -> Result<()> {
-        let values = Vec::<f64>::try_from(values_c.f_to_kind(Kind::Double)?)?;
-        self.0.resize(values.len(), 0.0);
-        for (sum, value) in self.0.iter_mut().zip(values) {
-            *sum += of(value);
+        let means = Vec::<f64>::try_from(values_nc.f_mean_dim([0i64].as_slice(), false, Kind::Double)?)?;
+        self.0.resize(means.len(), 0.0);
+        for (sum, mean) in self.0.iter_mut().zip(means) {
+            *sum += mean * mean;
         }
         Ok(())
     }
 
     fn root(self) -> Vec<f64> {
         self.0.into_iter().map(f64::sqrt).collect()
-    }
-
-    fn over(self, count: f64) -> Vec<f64> {
-        self.0.into_iter().map(|sum| sum / count).collect()
     }
 }
 

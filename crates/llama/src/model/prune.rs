@@ -13,8 +13,6 @@ pub struct Cut {
     pub layers: Vec<LayerCut>,
     /// Hidden channels, the same ones everywhere: what a layer adds, all later ones read.
     pub hidden: Vec<usize>,
-    /// Multiplies the last norm's weight.
-    pub final_norm_scale: f64,
 }
 
 /// What stays of one layer. All layers of a cut keep equally many of each.
@@ -26,10 +24,6 @@ pub struct LayerCut {
     pub query_heads: Vec<usize>,
     /// Inside the feed-forward block.
     pub channels: Vec<usize>,
-    /// Multiplies the weight of the norm before attention: with fewer channels a norm divides by another mean.
-    pub input_norm_scale: f64,
-    /// The same before the feed-forward block.
-    pub post_norm_scale: f64,
 }
 
 impl Cut {
@@ -41,10 +35,8 @@ impl Cut {
             key_value_heads: all(config.num_key_value_heads),
             query_heads: all(config.num_attention_heads),
             channels: all(config.intermediate_size),
-            input_norm_scale: 1.0,
-            post_norm_scale: 1.0,
         };
-        Self { layers: keep.iter().map(layer).collect(), hidden: all(config.hidden_size), final_norm_scale: 1.0 }
+        Self { layers: keep.iter().map(layer).collect(), hidden: all(config.hidden_size) }
     }
 
     /// Refuses what `config` has not, and what would be no model.
@@ -97,7 +89,8 @@ impl Cut {
 }
 
 impl Model {
-    /// The model that `cut` leaves, with its own copy of every weight.
+    /// The model that `cut` leaves, with its own copy of every weight. Norms are scaled so that channels which were
+    /// zero are not missed.
     pub fn prune(&self, cut: &Cut) -> Result<Self> {
         if self.lora.is_some() {
             return Err(Error::Invalid("a model with adapters cannot be pruned".into()));
@@ -161,7 +154,7 @@ impl Slices<'_> {
         let slice = |source: &str, axes, scale| Ok(Slice { source: source.to_owned(), axes, scale });
         let Some((layer, part)) = name.strip_prefix("model.layers.").and_then(|rest| rest.split_once('.')) else {
             return match name {
-                "model.norm.weight" => slice(name, [hidden(), None], self.cut.final_norm_scale),
+                "model.norm.weight" => slice(name, [hidden(), None], self.norm_scale()),
                 // Embeddings and a head of its own, `[v, h]`.
                 _ => slice(name, [None, hidden()], 1.0),
             };
@@ -174,8 +167,9 @@ impl Slices<'_> {
         let inner = || self.some(&layer.channels, self.config.intermediate_size, 1);
         let (projection, field) = part.rsplit_once('.').ok_or_else(unknown)?;
         let (outputs, inputs) = match projection {
-            "input_layernorm" => return slice(&source, [hidden(), None], layer.input_norm_scale),
-            "post_attention_layernorm" => return slice(&source, [hidden(), None], layer.post_norm_scale),
+            "input_layernorm" | "post_attention_layernorm" => {
+                return slice(&source, [hidden(), None], self.norm_scale());
+            }
             "self_attn.q_proj" => (queries(), hidden()),
             "self_attn.k_proj" | "self_attn.v_proj" => (keys(), hidden()),
             "self_attn.o_proj" => (hidden(), queries()),
@@ -184,6 +178,12 @@ impl Slices<'_> {
             _ => return Err(unknown()),
         };
         slice(&source, [outputs, if field == "bias" { None } else { inputs }], 1.0)
+    }
+
+    /// By what norms are multiplied: each divides by a mean over fewer channels, which is larger by this squared if
+    /// those that go were zero.
+    fn norm_scale(&self) -> f64 {
+        (self.config.hidden_size as f64 / self.cut.hidden.len() as f64).sqrt()
     }
 
     /// Indices of `kept` runs of `run` numbers each; `None` where all `size` are kept.

@@ -61,7 +61,8 @@ struct Stage {
 }
 
 fn trainer(attempt: &Attempt, world: &World) -> Trainer {
-    let model = init::initial_model(&attempt.spec, &world.teacher, Device::Cpu, Kind::Float).unwrap();
+    let place = (Device::Cpu, Kind::Float);
+    let (model, _) = init::initial_model(&attempt.spec, &world.teacher, &[], place, &|| Ok(())).unwrap();
     let limits = crate::batch::Limits { max_tokens: 40 };
     Trainer::new(model, Options { train: attempt.spec.train.clone(), steps: STEPS, limits }).unwrap()
 }
