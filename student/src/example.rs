@@ -65,6 +65,9 @@ impl Example {
 
     /// What a row must hold whoever made it; the text says which does not.
     pub(crate) fn check(&self, vocab_size: u32) -> Result<(), String> {
+        if !(self.weight > 0.0 && self.weight.is_finite()) {
+            return Err(format!("its weight is {}", self.weight));
+        }
         let support = &self.support;
         let positions = self.targets.len();
         let per_position = [support.label_logprobs.len(), support.top_ids.len(), support.residuals.len()];
