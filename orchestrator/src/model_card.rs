@@ -315,7 +315,7 @@ fn number(value: f64) -> String {
     match value.abs() {
         _ if !value.is_finite() => "-".to_owned(),
         0.0 => "0".to_owned(),
-        size if size < 1e-3 || size >= 1e6 => format!("{value:.3e}"),
+        size if !(1e-3..1e6).contains(&size) => format!("{value:.3e}"),
         size => format!("{value:.*}", (3 - size.log10().floor() as i32).clamp(0, 6) as usize),
     }
 }

@@ -100,10 +100,56 @@ async fn two_students_train_what_one_does_and_a_killed_one_is_done_without() {
     assert!(without < 1e-4, "{without}");
 }
 
+/// Through the store: every batch counts once, also when a replica is killed in a round.
+#[tokio::test(flavor = "multi_thread")]
+async fn two_students_exchange_weights_and_a_killed_one_costs_no_batch() {
+    let folder = tempfile::tempdir().unwrap();
+    teacher::tiny(&folder.path().join("teacher"), 4);
+    let shape = Shape { train: 40, held_out: 4, tokens: 24, passes: 8, ..Shape::default() };
+    let one = prompts::spec(folder.path(), &folder.path().join("teacher"), &shape);
+    let text = fs::read_to_string(&one).unwrap();
+    let parallel = "checkpoint_steps: 5, parallel: {workers: 2, mode: diloco, inner_steps: 3}}";
+    let spec = one.with_file_name("diloco.yaml");
+    fs::write(&spec, text.replace("checkpoint_steps: 5}", parallel)).unwrap();
+    let mut up = Up::start(folder.path(), &["--students", "2"]);
+
+    let job = up.create(&spec);
+    let id = job.trim_start_matches("jobs/").to_owned();
+    let mut killed = false;
+    up.follow(&job, PATIENCE, |up, event| {
+        if !killed && matches!(event.what, Some(What::CheckpointSaved(_))) {
+            killed = true;
+            let replica = up.wait("a replica", PATIENCE, |up| said(up, &id, "a round's part is done"));
+            up.kill(&replica);
+        }
+        false
+    })
+    .await;
+    succeeded(&mut up, &job).await;
+    assert!(killed);
+    let end = up.jobs().await.get_job(proto::GetJobRequest { name: job.clone() }).await.unwrap().into_inner();
+    let (plan, report) = (end.plan.unwrap(), end.report.unwrap());
+    assert_eq!(end.progress.unwrap().step, plan.optimizer_steps);
+    assert!(report.after.unwrap().kl < report.before.unwrap().kl);
+    assert_eq!(up.objects(&format!("{job}/exchange")), Vec::<String>::new(), "what was exchanged is gone");
+
+    // One worker sees as many tokens: each batch counted once.
+    let alone = up.create(&one);
+    up.follow(&alone, PATIENCE, |_, _| false).await;
+    succeeded(&mut up, &alone).await;
+    let end = up.jobs().await.get_job(proto::GetJobRequest { name: alone }).await.unwrap().into_inner();
+    assert_eq!(end.report.unwrap().trained_tokens, report.trained_tokens);
+}
+
 /// The worker that follows the lead of this job.
 fn replica_of(up: &Up, job: &str) -> Option<String> {
+    said(up, job, "follows a lead")
+}
+
+/// The worker that has said this of the job.
+fn said(up: &Up, job: &str, text: &str) -> Option<String> {
     ["student-1", "student-2"].into_iter().map(str::to_owned).find(|name| {
         let log = fs::read_to_string(up.home.join("logs").join(format!("{name}.log"))).unwrap_or_default();
-        log.lines().any(|line| line.contains(job) && line.contains("follows a lead"))
+        log.lines().any(|line| line.contains(job) && line.contains(text))
     })
 }

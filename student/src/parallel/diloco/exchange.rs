@@ -186,7 +186,7 @@ impl Exchange {
     ) -> Result<(Delivery, PathBuf)> {
         let prefix = paths::exchange_delta(&self.job, self.epoch, round, replica);
         let delivery: Delivery = self.said(&prefix, &checkpoint::manifest(&self.store, &prefix).await?)?;
-        if !delivery.loss.is_finite() || !(delivery.seconds >= 0.0 && delivery.seconds.is_finite()) {
+        if !(delivery.loss.is_finite() && delivery.seconds.is_finite() && delivery.seconds >= 0.0) {
             return Err(malformed(&prefix, "its loss or its time is no number"));
         }
         Ok((delivery, self.fetch(&prefix, max_bytes, folder).await?))
