@@ -253,7 +253,7 @@ async fn the_best_checkpoint_is_promoted_and_the_curve_reported() {
     assert_eq!(sent.forecast.unwrap().predictions.len(), 2);
     assert_eq!(sent.after.unwrap().teacher_calibration_error, Some(0.05));
     // The journal says how good a checkpoint is, and which step was judged.
-    let events = journal::list(&mut *world.context.database.read().await.unwrap(), &job, 0, 100).await.unwrap();
+    let events = journal::list(&mut world.context.database.read().await.unwrap(), &job, 0, 100).await.unwrap();
     use retort_proto::job_event::What;
     assert!(events.iter().any(|event| matches!(&event.what, Some(What::CheckpointSaved(saved))
         if saved.step == 4 && saved.held_out.is_some_and(|point| point.kl == 0.7))));
