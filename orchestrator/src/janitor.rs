@@ -57,6 +57,10 @@ async fn sweep_ended(context: &Context) -> Result<u64> {
         // One to go back to is of use only to a training that goes on.
         let best = jobs::get(&mut *context.database.read().await?, &id).await?.spec.train.keep.best;
         removed += checkpoint::prune(&context.store, id.as_str(), Keep { last: 1, best }).await?.len() as u64;
+        // What workers of a training that did not end left to each other.
+        for prefix in [paths::exchanges_prefix(id.as_str()), paths::train_prefix(id.as_str())] {
+            removed += context.store.delete_prefix(&prefix).await?;
+        }
         let mut tx = context.database.begin().await?;
         jobs::set_cleaned(&mut tx, &id, context.now_ms()).await?;
         commit(tx).await?;

@@ -174,6 +174,7 @@ impl Card {
 
     fn making(&mut self, facts: &Facts<'_>) {
         let (spec, finish) = (&facts.job.spec, facts.finish);
+        let judged = finish.judged_step(&facts.job.id);
         self.section("How it was made");
         self.row(&["", ""]);
         self.row(&["---", "---"]);
@@ -184,13 +185,32 @@ impl Card {
             "optimiser steps",
             &format!(
                 "{} of up to {} sequences, {} passes",
-                count(finish.steps.into()),
+                count(judged.into()),
                 spec.train.batch_rows,
                 spec.train.passes
             ),
         ]);
         self.row(&["highest learning rate", &format!("{:?}", spec.train.learning_rate)]);
-        self.row(&["tokens trained on", &count(finish.trained_tokens)]);
+        let point = finish.curve.iter().find(|point| point.step == judged && judged != finish.steps);
+        match point {
+            Some(point) => self.row(&["target tokens trained on", &count(point.target_tokens)]),
+            None => self.row(&["tokens trained on", &count(finish.trained_tokens)]),
+        }
+        if judged != finish.steps {
+            self.row(&[
+                "chosen",
+                &format!("the best checkpoint on held-out prompts, of {} steps", count(finish.steps.into())),
+            ]);
+        }
+        if let Some(lora) = &spec.student.lora {
+            self.row(&["adapters (LoRA)", &format!("{}, merged; as such in `adapter/`", code(&json(lora)))]);
+        }
+        if spec.train.ema_decay > 0.0 {
+            self.row(&["weights", &format!("their running average, decay {:?}", spec.train.ema_decay)]);
+        }
+        if let Some(parallel) = &spec.train.parallel {
+            self.row(&["workers", &code(&json(parallel))]);
+        }
         self.row(&["seed", &spec.seed.to_string()]);
         self.row(&["job", &code(&facts.job.id.resource_name())]);
     }

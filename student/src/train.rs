@@ -416,7 +416,7 @@ impl<'a> Run<'a> {
     }
 
     /// Before the task is handed back: what was trained since the last checkpoint is not lost.
-    async fn keep_progress(&mut self) -> Result<()> {
+    pub(crate) async fn keep_progress(&mut self) -> Result<()> {
         let newest =
             paths::parse_checkpoint(self.attempt.job.as_str(), &self.checkpoint_key).map_or(0, |(step, _)| step);
         if self.progress.step > newest {
@@ -459,10 +459,27 @@ impl<'a> Run<'a> {
         if self.attempt.spec.train.promote == Promote::Best
             && let Some((prefix, manifest)) = checkpoint::best(&self.cx.store, self.attempt.job.as_str()).await?
         {
+            if !self.is_whole(&manifest) {
+                // It became the best when better ones were damaged, and was not written as one.
+                tracing::warn!(
+                    step = manifest.step,
+                    key = prefix,
+                    "the best checkpoint lacks what a model needs: the last is judged"
+                );
+                return Ok(self.checkpoint_key.clone());
+            }
             tracing::info!(step = manifest.step, key = prefix, "the best checkpoint is to be judged");
             return Ok(prefix);
         }
         Ok(self.checkpoint_key.clone())
+    }
+
+    /// Whether a checkpoint holds all that is promoted.
+    fn is_whole(&self, manifest: &Manifest) -> bool {
+        let has = |path: &str| manifest.files.iter().any(|file| file.path == path);
+        let spec = &self.attempt.spec;
+        let gguf = |kind| format!("model/{}", retort_export::file_name(&spec.name, kind));
+        has("model/config.json") && spec.export.gguf.iter().all(|&kind| has(&gguf(kind)))
     }
 
     /// After steps that others took part in: a checkpoint where one is due since `before` steps were done.

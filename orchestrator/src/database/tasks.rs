@@ -103,14 +103,16 @@ pub async fn first_queued(conn: &mut Connection, topic: &str, before: Option<&Ta
     first.as_deref().map(parse_task_id).transpose()
 }
 
-/// Whether a task of this one's topic is published and unclaimed, replicas of its own job not counted.
+/// Whether a task of this one's topic is published and unclaimed, replicas of its own job not counted; for a
+/// replica no replicas at all, so that they do not make room for each other.
 pub async fn others_queued(conn: &mut Connection, task: &Task) -> Result<bool> {
     let others: bool = sqlx::query_scalar(
         "SELECT EXISTS (SELECT 1 FROM tasks
-             WHERE state = 'queued' AND topic = ? AND NOT (kind = 'replica' AND job_id = ?))",
+             WHERE state = 'queued' AND topic = ? AND NOT (kind = 'replica' AND (job_id = ? OR ?)))",
     )
     .bind(&task.topic)
     .bind(task.job_id.as_str())
+    .bind(task.kind == TaskKind::Replica)
     .fetch_one(conn)
     .await
     .db()?;

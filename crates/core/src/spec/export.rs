@@ -5,7 +5,7 @@ use serde::{Deserialize, Serialize};
 use super::validate::invalid;
 use crate::Result;
 
-/// Files made from the last checkpoint, beside its weights. None by default, and then left out of JSON: a
+/// Files made from the checkpoint that is judged, beside its weights. None by default, and then left out of JSON: a
 /// checkpoint knows its spec by the hash of that.
 #[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields, default)]

@@ -80,19 +80,24 @@ impl Exchange {
 
     /// A lead begins: what others left is nobody's, and replicas may come.
     pub async fn open(&self) -> Result<()> {
+        self.clear_before(self.epoch).await?;
+        self.put_note(&paths::exchange_open(&self.job, self.epoch)).await
+    }
+
+    /// The training is done. What a later lead opened stays.
+    pub async fn clear(&self) -> Result<()> {
+        self.clear_before(self.epoch.saturating_add(1)).await
+    }
+
+    async fn clear_before(&self, epoch: u64) -> Result<()> {
         let entries = self.store.list(&paths::exchanges_prefix(&self.job)).await?;
         let mut epochs: Vec<u64> =
             entries.iter().filter_map(|entry| Some(paths::parse_exchange(&self.job, &entry.key)?.0)).collect();
         epochs.dedup();
-        for epoch in epochs.into_iter().filter(|&epoch| epoch < self.epoch) {
+        for epoch in epochs.into_iter().filter(|&of| of < epoch) {
             self.store.delete_prefix(&paths::exchange(&self.job, epoch)).await?;
         }
-        self.put_note(&paths::exchange_open(&self.job, self.epoch)).await
-    }
-
-    /// The training is done.
-    pub async fn clear(&self) -> Result<()> {
-        self.store.delete_prefix(&paths::exchanges_prefix(&self.job)).await.map(drop)
+        Ok(())
     }
 
     pub async fn clear_round(&self, round: u32) -> Result<()> {

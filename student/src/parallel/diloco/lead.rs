@@ -6,7 +6,7 @@ use std::{
     time::{Duration, Instant},
 };
 
-use retort_core::{Code, Error, Result};
+use retort_core::{Code, Error, Kind, Result};
 
 use super::{
     crew::Crew,
@@ -24,6 +24,8 @@ use crate::{
 const GATHERING: Duration = Duration::from_secs(10);
 /// It waits for others as long as its own part took, and at least this long.
 const PATIENCE: Duration = Duration::from_secs(10);
+/// More tokens than a row has.
+const MAX_ROW_TOKENS: u64 = 1 << 24;
 const POLL: Duration = Duration::from_millis(100);
 
 /// Trains what is left, with whoever is there.
@@ -36,8 +38,17 @@ pub(crate) async fn lead(run: &mut Run<'_>, order: Order, inner_steps: u32) -> R
     let data = run.training_data(order).await?;
     let mut lead = Lead { run, exchange, crew: Crew::new(inner_steps), inner_steps, data, first_pass };
     lead.gather().await?;
-    while lead.round().await? {}
-    lead.exchange.clear().await
+    loop {
+        match lead.round().await {
+            Ok(true) => {}
+            Ok(false) => return lead.exchange.clear().await,
+            Err(error) if error.code == Code::AttemptYielded => {
+                lead.give_round_up().await?;
+                return Err(error);
+            }
+            Err(error) => return Err(error),
+        }
+    }
 }
 
 struct Lead<'a, 'r> {
@@ -67,6 +78,13 @@ impl Lead<'_, '_> {
             "training begins without all replicas; they may still come"
         );
         Ok(())
+    }
+
+    /// Goes back to where the round began, and keeps that: its batches go out again in the next attempt.
+    async fn give_round_up(&mut self) -> Result<()> {
+        let give_up = |slot: &mut Option<Trainer>| slot.as_mut().ok_or_else(no_trainer)?.give_round_up();
+        self.run.progress = self.run.thread.call(give_up).await??;
+        self.run.keep_progress().await
     }
 
     /// One round; false when nothing was left to do.
@@ -188,10 +206,18 @@ impl Lead<'_, '_> {
             for replica in self.exchange.delivered(round.round).await? {
                 let Some(at) = waiting.iter().position(|waiting| *waiting == replica) else { continue };
                 waiting.swap_remove(at);
+                let batches =
+                    round.parts.iter().find(|part| part.replica == replica).map_or(0, |part| part.batches.len());
                 let into = folder.join(format!("{}-{}", replica.0, replica.1));
-                match self.exchange.fetch_delta(round.round, replica, max_bytes, &into).await {
+                match self
+                    .exchange
+                    .fetch_delta(round.round, replica, max_bytes, &into)
+                    .await
+                    .and_then(|found| self.plausible(found, batches))
+                {
                     Ok(delivery) => drop(deliveries.insert(replica, delivery)),
-                    Err(error) if error.code == Code::CheckpointCorrupt => {
+                    // What this worker can do nothing about without the store or a disk ends the attempt.
+                    Err(error) if !is_an_outage(&error) => {
                         tracing::warn!(
                             round = round.round,
                             replica = replica.0,
@@ -210,10 +236,26 @@ impl Lead<'_, '_> {
         Ok(deliveries)
     }
 
+    /// What a replica says of its own work, as far as it can be.
+    fn plausible(&self, found: (Delivery, PathBuf), batches: usize) -> Result<(Delivery, PathBuf)> {
+        let rows = batches as u64 * u64::from(self.run.attempt.spec.train.batch_rows);
+        let Delivery { tokens, target_tokens, .. } = found.0;
+        if target_tokens > tokens || tokens > rows.saturating_mul(MAX_ROW_TOKENS) {
+            let message = format!("{target_tokens} target tokens of {tokens} in {rows} rows");
+            return Err(Error::new(Code::CheckpointCorrupt, message));
+        }
+        Ok(found)
+    }
+
     async fn pause(&self) {
         tokio::select! {
             () = self.run.cx.cancelled.cancelled() => {}
             () = tokio::time::sleep(POLL) => {}
         }
     }
+}
+
+/// Whether an error is of the store as a whole, this machine's disk or this attempt, and not of one object.
+fn is_an_outage(error: &Error) -> bool {
+    error.code == Code::DiskFull || matches!(error.kind(), Kind::Unavailable | Kind::Cancelled | Kind::Fenced)
 }

@@ -7,7 +7,11 @@ use serde::{Deserialize, Serialize};
 use tch::{Kind, TchError, Tensor, no_grad};
 
 use super::ledger::Ledger;
-use crate::{failure::torch, optimizer::copy_of, trainer::Trainer};
+use crate::{
+    failure::torch,
+    optimizer::copy_of,
+    trainer::{Progress, Trainer},
+};
 
 type Named = Vec<(String, Tensor)>;
 
@@ -29,8 +33,10 @@ pub struct Outer {
     momentum: f64,
     /// f32, in the order of the optimiser's parameters.
     velocity: Named,
-    /// Weights that the round began with.
+    /// Weights that the round began with; none between rounds.
     start: Vec<Tensor>,
+    /// How far the run had come then.
+    begun: Progress,
 }
 
 impl Outer {
@@ -43,6 +49,7 @@ impl Outer {
             momentum: parallel.outer_momentum,
             velocity: velocity.map_err(torch("cannot set the outer optimiser up"))?,
             start: Vec::new(),
+            begun: Progress::default(),
         })
     }
 
@@ -76,8 +83,26 @@ impl Trainer {
         }
         let copies: Result<Vec<Tensor>, TchError> =
             no_grad(|| masters.iter().map(|(_, master)| copy_of(master)).collect());
-        self.outer_mut()?.start = copies.map_err(torch("cannot keep the round's weights"))?;
+        let begun = self.progress;
+        let outer = self.outer_mut()?;
+        outer.start = copies.map_err(torch("cannot keep the round's weights"))?;
+        outer.begun = begun;
         Ok(())
+    }
+
+    /// Back to where the round began, if one has; the moments stay as they are.
+    pub(super) fn give_round_up(&mut self) -> Result<Progress> {
+        let mut masters = self.optimizer.masters();
+        let outer = self.outer_mut()?;
+        let (start, begun) = (std::mem::take(&mut outer.start), outer.begun);
+        if start.is_empty() {
+            return Ok(self.progress);
+        }
+        let back = || masters.iter_mut().zip(&start).try_for_each(|((_, master), start)| master.f_copy_(start));
+        no_grad(back).map_err(torch("cannot take a round back"))?;
+        self.optimizer.refresh()?;
+        self.progress = begun;
+        Ok(begun)
     }
 
     /// Writes how far the weights came since the round began: the start less what they are now, f32.
@@ -284,6 +309,22 @@ mod tests {
             assert_eq!(lead.end_round(&[delta]).unwrap(), [true]);
             assert!(furthest(&weights(&lead), &expected) < 1e-5);
         }
+    }
+
+    #[test]
+    fn a_round_that_is_given_up_leaves_no_trace_in_the_weights() {
+        let mut lead = trainer(parallel(0.7, 0.9));
+        step(&mut lead, 1);
+        let (weights_before, progress) = (weights(&lead), lead.progress());
+        lead.begin_round(None, None).unwrap();
+        step(&mut lead, 2);
+        assert!(furthest(&weights(&lead), &weights_before) > 0.0);
+        assert_eq!(lead.give_round_up().unwrap(), progress);
+        assert_eq!(furthest(&weights(&lead), &weights_before), 0.0);
+        assert_eq!((lead.progress(), lead.outer.as_ref().unwrap().rounds.round), (progress, 0));
+        step(&mut lead, 3);
+        let steps = lead.progress().step;
+        assert_eq!(lead.give_round_up().unwrap().step, steps, "no round had begun");
     }
 
     #[test]

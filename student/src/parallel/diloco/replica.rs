@@ -6,7 +6,6 @@ use retort_artifact::checkpoint;
 use retort_core::{Code, Error, Result, state::Split};
 use retort_proto::TrainTask;
 use retort_worker::{Attempt, ModelThread, TaskContext};
-use tokio::time::Instant;
 
 use super::{
     exchange::{Exchange, Replica, Round},
@@ -26,8 +25,6 @@ use crate::{
 
 /// Between two looks for a round; the first wait of a stretch is the shortest.
 const POLL: (Duration, Duration) = (Duration::from_millis(100), Duration::from_secs(1));
-/// A replica without a lead for this long makes room when another task waits.
-const PATIENCE: Duration = Duration::from_secs(20);
 
 /// Until the attempt is cancelled, which is how a replica ends.
 pub(crate) async fn replica(
@@ -81,9 +78,12 @@ impl Follower<'_> {
     async fn follow(&mut self) -> Result<()> {
         let (mut lead, mut done): (Option<Exchange>, Option<u32>) = (None, None);
         let mut ready = None;
-        let (mut wait, mut heard) = (POLL.0, Instant::now());
+        let mut wait = POLL.0;
         loop {
             self.cx.check()?;
+            if self.cx.others_wait() {
+                return Err(Error::new(Code::AttemptYielded, "a replica makes room: another job's task waits"));
+            }
             let newest = Exchange::newest(&self.cx.store, self.attempt.job.as_str(), &self.spec_sha256).await?;
             if newest.as_ref().map(|lead| lead.epoch) != lead.as_ref().map(|lead| lead.epoch) {
                 (lead, done, ready) = (newest, None, None);
@@ -99,7 +99,7 @@ impl Follower<'_> {
             }
             match (&lead, round) {
                 (Some(lead), Some(round)) => {
-                    (heard, wait) = (Instant::now(), POLL.0);
+                    wait = POLL.0;
                     let named = round.parts.iter().any(|part| part.replica == self.replica);
                     match self.take_part(lead, &round).await {
                         // The lead went on meanwhile.
@@ -113,10 +113,6 @@ impl Follower<'_> {
                         lead.say_ready(self.replica, round.round + 1, ready).await?;
                         ready = Some(round.round + 1);
                     }
-                }
-                _ if heard.elapsed() > PATIENCE && self.cx.others_wait() => {
-                    let message = format!("no round came for {} s and another task waits", PATIENCE.as_secs());
-                    return Err(Error::new(Code::AttemptYielded, message));
                 }
                 _ => {
                     tokio::select! {

@@ -38,8 +38,6 @@ use crate::{
 
 /// Between two looks for a lead; the first wait of a stretch is the shortest.
 const POLL: (Duration, Duration) = (Duration::from_millis(200), Duration::from_secs(2));
-/// A replica that nobody has led for longer than this makes room when another task waits for this student.
-const PATIENCE: Duration = Duration::from_secs(20);
 /// Messages that wait for the network: four chunks.
 const OUTGOING: usize = 4;
 
@@ -60,7 +58,6 @@ pub(crate) async fn follow(attempt: &Attempt, task: &ReplicaTask, cx: &TaskConte
         workspace: Workspace::create(&settings.work_dir, attempt)?,
     };
     let mut wait = POLL.0;
-    let mut left = Instant::now();
     loop {
         cx.check()?;
         if let Some(lead) = rendezvous::newest(&cx.store, attempt.job.as_str()).await? {
@@ -69,15 +66,12 @@ pub(crate) async fn follow(attempt: &Attempt, task: &ReplicaTask, cx: &TaskConte
                 Ok(why) => {
                     tracing::info!(code = %why.code, "its lead has gone: {}", why.chain());
                     replica.thread.call(|slot| *slot = None).await?;
-                    (wait, left) = (POLL.0, Instant::now());
+                    wait = POLL.0;
                 }
                 Err(why) => tracing::debug!(code = %why.code, "no lead to follow yet: {}", why.chain()),
             }
         }
-        if left.elapsed() > PATIENCE && cx.others_wait() {
-            let message = format!("nobody led its training for {} s and another task waits", PATIENCE.as_secs());
-            return Err(Error::new(Code::AttemptYielded, message));
-        }
+        replica.make_room()?;
         tokio::select! {
             () = cx.cancelled.cancelled() => {}
             () = tokio::time::sleep(wait) => {}
@@ -149,6 +143,14 @@ impl Replica<'_> {
         if gone(&why) { Ok(Ok(why)) } else { Err(why) }
     }
 
+    /// A replica is help: any other task of the pool goes before it.
+    fn make_room(&self) -> Result<()> {
+        if self.cx.others_wait() {
+            return Err(Error::new(Code::AttemptYielded, "a replica makes room: another job's task waits"));
+        }
+        Ok(())
+    }
+
     fn hello(&self, lead: &Rendezvous) -> proto::ReplicaHello {
         let threads = self.settings.threads.beside_teacher.map_or_else(tch::get_num_threads, i32::from);
         proto::ReplicaHello {
@@ -191,7 +193,12 @@ impl Replica<'_> {
                     self.cx.check()?;
                     return Err(lost("cancelled"));
                 }
-                _ = tick.tick() => send(outgoing, follow_request::What::Alive(proto::Alive {})).await?,
+                _ = tick.tick() => {
+                    if work.is_none() {
+                        self.make_room()?;
+                    }
+                    send(outgoing, follow_request::What::Alive(proto::Alive {})).await?;
+                }
                 done = done => {
                     work = None;
                     match done? {
@@ -199,7 +206,10 @@ impl Replica<'_> {
                             incoming = Some(Incoming::new(self.bounds(weight_bytes)));
                             send(outgoing, follow_request::What::Ready(proto::ReplicaReady { parameters_sha256 })).await?;
                         }
-                        Done::Computed(step, share, gradient) => answer(outgoing, step, share, gradient).await?,
+                        Done::Computed(step, share, gradient) => {
+                            answer(outgoing, step, share, gradient).await?;
+                            self.make_room()?;
+                        }
                     }
                 }
                 message = tokio::time::timeout_at(heard + SILENCE, messages.message()) => {
