@@ -59,20 +59,22 @@ def say(text):
     print(text, file=sys.stderr, flush=True)
 
 
+def digest(value):
+    return hashlib.sha256(json.dumps(value).encode()).hexdigest()[:12]
+
+
 class Comparison:
     def __init__(self, options):
         self.options = options
         self.recipe = {**RECIPE, "freeze_embeddings": options.freeze_embeddings}
-        os.makedirs(options.home, exist_ok=True)
         tokenizer = AutoTokenizer.from_pretrained(options.model)
         self.rows = texts.make(options.archive, tokenizer, options.tokens, options.held_out)
-        # All that is kept belongs to these rows and this recipe.
-        listing = json.dumps([self.rows, self.recipe, os.path.realpath(options.model)]).encode()
-        self.home = os.path.join(options.home, hashlib.sha256(listing).hexdigest()[:12])
+        # What is kept of the teacher belongs to these rows; what is trained, to the recipe too.
+        shared = os.path.join(options.home, digest([self.rows, os.path.realpath(options.model)]))
+        self.caches = {split: teacher.Cache(os.path.join(shared, split), rows) for split, rows in self.rows.items()}
+        self.store = os.path.join(shared, "retort")
+        self.home = os.path.join(shared, digest(self.recipe))
         os.makedirs(self.home, exist_ok=True)
-        self.caches = {
-            split: teacher.Cache(os.path.join(self.home, "teacher", split), rows) for split, rows in self.rows.items()
-        }
         counts = {split: sum(map(teacher.targets, rows)) for split, rows in self.rows.items()}
         self.train_targets, self.held_out_targets = counts["train"], counts["held_out"]
         say(f"{len(self.rows['train'])} rows of {self.train_targets} targets to train on, "
@@ -159,7 +161,7 @@ class Comparison:
 
     def run_job(self, folder):
         command = [self.options.retort, "run", os.path.join(folder, "job.yaml"), "--json", "--dtype", "f32",
-                   "--home", os.path.join(self.home, "retort"), "--out", os.path.join(folder, "student")]
+                   "--home", self.store, "--out", os.path.join(folder, "student")]
         environment = {**os.environ, "RETORT_THREADS": str(self.options.threads)}
         with subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=environment) as process:
             for line in process.stdout:

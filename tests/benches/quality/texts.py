@@ -1,6 +1,6 @@
 """Rows to distil on, out of Django's documentation (BSD licence): what both sides train on and are judged on.
 
-A row is a stretch of a page that ends with a line: its first 24 words are the prompt, the rest is the
+A row is a stretch of a page that ends with a line: its first 12 words are the prompt, the rest is the
 completion. Whole pages are held out. Rows come in an order drawn from a fixed seed.
 """
 
@@ -10,10 +10,12 @@ import re
 import tarfile
 
 # Tokens of a stretch, prompt and completion, without the chat template's.
-STRETCH = 400
+STRETCH = 450
 # Shorter ones, at a page's end, are left out.
 SHORTEST = 150
-PROMPT_WORDS = 24
+PROMPT_WORDS = 12
+# Instead of the chat template's own, which is longer.
+SYSTEM = {"role": "system", "content": "You write documentation."}
 FOLDERS = ("faq", "howto", "internals", "intro", "ref", "topics")
 # One page of so many is held out.
 HELD_OUT_PAGES = 16
@@ -55,7 +57,7 @@ def row(name, number, stretch):
     prompt, completion = stretch[: cut.end()].rstrip(), stretch[cut.end() :]
     return {
         "id": f"{name}#{number}",
-        "messages": [{"role": "user", "content": f"Go on with this text:\n\n{prompt}"}],
+        "messages": [SYSTEM, {"role": "user", "content": prompt}],
         "completion": completion,
     }
 
