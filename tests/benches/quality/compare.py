@@ -22,14 +22,6 @@ import teacher
 import texts
 import train
 
-RECIPE = {
-    "layers": 10,
-    "batch_rows": 4,
-    "learning_rate": 1e-3,
-    "warmup_ratio": 0.05,
-    "weight_decay": 0.01,
-    "clip_norm": 1.0,
-}
 SETTINGS = {
     "threshold 0.025": {"codec": "threshold", "threshold": 0.025},
     "threshold 0.005": {"codec": "threshold", "threshold": 0.005},
@@ -49,6 +41,8 @@ def arguments():
     parser.add_argument("--seeds", type=int, nargs="+", default=[1, 2, 3])
     parser.add_argument("--soft-targets", nargs="+", choices=SETTINGS, default=["threshold 0.025"])
     parser.add_argument("--freeze-embeddings", action="store_true")
+    parser.add_argument("--batch-rows", type=int, default=4, help="rows of a step: fewer, of few tokens")
+    parser.add_argument("--learning-rate", type=float, default=1e-3, help="the highest")
     parser.add_argument("--threads", type=int, default=os.cpu_count())
     parser.add_argument("--only", choices=["retort", "pytorch"], help="one side's trainings; without it both, and the table")
     parser.add_argument("--checkpoint-steps", type=int, default=50, help="retort: steps between checkpoints")
@@ -66,7 +60,15 @@ def digest(value):
 class Comparison:
     def __init__(self, options):
         self.options = options
-        self.recipe = {**RECIPE, "freeze_embeddings": options.freeze_embeddings}
+        self.recipe = {
+            "layers": 10,
+            "batch_rows": options.batch_rows,
+            "learning_rate": options.learning_rate,
+            "warmup_ratio": 0.05,
+            "weight_decay": 0.01,
+            "clip_norm": 1.0,
+            "freeze_embeddings": options.freeze_embeddings,
+        }
         tokenizer = AutoTokenizer.from_pretrained(options.model)
         self.rows = texts.make(options.archive, tokenizer, options.tokens, options.held_out)
         # What is kept of the teacher belongs to these rows; what is trained, to the recipe too.
