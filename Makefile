@@ -121,7 +121,7 @@ bench-student: build ## A distillation step beside plain PyTorch's: tokens a sec
 	cargo build --workspace --locked --examples
 	$(BIN)/examples/student --cache $(RETORT_CACHE) $(BENCH_STUDENT)
 
-# Kept between runs: a run that was stopped goes on. Hours on two cores; --seeds 1 is a third of it.
+# Kept between runs: a run that was stopped goes on. Some four hours on two cores; BENCH_QUALITY="--seeds 1" is a third of it.
 QUALITY_HOME ?= $(RETORT_CACHE)/quality
 BENCH_QUALITY ?=
 
