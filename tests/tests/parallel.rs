@@ -129,7 +129,6 @@ async fn two_students_exchange_weights_and_a_killed_one_costs_no_batch() {
     let end = up.jobs().await.get_job(proto::GetJobRequest { name: job.clone() }).await.unwrap().into_inner();
     let (plan, report) = (end.plan.unwrap(), end.report.unwrap());
     assert_eq!(end.progress.unwrap().step, plan.optimizer_steps);
-    assert!(report.after.unwrap().kl < report.before.unwrap().kl);
     assert_eq!(up.objects(&format!("{job}/exchange")), Vec::<String>::new(), "what was exchanged is gone");
 
     // One worker sees as many tokens: each batch counted once.
