@@ -63,7 +63,10 @@ fn cost(job: &proto::Job, report: &proto::Report) -> String {
         row("prompts", format!("{} for training, {} held out", count(plan.train_rows), count(plan.held_out_rows)));
     }
     row("soft targets", format!("{} tokens", count(report.target_tokens)));
-    row("stored in", format!("{}, {} bytes per token", bytes(report.store_bytes), rate(report.bytes_per_token)));
+    row(
+        "stored in",
+        format!("{}, {} bytes per token to train on", bytes(report.store_bytes), rate(report.bytes_per_token)),
+    );
     if let Some(stored) = report.soft_targets.as_ref().and_then(|stored| stored.train.as_ref()) {
         let (kl, kept) = (fixed(stored.kl), percent(stored.argmax_agreement));
         row("rounding", format!("KL {kl} nats/token over what is kept, top-1 kept at {kept}"));

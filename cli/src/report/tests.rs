@@ -87,7 +87,7 @@ support  jobs/j  REJECTED
 
 prompts       200 for training, 40 held out
 soft targets  34,567 tokens
-stored in     2.3 MB, 66.5 bytes per token
+stored in     2.3 MB, 66.5 bytes per token to train on
 teacher       212 tokens/s
 student       640 tokens/s, 103,701 tokens trained
 redone        1 attempt

@@ -10,7 +10,8 @@ use retort_model::Tokenizer;
 use super::PromptFile;
 use crate::planner::RowCounts;
 
-/// Counts rows and tokens. `prompt-too-long` when a row cannot fit into `positions`.
+/// Counts rows and tokens. `prompt-too-long` when a row cannot fit into `positions`,
+/// `prompt-set-too-small` when none weighs anything in training.
 ///
 /// The chat template's own tokens are left to the teacher, who knows the template: this refuses
 /// what cannot fit however short the template is.
@@ -21,6 +22,10 @@ pub fn measure(
     tokenizer: Result<&Tokenizer>,
     positions: u64,
 ) -> Result<RowCounts> {
+    if !rows.iter().any(|row| row.split != Some(Split::HeldOut) && row.weight > 0.0) {
+        let message = format!("{}: no training row has a weight above 0, so nothing would be trained", file.name);
+        return Err(Error::new(Code::PromptSetTooSmall, message));
+    }
     let tokenizer = tokenizer?;
     let max_new_tokens = u64::from(spec.teacher.sampling.max_new_tokens);
     let mut counts = RowCounts::default();
