@@ -5,6 +5,7 @@
 
 use std::time::Duration;
 
+use retort_core::random::{Counter, Purpose};
 use retort_proto::{self as proto, job_event::What};
 use retort_tests::{
     prompts::{self, Shape},
@@ -61,6 +62,57 @@ async fn the_student() {
     let (job, _) = survives("student-1", Up::kill, |event| matches!(event.what, Some(What::CheckpointSaved(_)))).await;
     let redone = job.report.unwrap().redone;
     assert!(redone.iter().any(|one| one.task.ends_with("train")), "the report names the train run: {redone:?}");
+}
+
+/// The weights of the job's last checkpoint, as they lie in the store.
+fn weights(up: &Up, job: &str) -> Vec<u8> {
+    let keys = up.objects(&format!("{job}/checkpoints"));
+    let last = keys.iter().filter(|key| key.ends_with("model/model.safetensors")).max().expect("a checkpoint");
+    std::fs::read(up.home.join("store").join(last)).unwrap()
+}
+
+/// Three times, at steps drawn from a seed: `RETORT_TEST_SEED`, or else the clock's.
+#[tokio::test(flavor = "multi_thread")]
+async fn a_student_killed_at_random_steps_ends_with_the_same_bytes() {
+    let clock = || std::time::UNIX_EPOCH.elapsed().unwrap().as_nanos() as u64;
+    let seed = std::env::var("RETORT_TEST_SEED").map_or_else(|_| clock(), |seed| seed.parse().unwrap());
+    println!("RETORT_TEST_SEED={seed}");
+    let folder = tempfile::tempdir().unwrap();
+    teacher::tiny(&folder.path().join("teacher"), 4);
+    let shape = Shape { train: 40, held_out: 4, tokens: 24, passes: 16, ..Shape::default() };
+    let spec = prompts::spec(folder.path(), &folder.path().join("teacher"), &shape);
+    let mut up = Up::start(folder.path(), &[]);
+
+    let straight = up.create(&spec);
+    up.follow(&straight, PATIENCE, |_, _| false).await;
+    let end = up.jobs().await.get_job(proto::GetJobRequest { name: straight.clone() }).await.unwrap().into_inner();
+    assert_eq!(end.state, proto::JobState::Succeeded as i32, "{:?}\n{}", end.error, up.log());
+    let steps = end.plan.unwrap().optimizer_steps;
+    let mut random = Counter::new(seed, Purpose::Sample, 0, 0);
+    let mut at: Vec<u32> = (0..3).map(|_| 1 + random.below(u64::from(steps) - 2) as u32).collect();
+    at.sort_unstable();
+
+    // Its shards are those of the first job.
+    let killed = up.create(&spec);
+    let mut kills = 0;
+    up.follow(&killed, PATIENCE, |up, event| {
+        let step = match &event.what {
+            Some(What::TrainStepped(stepped)) => stepped.step,
+            Some(What::CheckpointSaved(saved)) => saved.step,
+            _ => 0,
+        };
+        if at.first().is_some_and(|&first| step >= first && step < steps) {
+            at.remove(0);
+            kills += 1;
+            up.kill("student-1");
+        }
+        false
+    })
+    .await;
+    let end = up.jobs().await.get_job(proto::GetJobRequest { name: killed.clone() }).await.unwrap().into_inner();
+    assert_eq!(end.state, proto::JobState::Succeeded as i32, "{:?}\n{}", end.error, up.log());
+    assert!(kills > 0 && !end.report.unwrap().redone.is_empty(), "{kills} kills\n{}", up.log());
+    assert!(weights(&up, &killed) == weights(&up, &straight), "seed {seed}: {kills} kills changed the student");
 }
 
 #[tokio::test(flavor = "multi_thread")]

@@ -115,6 +115,10 @@ async fn prompt_files_are_refused_by_line() {
     })
     .await;
     check(Code::PromptSetTooSmall, "prompts.jsonl", |folder, _| write(folder, &prompts(1))).await;
+    check(Code::PromptSetTooSmall, "no training row has a weight above 0", |folder, _| {
+        write(folder, &prompts(8).replace("\"messages\"", "\"weight\": 0, \"messages\""));
+    })
+    .await;
     check(Code::PromptMalformed, "prompts.jsonl line 1: there is no \"completion\"", |_, spec| {
         spec.teacher.mode = TeacherMode::Score;
     })
