@@ -20,6 +20,8 @@ use crate::init::{Teacher, tokenizer_mismatch};
 const POLL: (Duration, Duration) = (Duration::from_millis(200), Duration::from_secs(2));
 /// A stream that waits for longer than this makes room when another task waits for this student.
 const PATIENCE: Duration = Duration::from_secs(20);
+/// A stream that waits says so this often.
+const REMINDER: Duration = Duration::from_secs(300);
 /// How often one shard may be found corrupt before it is given up: the store itself is at fault.
 const MAX_WITHDRAWALS: u32 = 5;
 
@@ -83,10 +85,22 @@ impl ShardStream {
     pub async fn next(&mut self) -> Result<Option<Fetched>> {
         let mut wait = POLL.0;
         let started = Instant::now();
+        let mut reminded = started;
         loop {
             self.cx.check()?;
             if let Some(fetched) = self.try_next().await? {
                 return Ok(Some(fetched));
+            }
+            if reminded.elapsed() >= REMINDER {
+                reminded = Instant::now();
+                let minutes = started.elapsed().as_secs() / 60;
+                let pool = self.attempt.spec.teacher.pool.as_str();
+                tracing::warn!(
+                    minutes,
+                    shard = self.next,
+                    pool,
+                    "no shard is published; does a teacher of this pool work?"
+                );
             }
             if self.complete && self.queue.is_empty() && self.withdrawn.is_none() {
                 return Ok(None);
