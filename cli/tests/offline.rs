@@ -72,7 +72,7 @@ fn an_export_says_what_it_cannot_do_and_leaves_nothing() {
     let cases: [(&[&str], i32, &str); 5] = [
         (&["support", "--type", "f16"], 2, "error[request-invalid]: --type goes with --format gguf"),
         (&["support", "--format", "gguf", "--type", "q4_0"], 2, "[possible values: q8_0, f16, bf16, f32]"),
-        (&["support@2", "--format", "gguf"], 2, "error[model-not-found]: "),
+        (&["support@2", "--format", "gguf"], 1, "error[model-not-found]: "),
         // What the store holds under that name is `{}`.
         (&["support", "--format", "gguf"], 2, "models/support/000001/config.json"),
         (&[folder], 2, "--format gguf makes a file of it"),

@@ -201,7 +201,7 @@ fn adapters_that_cannot_be_are_refused() {
     check(
         &of("{targets: [qproj]}"),
         Code::SpecInvalid,
-        "job.yaml line 10 column 19: \"qproj\" is not known here; did you mean \"q_proj\"?",
+        "job.yaml line 10 column 20: \"qproj\" is not known here; did you mean \"q_proj\"?",
     );
     check(
         &of("{base: [int8]}"),
