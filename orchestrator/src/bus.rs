@@ -43,6 +43,10 @@ impl Kafka {
 #[async_trait]
 impl Bus for Kafka {
     async fn send_task(&self, topic: &str, message: &TaskMessage) -> Result<()> {
+        // A replica is of use only while its lead works, and that keeps the lead's partitions busy.
+        if message.kind() == retort_proto::TaskKind::Replica {
+            return self.producer.send_task_widely(topic, message).await;
+        }
         self.producer.send_task(topic, message).await
     }
 

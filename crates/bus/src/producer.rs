@@ -17,6 +17,8 @@ use crate::{
     record, topics,
 };
 
+/// Records of a task that is sent widely.
+const COPIES: u32 = 8;
 /// How long a record is offered before its sender is told that the bus is gone.
 const DEADLINE: Duration = Duration::from_secs(120);
 /// How long librdkafka tries on its own, before we look whether the topic is still there.
@@ -71,6 +73,17 @@ impl Producer {
     pub async fn send_task(&self, topic: &str, task: &TaskMessage) -> Result<()> {
         let payload = record::encode(task, "a task")?;
         self.send(topic, task.task_id.as_bytes(), &payload, record::headers()).await
+    }
+
+    /// [`Producer::send_task`], and more records of the same task, keyed so that they lie in other partitions: one
+    /// consumer's long work does not keep the task from the others. A record more than needed finds nothing to do.
+    pub async fn send_task_widely(&self, topic: &str, task: &TaskMessage) -> Result<()> {
+        let payload = record::encode(task, "a task")?;
+        for copy in 0..COPIES {
+            let key = format!("{}#{copy}", task.task_id);
+            self.send(topic, key.as_bytes(), &payload, record::headers()).await?;
+        }
+        Ok(())
     }
 
     /// Publishes an event, keyed by its job.
