@@ -131,6 +131,9 @@ def check_transformers(options):
         check(getattr(ours, role) == getattr(theirs, role), f"{role} differs")
     folder = AutoModelForCausalLM.from_pretrained(options.model, dtype=torch.float32).eval()
     file = AutoModelForCausalLM.from_pretrained(path.parent, gguf_file=path.name, dtype=torch.float32).eval()
+    if getattr(folder.config, "rope_parameters", None) and folder.config.rope_parameters.get("rope_type") == "llama3":
+        # transformers leaves rope_freqs.weight unread, which is compared above; llama.cpp reads it.
+        file.model.rotary_emb = folder.model.rotary_emb
     total, positions, agreed, worst = 0.0, 0, 0, 0.0
     with torch.no_grad():
         for text in TEXTS:

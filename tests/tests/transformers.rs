@@ -141,7 +141,8 @@ fn a_qwen2_and_a_llama_with_scaled_frequencies_too() {
             .output()
             .unwrap();
         succeeded("the making of a model", make);
-        checked_as_gguf(&model, &["q8_0", "bf16", "f32"]);
+        // Random weights of this size say nothing of what fewer bits cost.
+        checked_as_gguf(&model, &["f32"]);
     }
 }
 
