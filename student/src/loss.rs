@@ -11,6 +11,7 @@
 
 mod host;
 pub mod objective;
+mod product;
 
 use std::ops::Range;
 
@@ -117,18 +118,16 @@ impl ChunkedLoss {
                 let chunk = Chunk::new(targets, start, self.chunk, self.vocab_size, hidden_nh.device())?;
                 let part_nh = hidden_nh.narrow(0, start as i64, chunk.n);
                 let mut into_nh = grad_nh.narrow(0, start as i64, chunk.n);
-                let mut part = || -> Result<(Sums, Tensor), TchError> {
+                let mut part = || -> Result<Sums, TchError> {
                     let logits_nv = self.logits(&part_nh, &weight_vh)?;
-                    let (sums, grad_nv) = self.gradient(objective, targets, &chunk, &logits_nv)?;
-                    let grad_nv = grad_nv.f_to_kind(part_nh.kind())?;
-                    into_nh.f_copy_(&grad_nv.f_matmul(&weight_vh)?.f_to_kind(Kind::Float)?.f_mul_scalar(scale)?)?;
-                    Ok((sums, grad_nv))
+                    let (sums, grad_nv) = self.gradient(objective, targets, &chunk, logits_nv)?;
+                    product::hidden_gradient(&grad_nv, &weight_vh, scale, &mut into_nh)?;
+                    if let Some(weight_grad_vh) = weight_grad_vh.as_deref_mut() {
+                        product::add_head_gradient(&grad_nv, &part_nh, scale, weight_grad_vh)?;
+                    }
+                    Ok(sums)
                 };
-                let (part_sums, grad_nv) = part().map_err(&failed)?;
-                sums.add(part_sums);
-                if let Some(weight_grad_vh) = weight_grad_vh.as_deref_mut() {
-                    add_head_gradient(weight_grad_vh, &grad_nv, &part_nh, scale).map_err(&failed)?;
-                }
+                sums.add(part().map_err(&failed)?);
             }
             Ok((sums, grad_nh))
         })
@@ -171,7 +170,7 @@ impl ChunkedLoss {
     /// The head's output `[n, v]`, in this struct's own memory.
     fn logits(&self, part_nh: &Tensor, weight_vh: &Tensor) -> Result<Tensor, TchError> {
         let logits_nv = self.logits_nv.f_narrow(0, 0, part_nh.size()[0])?;
-        let _ = part_nh.f_matmul_out(&logits_nv, &weight_vh.f_tr()?)?;
+        product::logits(part_nh, weight_vh, &logits_nv)?;
         Ok(logits_nv)
     }
 
@@ -186,33 +185,24 @@ impl ChunkedLoss {
         Ok(logprobs_nv)
     }
 
-    /// The chunk's sums, and the loss's gradient in its logits, f32, in this struct's own memory.
+    /// The chunk's sums, and the loss's gradient in its logits, of their kind, in this struct's own memory.
     fn gradient(
         &self,
         objective: &Objective,
         targets: &Targets,
         chunk: &Chunk,
-        logits_nv: &Tensor,
+        logits_nv: Tensor,
     ) -> Result<(Sums, Tensor), TchError> {
-        if !self.fused {
-            return self.gradient_by_torch(objective, targets, chunk, logits_nv);
-        }
-        let mut grad_nv = self.logprobs_nv.f_narrow(0, 0, chunk.n)?;
-        if logits_nv.kind() == Kind::Float {
-            grad_nv = logits_nv.shallow_clone();
-        } else {
-            grad_nv.f_copy_(logits_nv)?;
-        }
-        match host::numbers(&mut grad_nv) {
-            Some(numbers) => {
-                let sums = host::gradient(objective, targets, chunk.positions(), numbers, self.vocabulary());
-                Ok((sums, grad_nv))
-            }
-            None => self.gradient_by_torch(objective, targets, chunk, logits_nv),
-        }
+        let on_host = host::Rows::of(&logits_nv).filter(|_| self.fused);
+        let Some(rows) = on_host else {
+            let (sums, grad_nv) = self.gradient_by_torch(objective, targets, chunk, &logits_nv)?;
+            return Ok((sums, grad_nv.f_to_kind(logits_nv.kind())?));
+        };
+        let sums = host::gradient(objective, targets, chunk.positions(), rows, self.vocabulary());
+        Ok((sums, logits_nv))
     }
 
-    /// As [`ChunkedLoss::gradient`], on any device.
+    /// As [`ChunkedLoss::gradient`], on any device; the gradient is f32.
     fn gradient_by_torch(
         &self,
         objective: &Objective,
@@ -277,22 +267,6 @@ impl ChunkedLoss {
 /// Entries of the flattened `[n, v]`.
 fn gather(logprobs_nv: &Tensor, index: &Tensor) -> Result<Vec<f32>, TchError> {
     Vec::try_from(logprobs_nv.f_view([-1])?.f_index_select(0, index)?)
-}
-
-fn add_head_gradient(
-    weight_grad_vh: &mut Tensor,
-    grad_nv: &Tensor,
-    part_nh: &Tensor,
-    scale: f64,
-) -> Result<(), TchError> {
-    let (kind, grad_vn) = (part_nh.kind(), grad_nv.f_tr()?);
-    let scaled_nh = part_nh.f_to_kind(Kind::Float)?.f_mul_scalar(scale)?.f_to_kind(kind)?;
-    let _ = if kind == Kind::Float {
-        weight_grad_vh.f_addmm_(&grad_vn, &scaled_nh)?
-    } else {
-        weight_grad_vh.f_add_(&grad_vn.f_matmul(&scaled_nh)?)?
-    };
-    Ok(())
 }
 
 /// One chunk of positions. Indices number the flattened `[n, v]`, and lie on the device.

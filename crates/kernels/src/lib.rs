@@ -16,5 +16,5 @@ mod softmax;
 pub use attention::{Asked, Kept, POSITIONS, Scratch};
 pub use matrix::{Bytes, Matrix, Storage};
 pub use product::{Into, Panels};
-pub use rows::{rms_norm, rotate, swiglu};
+pub use rows::{narrow_bf16, rms_norm, rotate, scale, swiglu, widen_bf16};
 pub use softmax::{BLOCK, Logits, exponentiate};

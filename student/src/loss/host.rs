@@ -3,9 +3,10 @@
 
 use std::ops::Range;
 
+use half::bf16;
 use rayon::prelude::*;
-use retort_kernels::exponentiate;
-use tch::{Device, Kind, Tensor};
+use retort_kernels::{exponentiate, narrow_bf16, scale, widen_bf16};
+use tch::{Device, Kind, Tensor, kind::Element};
 
 use super::{
     Sums,
@@ -13,29 +14,74 @@ use super::{
 };
 use crate::batch::Targets;
 
-/// The numbers of an f32 tensor that lies on the CPU, row after row.
-pub(super) fn numbers(tensor: &mut Tensor) -> Option<&mut [f32]> {
-    let plain = tensor.device() == Device::Cpu && tensor.kind() == Kind::Float && tensor.is_contiguous();
-    // SAFETY: so many f32 lie at the tensor's address, and it is borrowed as long as they are.
-    plain.then(|| unsafe { std::slice::from_raw_parts_mut(tensor.data_ptr().cast(), tensor.numel()) })
+/// Where the numbers of a contiguous tensor lie that is on the CPU and of this kind, row after row.
+pub(super) fn numbers<T: Element>(tensor: &Tensor) -> Option<*mut T> {
+    let plain = tensor.device() == Device::Cpu && tensor.kind() == T::KIND && tensor.is_contiguous();
+    plain.then(|| tensor.data_ptr().cast())
 }
 
-/// Turns the logits of these positions into their gradient, and sums up.
+/// The numbers of a contiguous tensor on the CPU, to be written in place.
+pub(super) enum Rows<'a> {
+    F32(&'a mut [f32]),
+    Bf16(&'a mut [bf16]),
+}
+
+impl Rows<'_> {
+    /// Those of a tensor that nobody else reads or writes meanwhile; `None` where it is elsewhere or of another kind.
+    pub(super) fn of(tensor: &Tensor) -> Option<Rows<'_>> {
+        let count = tensor.numel();
+        // SAFETY: so many numbers of the kind lie at the tensor's address, and it is borrowed as long as they are.
+        unsafe {
+            match tensor.kind() {
+                Kind::BFloat16 => {
+                    numbers::<bf16>(tensor).map(|at| Rows::Bf16(std::slice::from_raw_parts_mut(at, count)))
+                }
+                _ => numbers::<f32>(tensor).map(|at| Rows::F32(std::slice::from_raw_parts_mut(at, count))),
+            }
+        }
+    }
+}
+
+/// Turns the logits of these positions into their gradient, and sums up. What is computed of a row of bf16 is
+/// computed in f32 and rounded at the end.
 pub(super) fn gradient(
     objective: &Objective,
     targets: &Targets,
     positions: Range<usize>,
-    logits_nv: &mut [f32],
+    logits_nv: Rows,
     vocab_size: usize,
+) -> Sums {
+    match logits_nv {
+        Rows::F32(numbers) => each_row(numbers, positions, vocab_size, |scratch, p, row| {
+            scratch.row(objective, targets, p, row)
+        }),
+        Rows::Bf16(numbers) => each_row(numbers, positions, vocab_size, |scratch, p, row| {
+            let mut wide = std::mem::take(&mut scratch.wide);
+            wide.resize(row.len(), 0.0);
+            widen_bf16(row, &mut wide);
+            let sums = scratch.row(objective, targets, p, &mut wide);
+            narrow_bf16(&wide, row);
+            scratch.wide = wide;
+            sums
+        }),
+    }
+}
+
+/// Sums over positions of what `work` says of each and its row of numbers.
+fn each_row<T: Send>(
+    numbers: &mut [T],
+    positions: Range<usize>,
+    vocab_size: usize,
+    work: impl Fn(&mut Scratch, usize, &mut [T]) -> Sums + Sync,
 ) -> Sums {
     let threads = tch::get_num_threads().max(1) as usize;
     let rows = positions.len().div_ceil(threads).max(1);
-    let parts = logits_nv.par_chunks_mut(rows * vocab_size).enumerate().map(|(part, logits_nv)| {
+    let parts = numbers.par_chunks_mut(rows * vocab_size).enumerate().map(|(part, numbers)| {
         let mut scratch = Scratch::default();
         let first = positions.start + part * rows;
         let mut sums = Sums::default();
-        for (p, row) in (first..).zip(logits_nv.chunks_exact_mut(vocab_size)) {
-            sums.add(scratch.row(objective, targets, p, row));
+        for (p, row) in (first..).zip(numbers.chunks_exact_mut(vocab_size)) {
+            sums.add(work(&mut scratch, p, row));
         }
         sums
     });
@@ -52,6 +98,8 @@ struct Scratch {
     student_e: Vec<f32>,
     corrections_e: Vec<f64>,
     cold: Vec<f32>,
+    /// A row of narrow numbers, made wide.
+    wide: Vec<f32>,
 }
 
 impl Scratch {
@@ -93,8 +141,7 @@ impl Scratch {
             }
             None => {
                 spread += label_ce;
-                let factor = (spread / sum) as f32;
-                row.iter_mut().for_each(|x| *x *= factor);
+                scale(row, (spread / sum) as f32);
             }
         }
         for (&id, correction) in ids.iter().zip(&self.corrections_e) {

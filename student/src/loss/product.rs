@@ -1,0 +1,171 @@
+//! The head's three matrix products. In f32 on a CPU they are `gemm`'s, whose kernels follow the processor; else
+//! libtorch's (docs/decisions/018).
+
+use gemm_common::Parallelism;
+use gemm_f32::gemm::f32::get_gemm_fn;
+use tch::{Kind, TchError, Tensor};
+
+use super::host::numbers;
+
+/// `logits_nv = hidden_nh weight_vh^T`, all of one kind.
+pub(super) fn logits(hidden_nh: &Tensor, weight_vh: &Tensor, logits_nv: &Tensor) -> Result<(), TchError> {
+    match [matrix(logits_nv), matrix(hidden_nh), matrix(weight_vh)] {
+        // This way round, both here and below: a third to a half faster at these shapes.
+        [Some(logits), Some(hidden), Some(weight)] => {
+            product(logits.transposed(), 0.0, 1.0, weight, hidden.transposed());
+        }
+        _ => {
+            let _ = hidden_nh.f_matmul_out(logits_nv, &weight_vh.f_tr()?)?;
+        }
+    }
+    Ok(())
+}
+
+/// `into_nh = scale * grad_nv weight_vh`, all of one kind.
+pub(super) fn hidden_gradient(
+    grad_nv: &Tensor,
+    weight_vh: &Tensor,
+    scale: f64,
+    into_nh: &mut Tensor,
+) -> Result<(), TchError> {
+    match [matrix(into_nh), matrix(grad_nv), matrix(weight_vh)] {
+        [Some(into), Some(grad), Some(weight)] => {
+            product(into.transposed(), 0.0, scale as f32, weight.transposed(), grad.transposed());
+        }
+        _ => into_nh.f_copy_(&grad_nv.f_matmul(weight_vh)?.f_to_kind(Kind::Float)?.f_mul_scalar(scale)?)?,
+    }
+    Ok(())
+}
+
+/// `into_vh += scale * grad_nv^T hidden_nh`; `into_vh` is f32, the others have one kind.
+pub(super) fn add_head_gradient(
+    grad_nv: &Tensor,
+    hidden_nh: &Tensor,
+    scale: f64,
+    into_vh: &mut Tensor,
+) -> Result<(), TchError> {
+    if let [Some(into), Some(grad), Some(hidden)] = [matrix(into_vh), matrix(grad_nv), matrix(hidden_nh)] {
+        product(into, 1.0, scale as f32, grad.transposed(), hidden);
+        return Ok(());
+    }
+    let (kind, grad_vn) = (hidden_nh.kind(), grad_nv.f_tr()?);
+    let scaled_nh = hidden_nh.f_to_kind(Kind::Float)?.f_mul_scalar(scale)?.f_to_kind(kind)?;
+    let _ = if kind == Kind::Float {
+        into_vh.f_addmm_(&grad_vn, &scaled_nh)?
+    } else {
+        into_vh.f_add_(&grad_vn.f_matmul(&scaled_nh)?)?
+    };
+    Ok(())
+}
+
+/// A matrix of f32 in a tensor's memory.
+#[derive(Clone, Copy)]
+struct Matrix {
+    at: *mut f32,
+    rows: usize,
+    columns: usize,
+    row_stride: isize,
+    column_stride: isize,
+}
+
+impl Matrix {
+    fn transposed(self) -> Self {
+        Self {
+            at: self.at,
+            rows: self.columns,
+            columns: self.rows,
+            row_stride: self.column_stride,
+            column_stride: self.row_stride,
+        }
+    }
+}
+
+/// That of a contiguous f32 tensor of two dimensions that lies on the CPU.
+fn matrix(tensor: &Tensor) -> Option<Matrix> {
+    let &[rows, columns] = &tensor.size()[..] else { return None };
+    let at = numbers::<f32>(tensor)?;
+    Some(Matrix { at, rows: rows as usize, columns: columns as usize, row_stride: columns as isize, column_stride: 1 })
+}
+
+/// `out = keep * out + scale * left right`. `out` shares no memory with the others.
+fn product(out: Matrix, keep: f32, scale: f32, left: Matrix, right: Matrix) {
+    assert!(
+        left.columns == right.rows && out.rows == left.rows && out.columns == right.columns,
+        "a product of {}x{} and {}x{} into {}x{}",
+        left.rows,
+        left.columns,
+        right.rows,
+        right.columns,
+        out.rows,
+        out.columns
+    );
+    let threads = tch::get_num_threads().max(1) as usize;
+    let parallelism = if threads > 1 { Parallelism::Rayon(threads) } else { Parallelism::None };
+    // SAFETY: the three lie in the memory of tensors that the callers hold, with these shapes and strides.
+    unsafe {
+        get_gemm_fn()(
+            out.rows,
+            out.columns,
+            left.columns,
+            out.at,
+            out.column_stride,
+            out.row_stride,
+            keep != 0.0,
+            left.at,
+            left.column_stride,
+            left.row_stride,
+            right.at,
+            right.column_stride,
+            right.row_stride,
+            keep,
+            scale,
+            false,
+            false,
+            false,
+            parallelism,
+        );
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use tch::Device;
+
+    use super::*;
+    use crate::example::tests::alone;
+
+    /// The same numbers on the CPU in f64: what no path of ours takes.
+    fn wide(tensor: &Tensor) -> Tensor {
+        tensor.to_kind(Kind::Double)
+    }
+
+    #[test]
+    fn all_three_are_libtorchs_in_double_precision() {
+        for (n, v, h) in [(1, 1, 1), (3, 37, 8), (65, 1031, 24), (130, 515, 33)] {
+            for kind in [Kind::Float, Kind::BFloat16] {
+                let random = |rows, columns| Tensor::randn([rows, columns], (Kind::Float, Device::Cpu)).to_kind(kind);
+                let (hidden_nh, weight_vh, grad_nv) = alone(|| {
+                    tch::manual_seed(n);
+                    (random(n, h), random(v, h), random(n, v))
+                });
+                let far = |found: &Tensor, exact: Tensor| {
+                    let exact_scale = exact.abs().max().double_value(&[]).max(1.0);
+                    (wide(found) - exact).abs().max().double_value(&[]) / exact_scale
+                };
+                let rounding = if kind == Kind::Float { 1e-6 * (v.max(n) as f64).sqrt() } else { 1e-2 };
+
+                let logits_nv = grad_nv.empty_like();
+                logits(&hidden_nh, &weight_vh, &logits_nv).unwrap();
+                assert!(far(&logits_nv, wide(&hidden_nh).matmul(&wide(&weight_vh).tr())) < rounding);
+
+                let mut into_nh = hidden_nh.full_like(f64::NAN);
+                hidden_gradient(&grad_nv, &weight_vh, 0.3, &mut into_nh).unwrap();
+                assert!(far(&into_nh, wide(&grad_nv).matmul(&wide(&weight_vh)) * 0.3) < rounding);
+
+                let mut into_vh = Tensor::ones([v, h], (Kind::Float, Device::Cpu));
+                add_head_gradient(&grad_nv, &hidden_nh, 0.3, &mut into_vh).unwrap();
+                assert!(far(&into_vh, wide(&grad_nv).tr().matmul(&wide(&hidden_nh)) * 0.3 + 1.0) < rounding);
+            }
+        }
+    }
+}
