@@ -3,7 +3,7 @@
 use std::{path::PathBuf, time::Instant};
 
 use retort_artifact::checkpoint::{self, Manifest};
-use retort_core::{Error, Result, spec::Keep, task_group::TaskGroup};
+use retort_core::{Result, spec::Keep, task_group::TaskGroup};
 use retort_proto::{CheckpointWritten, worker_event::What};
 use retort_worker::TaskContext;
 use tokio_util::sync::CancellationToken;
@@ -75,8 +75,7 @@ async fn upload(
 ) -> Result<()> {
     let step = manifest.step;
     let held_out = manifest.held_out().as_ref().map(point_to_proto);
-    checkpoint::publish(&cx.store, &prefix, &folder, manifest).await?;
-    tokio::fs::remove_dir_all(&folder).await.map_err(|error| Error::io(&folder, error))?;
+    checkpoint::hand_over(&cx.store, &prefix, &folder, manifest).await?;
     if step > 0 {
         cx.emit(What::CheckpointWritten(CheckpointWritten { step, key: prefix.clone(), held_out })).await?;
         checkpoint::prune(&cx.store, &job, keep).await?;
