@@ -35,6 +35,7 @@ use crate::{
     settings::Settings,
     shards::ShardStream,
     trainer::{Options, Progress, StepReport, Trainer},
+    weights::RowWeights,
     workspace::Workspace,
 };
 
@@ -279,7 +280,8 @@ impl<'a> Run<'a> {
         let (cx, teacher, folder) = (self.cx.clone(), Teacher::clone(&self.teacher), self.workspace.path());
         let stream = ShardStream::new(cx, self.attempt.clone(), Split::Train, teacher, folder.to_owned());
         let temperature = self.attempt.spec.loss_temperature();
-        TrainingData::new(stream, order, self.teacher.vocab_size, temperature, prompts, folder)
+        let weights = RowWeights::new(prompts, self.attempt.spec.teacher.mode, &self.teacher);
+        TrainingData::new(stream, order, self.teacher.vocab_size, temperature, weights, folder)
     }
 
     /// What the initial weights are chosen by, where they are; waits until it is published.
