@@ -127,7 +127,7 @@ fn each_malformed_line_has_its_message() {
         ),
         (
             r#"{"messages": [{"role": "user", "content": "a"}], "completion": {}}"#,
-            r#""completion" must be a string, it is an object"#,
+            r#""completion" must be a string or a list of pieces, it is an object"#,
         ),
     ];
     for (line, expected) in cases {
