@@ -121,13 +121,13 @@ bench-teacher: build $(TEACHER)/retort-import.json ## The teacher beside transfo
 	cargo build --workspace --locked --example teacher
 	$(BIN)/examples/teacher --model $(TEACHER) --cache $(RETORT_CACHE) $(BENCH_TEACHER)
 
-# Five minutes or more, with nothing else running.
+# A quarter of an hour, with nothing else running; BENCH_STUDENT="--only steps" or "--only job" is half of it.
 BENCH_STUDENT ?=
 
-bench-student: build ## A distillation step beside plain PyTorch's: tokens a second and peak memory
+bench-student: build $(TEACHER)/retort-import.json ## A distillation step beside plain PyTorch's, and what a job pays for rows and checkpoints
 	@$(FETCH) transformers
 	cargo build --workspace --locked --examples
-	$(BIN)/examples/student --cache $(RETORT_CACHE) $(BENCH_STUDENT)
+	$(BIN)/examples/student --model $(TEACHER) --cache $(RETORT_CACHE) $(BENCH_STUDENT)
 
 # Kept between runs: a run that was stopped goes on. Some four hours on two cores; BENCH_QUALITY="--seeds 1" is a third of it.
 QUALITY_HOME ?= $(RETORT_CACHE)/quality

@@ -176,7 +176,8 @@ fn example(seed: u64, prompt: usize, completion: usize, k: usize, vocab_size: u3
         support.ids.extend(ids);
         support.offsets.push(support.ids.len() as u32);
     }
-    Example { token_ids, targets: (prompt as u32..length as u32).collect(), support, weight: 1.0 }
+    let weights = vec![1.0; length - prompt];
+    Example { token_ids, targets: (prompt as u32..length as u32).collect(), support, weights }
 }
 
 /// Highest resident size so far; Linux only.

@@ -94,7 +94,7 @@ impl Targets {
         self.labels.extend((0..example.targets.len()).map(|p| i64::from(example.label(p))));
         self.top_ids.extend(support.top_ids.iter().map(|&id| i64::from(id)));
         self.label_logprobs.extend_from_slice(&support.label_logprobs);
-        self.weights.extend(std::iter::repeat_n(example.weight, example.targets.len()));
+        self.weights.extend_from_slice(&example.weights);
     }
 }
 

@@ -1,9 +1,8 @@
 //! Rows of each optimiser step: which they are (a pure function of the spec) and where they come
 //! from (published shards, streamed while the teacher still works).
 
-use std::{path::Path, sync::Arc};
+use std::path::Path;
 
-use retort_artifact::prompts::Row;
 use retort_core::{
     Code, Error, Result,
     random::{Counter, Purpose},
@@ -14,6 +13,7 @@ use crate::{
     example::Example,
     shards::{Fetched, ShardStream},
     spill::Spill,
+    weights::RowWeights,
 };
 
 /// The order of the training rows over all passes.
@@ -77,8 +77,7 @@ pub struct TrainingData {
     vocab_size: u32,
     /// Of the soft targets, where it is not 1; and which of the shards' it is.
     temperature: Option<(usize, f64)>,
-    /// Has each row's weight.
-    prompts: Arc<Vec<Row>>,
+    weights: RowWeights,
     consumed: Vec<Consumed>,
 }
 
@@ -89,11 +88,11 @@ impl TrainingData {
         order: Order,
         vocab_size: u32,
         temperature: Option<(usize, f64)>,
-        prompts: Arc<Vec<Row>>,
+        weights: RowWeights,
         folder: &Path,
     ) -> Result<Self> {
         let spill = Spill::create(folder)?;
-        Ok(Self { stream, spill, order, vocab_size, temperature, prompts, consumed: Vec::new() })
+        Ok(Self { stream, spill, order, vocab_size, temperature, weights, consumed: Vec::new() })
     }
 
     /// Rows of the step with this index; waits until the teacher has published them all.
@@ -128,10 +127,10 @@ impl TrainingData {
         while let Some(rows) = fetched.next_rows().await? {
             for sequence in rows {
                 // A few megabytes into the page cache: short enough for this thread.
-                let row = usize::try_from(sequence.row).ok().and_then(|row| self.prompts.get(row));
-                let weight = row.map_or(1.0, |row| row.weight);
+                let line = sequence.row;
                 let example = Example::from_sequence(sequence, self.vocab_size, self.temperature)?;
-                self.spill.append(&[example.weighing(weight)])?;
+                let example = self.weights.weigh(line, example).await?;
+                self.spill.append(&[example])?;
             }
         }
         let published = fetched.published;

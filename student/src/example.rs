@@ -14,8 +14,8 @@ pub struct Example {
     pub targets: Vec<u32>,
     /// One position for each of `targets`.
     pub support: SparseTargets,
-    /// Of each of them in the loss.
-    pub weight: f32,
+    /// Of each of `targets` in the loss, above 0.
+    pub weights: Vec<f32>,
 }
 
 impl Example {
@@ -26,8 +26,10 @@ impl Example {
         vocab_size: u32,
         temperature: Option<(usize, f64)>,
     ) -> Result<Self> {
-        let targets = (0u32..).zip(&sequence.target_mask).filter(|(_, target)| **target).map(|(at, _)| at).collect();
-        let mut example = Self { token_ids: sequence.token_ids, targets, support: sequence.targets, weight: 1.0 };
+        let targets: Vec<u32> =
+            (0u32..).zip(&sequence.target_mask).filter(|(_, target)| **target).map(|(at, _)| at).collect();
+        let weights = vec![1.0; targets.len()];
+        let mut example = Self { token_ids: sequence.token_ids, targets, support: sequence.targets, weights };
         if let Some((index, temperature)) = temperature {
             example.support = example.support.at_temperature(index, temperature).ok_or_else(|| {
                 let message = format!(
@@ -44,13 +46,16 @@ impl Example {
         Ok(example)
     }
 
-    /// With another weight of its target tokens; 0 leaves it none.
-    pub fn weighing(self, weight: f64) -> Self {
-        if weight > 0.0 {
-            return Self { weight: weight as f32, ..self };
+    /// With another weight of each target token, one for each; what weighs 0 is a target no more.
+    pub fn weighing(mut self, weights: &[f64]) -> Self {
+        let weighty = |&p: &usize| weights.get(p).is_some_and(|&weight| weight as f32 > 0.0);
+        let kept: Vec<usize> = (0..self.targets.len()).filter(weighty).collect();
+        if kept.len() < self.targets.len() {
+            self.targets = kept.iter().map(|&p| self.targets[p]).collect();
+            self.support = at_positions(&self.support, &kept);
         }
-        let support = SparseTargets { offsets: vec![0], ..SparseTargets::default() };
-        Self { targets: Vec::new(), support, ..self }
+        self.weights = kept.iter().map(|&p| weights[p] as f32).collect();
+        self
     }
 
     /// Tokens the student has to read: those up to the last target, which itself is only predicted.
@@ -65,11 +70,14 @@ impl Example {
 
     /// What a row must hold whoever made it; the text says which does not.
     pub(crate) fn check(&self, vocab_size: u32) -> Result<(), String> {
-        if !(self.weight > 0.0 && self.weight.is_finite()) {
-            return Err(format!("its weight is {}", self.weight));
-        }
         let support = &self.support;
         let positions = self.targets.len();
+        if self.weights.len() != positions {
+            return Err(format!("{positions} target tokens, but weights of {}", self.weights.len()));
+        }
+        if let Some(weight) = self.weights.iter().find(|weight| !(**weight > 0.0 && weight.is_finite())) {
+            return Err(format!("a weight of a target token is {weight}"));
+        }
         let per_position = [support.label_logprobs.len(), support.top_ids.len(), support.residuals.len()];
         if per_position.iter().any(|&length| length != positions) {
             return Err(format!("{positions} target tokens, but soft targets for {}", support.label_logprobs.len()));
@@ -110,11 +118,11 @@ impl Example {
         for words in [&self.token_ids, &self.targets, &support.offsets, &support.ids, &support.top_ids] {
             bytes.extend(words.iter().flat_map(|word| word.to_le_bytes()));
         }
-        for numbers in [&support.masses, &support.logprobs, &support.label_logprobs, &support.residuals] {
+        for numbers in [&support.masses, &support.logprobs, &support.label_logprobs, &support.residuals, &self.weights]
+        {
             bytes.extend(numbers.iter().flat_map(|number| number.to_le_bytes()));
         }
         bytes.extend(support.heads.iter().map(|&head| u8::from(head)));
-        bytes.extend(self.weight.to_le_bytes());
         bytes
     }
 
@@ -122,29 +130,44 @@ impl Example {
     pub(crate) fn from_bytes(bytes: &[u8]) -> Option<Self> {
         let mut reader = Reader { bytes };
         let (tokens, positions, entries) = (reader.length()?, reader.length()?, reader.length()?);
-        Some(Self {
-            token_ids: reader.words(tokens)?,
-            targets: reader.words(positions)?,
-            support: SparseTargets {
-                offsets: reader.words(positions.checked_add(1)?)?,
-                ids: reader.words(entries)?,
-                top_ids: reader.words(positions)?,
-                masses: reader.numbers(entries)?,
-                logprobs: reader.numbers(entries)?,
-                label_logprobs: reader.numbers(positions)?,
-                residuals: reader.numbers(positions)?,
-                log_sum_exps: Vec::new(),
-                heads: reader.flags(entries)?,
-            },
-            weight: reader.numbers(1)?[0],
-        })
-        .filter(|_| reader.bytes.is_empty())
+        let (token_ids, targets) = (reader.words(tokens)?, reader.words(positions)?);
+        let mut support = SparseTargets {
+            offsets: reader.words(positions.checked_add(1)?)?,
+            ids: reader.words(entries)?,
+            top_ids: reader.words(positions)?,
+            masses: reader.numbers(entries)?,
+            logprobs: reader.numbers(entries)?,
+            label_logprobs: reader.numbers(positions)?,
+            residuals: reader.numbers(positions)?,
+            log_sum_exps: Vec::new(),
+            heads: Vec::new(),
+        };
+        let weights = reader.numbers(positions)?;
+        support.heads = reader.flags(entries)?;
+        Some(Self { token_ids, targets, support, weights }).filter(|_| reader.bytes.is_empty())
     }
 
     pub(crate) fn spilled_bytes(&self) -> usize {
-        let words = self.token_ids.len() + 5 * self.targets.len() + 1 + 3 * self.support.ids.len();
-        3 * size_of::<u64>() + (words + 1) * size_of::<u32>() + self.support.heads.len()
+        let words = self.token_ids.len() + 6 * self.targets.len() + 1 + 3 * self.support.ids.len();
+        3 * size_of::<u64>() + words * size_of::<u32>() + self.support.heads.len()
     }
+}
+
+/// The soft targets of some positions, in their order.
+fn at_positions(support: &SparseTargets, kept: &[usize]) -> SparseTargets {
+    let mut of = SparseTargets { offsets: vec![0], ..SparseTargets::default() };
+    for &p in kept {
+        let entries = support.range(p);
+        of.ids.extend_from_slice(&support.ids[entries.clone()]);
+        of.masses.extend_from_slice(&support.masses[entries.clone()]);
+        of.logprobs.extend_from_slice(&support.logprobs[entries.clone()]);
+        of.heads.extend_from_slice(&support.heads[entries]);
+        of.offsets.push(of.ids.len() as u32);
+        of.residuals.push(support.residuals[p]);
+        of.top_ids.push(support.top_ids[p]);
+        of.label_logprobs.push(support.label_logprobs[p]);
+    }
+    of
 }
 
 struct Reader<'a> {
@@ -203,7 +226,7 @@ pub(crate) mod tests {
             token_ids,
             targets: (prompt as u32..(prompt + completion) as u32).collect(),
             support: SparseTargets { offsets: vec![0], ..SparseTargets::default() },
-            weight: 1.0,
+            weights: vec![1.0; completion],
         };
         let mut random = Counter::new(seed, Purpose::Tail, 0, 0);
         for p in 0..completion {
@@ -227,11 +250,34 @@ pub(crate) mod tests {
 
     #[test]
     fn spilled_and_read_back_is_the_same() {
-        for example in [example(1, 5, 7, 4, 100), example(2, 3, 0, 4, 100), example(1, 5, 7, 4, 100).weighing(2.5)] {
+        let weights = [2.5, 0.0, 1.0, 0.25, 1000.0, 0.0, 3.0];
+        for example in [example(1, 5, 7, 4, 100), example(2, 3, 0, 4, 100), example(1, 5, 7, 4, 100).weighing(&weights)]
+        {
             let bytes = example.to_bytes();
             assert_eq!(bytes.len(), example.spilled_bytes());
             assert_eq!(Example::from_bytes(&bytes).unwrap(), example);
         }
+    }
+
+    #[test]
+    fn what_weighs_nothing_is_no_target() {
+        let whole = example(4, 5, 6, 3, 100);
+        let masked = whole.clone().weighing(&[0.0, 2.0, 0.0, 1.0, 0.5, 0.0]);
+        masked.check(100).unwrap();
+        assert_eq!(masked.weights, [2.0, 1.0, 0.5]);
+        assert_eq!((&masked.token_ids, &masked.targets[..]), (&whole.token_ids, &[6, 8, 9][..]));
+        assert_eq!(masked.input_len(), 9, "the student reads up to the last target");
+        for (kept, p) in [1, 3, 4].into_iter().enumerate() {
+            let (of, from) = (masked.support.range(kept), whole.support.range(p));
+            assert_eq!(masked.support.ids[of.clone()], whole.support.ids[from.clone()]);
+            assert_eq!(masked.support.masses[of.clone()], whole.support.masses[from.clone()]);
+            assert_eq!(masked.support.logprobs[of.clone()], whole.support.logprobs[from.clone()]);
+            assert_eq!(masked.support.heads[of], whole.support.heads[from]);
+            assert_eq!(masked.support.label_logprobs[kept], whole.support.label_logprobs[p]);
+            assert_eq!(masked.support.top_ids[kept], whole.support.top_ids[p]);
+            assert_eq!(masked.label(kept), whole.label(p));
+        }
+        assert_eq!(whole.clone().weighing(&[1.0; 6]), whole);
     }
 
     #[test]
@@ -265,9 +311,12 @@ pub(crate) mod tests {
         bad.targets[1] = 999;
         assert!(bad.check(100).unwrap_err().contains("do not rise"));
         let mut bad = sound.clone();
-        bad.weight = f32::NAN;
+        bad.weights[1] = f32::NAN;
         assert!(bad.check(100).unwrap_err().contains("weight"));
-        let none = sound.clone().weighing(0.0);
+        let mut bad = sound.clone();
+        bad.weights.pop();
+        assert!(bad.check(100).unwrap_err().contains("3 target tokens, but weights of 2"));
+        let none = sound.clone().weighing(&[0.0; 3]);
         none.check(100).unwrap();
         assert_eq!((none.targets.len(), none.input_len()), (0, 0));
         let mut bad = sound;

@@ -37,6 +37,7 @@ mod shards;
 mod spill;
 mod train;
 pub mod trainer;
+mod weights;
 mod workspace;
 
 pub use handler::Student;

@@ -15,7 +15,7 @@
 use std::{fs, path::Path};
 
 use retort_core::{Code, Error, Result, spec::Lora};
-use retort_llama::{Config, Model, Weights, copy_text_files};
+use retort_llama::{Config, Model, Weights, copy_text_files, write_tensors};
 use serde::{Deserialize, Serialize};
 use serde_json::json;
 use tch::{Device, Kind, TchError, Tensor};
@@ -121,7 +121,7 @@ impl Snapshot {
         let path = folder.join("trainer.json");
         fs::write(&path, json).map_err(|error| Error::io(&path, error))?;
         let write = |tensors: &[(String, Tensor)], name: &str| {
-            Tensor::write_safetensors(tensors, folder.join(name)).map_err(torch("cannot write the optimiser's state"))
+            write_tensors(&folder.join(name), tensors, Kind::Float).map_err(llama)
         };
         write(&self.optimizer, "optimizer.safetensors")?;
         self.outer.iter().try_for_each(|outer| write(outer, "outer.safetensors"))

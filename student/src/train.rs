@@ -35,6 +35,7 @@ use crate::{
     settings::Settings,
     shards::ShardStream,
     trainer::{Options, Progress, StepReport, Trainer},
+    weights::RowWeights,
     workspace::Workspace,
 };
 
@@ -84,8 +85,10 @@ fn planned_steps(order: &Order, passes: u32) -> Result<u32> {
 struct Spent {
     /// Waiting for rows: for the teacher, and for what reads them.
     rows: Duration,
-    /// Copying for checkpoints, and waiting until the one before was stored.
-    checkpoints: Duration,
+    /// Copying what a checkpoint holds.
+    copying: Duration,
+    /// Waiting with a checkpoint until the one before was stored.
+    storing: Duration,
     judging: Duration,
 }
 
@@ -277,7 +280,8 @@ impl<'a> Run<'a> {
         let (cx, teacher, folder) = (self.cx.clone(), Teacher::clone(&self.teacher), self.workspace.path());
         let stream = ShardStream::new(cx, self.attempt.clone(), Split::Train, teacher, folder.to_owned());
         let temperature = self.attempt.spec.loss_temperature();
-        TrainingData::new(stream, order, self.teacher.vocab_size, temperature, prompts, folder)
+        let weights = RowWeights::new(prompts, self.attempt.spec.teacher.mode, &self.teacher);
+        TrainingData::new(stream, order, self.teacher.vocab_size, temperature, weights, folder)
     }
 
     /// What the initial weights are chosen by, where they are; waits until it is published.
@@ -304,7 +308,8 @@ impl<'a> Run<'a> {
         for step in first..self.steps {
             let waits = Instant::now();
             let next = rows.recv().await;
-            self.spent.rows += waits.elapsed();
+            let waited = waits.elapsed();
+            self.spent.rows += waited;
             let Some(StepRows { examples, shards }) = next else {
                 // Its error says why; a cancelled attempt says so itself.
                 self.cx.check()?;
@@ -316,6 +321,7 @@ impl<'a> Run<'a> {
                 return Err(Error::internal(format!("the rows ended before step {step}")));
             };
             self.shards.extend(shards);
+            let beside_checkpoint = self.uploader.is_busy();
             let report = self.step(examples, u64::from(step) >= first_pass).await?;
             let every = self.attempt.spec.train.checkpoint_steps;
             let last = report.step == self.steps;
@@ -334,6 +340,9 @@ impl<'a> Run<'a> {
                     gradient_norm = report.gradient_norm,
                     learning_rate = report.learning_rate,
                     tokens_per_second = rate as u64,
+                    seconds = report.seconds,
+                    waited_for_rows_s = waited.as_secs_f64(),
+                    beside_checkpoint,
                     workers = self.lead.as_ref().map_or(1, Lead::workers),
                     held_out_kl,
                     held_out_top1 = held_out.map(|held_out| held_out.top1_agreement),
@@ -393,11 +402,12 @@ impl<'a> Run<'a> {
         let began = Instant::now();
         self.uploader.finish().await?;
         let checkpoint_key = self.chosen().await?;
-        let Spent { rows, checkpoints, judging } = self.spent;
+        let Spent { rows, copying, storing, judging } = self.spent;
         tracing::info!(
             computing_s = self.progress.seconds,
             waiting_for_rows_s = rows.as_secs_f64(),
-            checkpoints_s = checkpoints.as_secs_f64(),
+            copying_checkpoints_s = copying.as_secs_f64(),
+            waiting_for_checkpoints_s = storing.as_secs_f64(),
             last_checkpoint_s = began.elapsed().as_secs_f64(),
             judging_s = judging.as_secs_f64(),
             "trained to the end"

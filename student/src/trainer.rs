@@ -88,7 +88,7 @@ impl Share {
 
 /// Of all target tokens of these rows together.
 pub fn weight(examples: &[Example]) -> f64 {
-    examples.iter().map(|example| f64::from(example.weight) * example.targets.len() as f64).sum()
+    examples.iter().flat_map(|example| &example.weights).map(|&weight| f64::from(weight)).sum()
 }
 
 /// Name of the input embeddings, which are the head too where both are tied.

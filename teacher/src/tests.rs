@@ -68,6 +68,7 @@ pub(crate) fn rows(count: usize) -> Vec<Row> {
             tags: vec![format!("tag-{}", index % 2)],
             split: Some(Split::Train),
             completion: Some(format!("w{} w{} w41", 30 + index, 60 + index)),
+            pieces: vec![],
             weight: 1.0,
         }
     };

@@ -56,7 +56,19 @@ pub struct File {
 ///
 /// A file that an earlier try of the same attempt has uploaded already is kept if it is the same.
 /// `ObjectExists` if the manifest is there, or another file is.
-pub async fn publish(store: &Store, prefix: &str, dir: &Path, mut manifest: Manifest) -> Result<Manifest> {
+pub async fn publish(store: &Store, prefix: &str, dir: &Path, manifest: Manifest) -> Result<Manifest> {
+    put(store, prefix, dir, manifest, false).await
+}
+
+/// [`publish`] of a folder that is given up, and is gone once this succeeded. Where it lies on the store's own file
+/// system its files become the objects, and none is copied.
+pub async fn hand_over(store: &Store, prefix: &str, dir: &Path, manifest: Manifest) -> Result<Manifest> {
+    let manifest = put(store, prefix, dir, manifest, true).await?;
+    tokio::fs::remove_dir_all(dir).await.map_err(|error| Error::io(dir, error))?;
+    Ok(manifest)
+}
+
+async fn put(store: &Store, prefix: &str, dir: &Path, mut manifest: Manifest, may_link: bool) -> Result<Manifest> {
     let root = dir.to_owned();
     manifest.files = blocking(move || hash_folder(&root)).await?;
     manifest.schema_version = SCHEMA_VERSION;
@@ -64,7 +76,10 @@ pub async fn publish(store: &Store, prefix: &str, dir: &Path, mut manifest: Mani
         .map_err(|error| Error::internal(format!("the manifest of {prefix} has no JSON form: {error}")))?;
     for file in &manifest.files {
         let key = format!("{prefix}{}", file.path);
-        match store.put_new_file(&key, &dir.join(&file.path)).await {
+        let from = dir.join(&file.path);
+        let done =
+            if may_link { store.link_new_file(&key, &from).await } else { store.put_new_file(&key, &from).await };
+        match done {
             Err(error) if error.code == Code::ObjectExists && is_same(store, &key, file).await? => {}
             outcome => outcome?,
         }

@@ -31,7 +31,18 @@ pub struct Row {
     pub split: Option<Split>,
     /// What the assistant is to answer; score mode needs it.
     pub completion: Option<String>,
+    /// Of a completion that was given in pieces of other weights than 1: these, which end to end are all of it.
+    pub pieces: Vec<Piece>,
     /// Of each of its target tokens in training, 1 unless the file says otherwise; 0 trains on none of them.
+    pub weight: f64,
+}
+
+/// A part of a completion, whose target tokens have a weight of their own.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub struct Piece {
+    /// Of the completion's text; never 0.
+    pub bytes: usize,
+    /// Times the row's; 0 trains on none of them.
     pub weight: f64,
 }
 
@@ -60,6 +71,18 @@ impl Role {
     }
 }
 
+impl Row {
+    /// Weight of what stands at this byte of the completion; its last piece's of what stands behind it.
+    pub fn weight_at(&self, byte: usize) -> f64 {
+        let mut end = 0;
+        let piece = self.pieces.iter().find(|piece| {
+            end += piece.bytes;
+            byte < end
+        });
+        self.weight * piece.or(self.pieces.last()).map_or(1.0, |piece| piece.weight)
+    }
+}
+
 /// The form that lies in the store: every field written, keys in one order, training rows first,
 /// then held-out ones, each in file order. A row without a split counts as training.
 ///
@@ -72,7 +95,7 @@ pub fn to_jsonl(rows: &[Row]) -> Vec<u8> {
         tags: &'a [String],
         split: &'static str,
         #[serde(skip_serializing_if = "Option::is_none")]
-        completion: Option<&'a str>,
+        completion: Option<Completion<'a>>,
         // Left out where it is 1: a set of prompts is named by its content.
         #[serde(skip_serializing_if = "Option::is_none")]
         weight: Option<f64>,
@@ -85,7 +108,7 @@ pub fn to_jsonl(rows: &[Row]) -> Vec<u8> {
                 messages: &row.messages,
                 tags: &row.tags,
                 split: wanted.as_str(),
-                completion: row.completion.as_deref(),
+                completion: row.completion.as_deref().map(|text| Completion::of(text, &row.pieces)),
                 weight: (row.weight != 1.0).then_some(row.weight),
             };
             // Strings and lists of strings always have a JSON form, and a Vec always takes it.
@@ -95,6 +118,35 @@ pub fn to_jsonl(rows: &[Row]) -> Vec<u8> {
         }
     }
     text
+}
+
+/// A completion as it lies in the store.
+#[derive(Serialize)]
+#[serde(untagged)]
+enum Completion<'a> {
+    Text(&'a str),
+    Pieces(Vec<WeightedText<'a>>),
+}
+
+#[derive(Serialize)]
+struct WeightedText<'a> {
+    text: &'a str,
+    weight: f64,
+}
+
+impl<'a> Completion<'a> {
+    fn of(text: &'a str, pieces: &[Piece]) -> Self {
+        if pieces.is_empty() {
+            return Self::Text(text);
+        }
+        let mut rest = text;
+        let texts = pieces.iter().map_while(|piece| {
+            let (text, behind) = rest.split_at_checked(piece.bytes)?;
+            rest = behind;
+            Some(WeightedText { text, weight: piece.weight })
+        });
+        Self::Pieces(texts.collect())
+    }
 }
 
 /// Refuses a prompt set for score mode in which a row has no completion. `text` is what the rows

@@ -31,3 +31,4 @@ pub use part::{Keep, Part, Piece, Room, Share, host::HostPart, torch::TorchPart}
 pub use retort_model::{
     Architecture, ChatMessage, ChatTemplate, Config, Llama3Scaling, TextStream, Tokenizer, copy_text_files,
 };
+pub use weights::write_tensors;

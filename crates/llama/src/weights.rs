@@ -17,6 +17,7 @@ pub(crate) mod safetensors;
 #[cfg(test)]
 mod tests;
 
+pub use safetensors::write as write_tensors;
 use safetensors::{Dtype, Entry, SafetensorsFile};
 
 const SINGLE: &str = "model.safetensors";

@@ -12,11 +12,18 @@ pub struct TextStream<'a> {
     ids: Vec<u32>,
     /// How many of them have been told.
     told: usize,
+    /// Whether control tokens are left out.
+    skip_special: bool,
 }
 
 impl<'a> TextStream<'a> {
     pub fn new(tokenizer: &'a Tokenizer) -> Self {
-        Self { tokenizer, ids: Vec::new(), told: 0 }
+        Self { tokenizer, ids: Vec::new(), told: 0, skip_special: true }
+    }
+
+    /// That tells control tokens too.
+    pub(crate) fn of_all(tokenizer: &'a Tokenizer) -> Self {
+        Self { skip_special: false, ..Self::new(tokenizer) }
     }
 
     /// The text that a token completes, often one word, sometimes nothing yet.
@@ -38,8 +45,8 @@ impl<'a> TextStream<'a> {
     }
 
     fn pending(&self) -> Result<String> {
-        let before = self.tokenizer.decode(&self.ids[..self.told], true)?;
-        let all = self.tokenizer.decode(&self.ids, true)?;
+        let before = self.tokenizer.decode(&self.ids[..self.told], self.skip_special)?;
+        let all = self.tokenizer.decode(&self.ids, self.skip_special)?;
         // Where a token changes how those before it decode, what was told cannot be taken back.
         let same: usize = before
             .chars()

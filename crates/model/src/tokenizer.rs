@@ -8,7 +8,7 @@ use sha2::{Digest as _, Sha256};
 use time::OffsetDateTime;
 
 use crate::{
-    ChatMessage, ChatTemplate, chat_template,
+    ChatMessage, ChatTemplate, TextStream, chat_template,
     file::{malformed, read, read_json_if_there},
 };
 
@@ -95,6 +95,25 @@ impl Tokenizer {
     /// The text of token ids; bytes that are no UTF-8 become U+FFFD.
     pub fn decode(&self, ids: &[u32], skip_special: bool) -> Result<String> {
         self.inner.decode(ids, skip_special).map_err(|error| malformed(&self.place, error))
+    }
+
+    /// Where in `text` the character lies in which each token begins, bytes: 0 for tokens before the text, its length
+    /// for those behind it. `None` where the tokens do not spell it, white space around it aside, as when the
+    /// tokenizer normalises what it reads.
+    pub fn starts_in(&self, ids: &[u32], text: &str) -> Result<Option<Vec<usize>>> {
+        let (mut stream, mut told) = (TextStream::of_all(self), String::new());
+        let mut starts = Vec::with_capacity(ids.len());
+        for &id in ids {
+            starts.push(told.len());
+            told += &stream.push(id)?;
+        }
+        told += &stream.finish()?;
+        let trimmed = text.trim();
+        let before = text.len() - text.trim_start().len();
+        let found = told.find(text).map(|at| (at, 0));
+        let Some((at, from)) = found.or_else(|| told.find(trimmed).map(|at| (at, before))) else { return Ok(None) };
+        let place = |start: usize| if start < at { 0 } else { (start - at + from).min(text.len()) };
+        Ok(Some(starts.into_iter().map(place).collect()))
     }
 
     /// One more than the highest token id. A model's embedding may have more rows.

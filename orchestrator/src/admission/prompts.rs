@@ -22,7 +22,12 @@ pub fn measure(
     tokenizer: Result<&Tokenizer>,
     positions: u64,
 ) -> Result<RowCounts> {
-    if !rows.iter().any(|row| row.split != Some(Split::HeldOut) && row.weight > 0.0) {
+    let scored = spec.teacher.mode == TeacherMode::Score;
+    let weighs = |row: &Row| {
+        let pieces = !scored || row.pieces.is_empty() || row.pieces.iter().any(|piece| piece.weight > 0.0);
+        row.split != Some(Split::HeldOut) && row.weight > 0.0 && pieces
+    };
+    if !rows.iter().any(weighs) {
         let message = format!("{}: no training row has a weight above 0, so nothing would be trained", file.name);
         return Err(Error::new(Code::PromptSetTooSmall, message));
     }
@@ -31,8 +36,14 @@ pub fn measure(
     let mut counts = RowCounts::default();
     for (index, row) in rows.iter().enumerate() {
         let prompt = row.messages.iter().map(|message| tokens(tokenizer, &message.content)).sum::<Result<u64>>()?;
-        let target = match (spec.teacher.mode, &row.completion) {
-            (TeacherMode::Score, Some(completion)) => tokens(tokenizer, completion)?.saturating_add(1),
+        let target = match &row.completion {
+            Some(completion) if scored => {
+                let ids = tokenizer.encode(completion, false)?;
+                if !row.pieces.is_empty() && tokenizer.starts_in(&ids, completion)?.is_none() {
+                    return Err(changed(file, index));
+                }
+                (ids.len() as u64).saturating_add(1)
+            }
             _ => max_new_tokens,
         };
         if prompt.saturating_add(target) > positions {
@@ -55,6 +66,16 @@ pub fn measure(
 
 fn tokens(tokenizer: &Tokenizer, text: &str) -> Result<u64> {
     Ok(tokenizer.encode(text, false)?.len() as u64)
+}
+
+fn changed(file: &PromptFile, index: usize) -> Error {
+    let line = line_of(&file.text, index);
+    let message = format!(
+        "{} line {line}: the teacher's tokenizer changes the text of \"completion\", so that its pieces cannot be told apart; \
+         give it as one text, or without what is changed, such as letters that Unicode can compose",
+        file.name
+    );
+    Error::new(Code::PromptMalformed, message)
 }
 
 fn too_long(spec: &JobSpec, file: &PromptFile, index: usize, prompt: u64, target: u64, positions: u64) -> Error {

@@ -119,6 +119,20 @@ async fn prompt_files_are_refused_by_line() {
         write(folder, &prompts(8).replace("\"messages\"", "\"weight\": 0, \"messages\""));
     })
     .await;
+    let scored = |folder: &Path, spec: &mut JobSpec, completion: &str| {
+        spec.teacher.mode = TeacherMode::Score;
+        let completion = format!("\"completion\": {completion}, \"messages\"");
+        write(folder, &prompts(8).replace("\"messages\"", &completion));
+    };
+    check(Code::PromptSetTooSmall, "no training row has a weight above 0", |folder, spec| {
+        scored(folder, spec, r#"[{"text": "a", "weight": 0}, {"text": "b", "weight": 0}]"#);
+    })
+    .await;
+    // Its tokenizer knows no such word.
+    check(Code::PromptMalformed, "prompts.jsonl line 1: the teacher's tokenizer changes the text", |folder, spec| {
+        scored(folder, spec, r#"[{"text": "na\u00efve", "weight": 0}, {"text": " so"}]"#);
+    })
+    .await;
     check(Code::PromptMalformed, "prompts.jsonl line 1: there is no \"completion\"", |_, spec| {
         spec.teacher.mode = TeacherMode::Score;
     })

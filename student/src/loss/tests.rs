@@ -357,7 +357,7 @@ fn targets_of(teacher_nv: &Tensor, temperature: f64, ids: &[i64], bucket: bool) 
 #[test]
 fn a_weight_is_so_many_positions() {
     let (hidden_nh, weight_vh) = (random([9, H], 3), random([V, H], 4));
-    let row = |weight: f64| example(5, 2, 3, 6, V as u32).weighing(weight);
+    let row = |weight: f64| example(5, 2, 3, 6, V as u32).weighing(&[weight; 3]);
     let (mut heavy, mut often) = (Targets::default(), Targets::default());
     heavy.push(&row(3.0));
     (0..3).for_each(|_| often.push(&row(1.0)));

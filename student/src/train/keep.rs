@@ -27,10 +27,13 @@ use crate::{
 impl Run<'_> {
     /// Judges first, so that the manifest can say how good the checkpoint is.
     pub(super) async fn write_checkpoint(&mut self) -> Result<Option<HeldOut>> {
+        let judges = Instant::now();
         let held_out = self.judge().await?;
-        let began = Instant::now();
+        let waits = Instant::now();
         // One copy at a time.
         self.uploader.finish().await?;
+        self.spent.storing += waits.elapsed();
+        let copies = Instant::now();
         let step = self.progress.step;
         let best = self.attempt.spec.train.promote == Promote::Best && self.curve.ends_at_its_best();
         let promotable = best || step == self.steps;
@@ -39,6 +42,8 @@ impl Run<'_> {
         let copy =
             move |slot: &mut Option<Trainer>| Snapshot::of(slot.as_mut().ok_or_else(no_trainer)?, &target, promotable);
         let snapshot = self.thread.call(copy).await??;
+        let copying = copies.elapsed();
+        self.spent.copying += copying;
         self.checkpoint_key = paths::checkpoint(self.attempt.job.as_str(), step, self.attempt.epoch);
         let manifest = self.manifest(held_out);
         let written = write(
@@ -49,7 +54,13 @@ impl Run<'_> {
             promotable.then(|| self.export()),
         );
         self.uploader.start(written, folder, self.checkpoint_key.clone(), manifest).await?;
-        self.spent.checkpoints += began.elapsed();
+        tracing::info!(
+            step,
+            judged_s = (waits - judges).as_secs_f64(),
+            waited_s = (copies - waits).as_secs_f64(),
+            copied_s = copying.as_secs_f64(),
+            "a checkpoint is being written"
+        );
         Ok(held_out)
     }
 

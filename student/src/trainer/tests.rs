@@ -106,6 +106,40 @@ fn resumed(options: &Options) {
     }
 }
 
+/// A target token's weight is its part of the mean, however the rows are cut; one of weight 0 is as if it were none.
+#[test]
+fn target_tokens_count_by_their_weights() {
+    let weigh = |(i, row): (usize, Example)| {
+        let weights: Vec<f64> = (0..row.targets.len()).map(|p| [0.0, 1.0, 2.5, 0.125][(i + p) % 4]).collect();
+        row.weighing(&weights)
+    };
+    let rows: Vec<Example> = rows(0).into_iter().enumerate().map(weigh).collect();
+    let share = |rows: &[Example], max_tokens: usize| {
+        let limits = batch::Limits { max_tokens };
+        let mut trainer = Trainer::new(model(true), Options { limits, ..options() }).unwrap();
+        let share = trainer.share(rows, weight(rows), &|| Ok(())).unwrap();
+        let gradients = trainer.optimizer.trained().map(|(_, _, gradient)| gradient.view([-1])).collect::<Vec<_>>();
+        (share, Tensor::cat(&gradients, 0))
+    };
+    let (whole, gradient) = share(&rows, 10_000);
+    assert_eq!(whole.weight, weight(&rows));
+    for max_tokens in [1, 45] {
+        let (cut, of_cut) = share(&rows, max_tokens);
+        assert!((cut.loss - whole.loss).abs() < 1e-6 * whole.loss, "{} and {}", cut.loss, whole.loss);
+        let difference = difference(&gradient, &of_cut);
+        assert!(difference < 1e-6, "the gradient differs by {difference}");
+    }
+    // Each target by itself, times its weight.
+    let mut sum = 0.0;
+    for row in &rows {
+        for p in 0..row.targets.len() {
+            let only: Vec<f64> = (0..row.targets.len()).map(|other| f64::from(u8::from(other == p))).collect();
+            sum += f64::from(row.weights[p]) * share(&[row.clone().weighing(&only)], 10_000).0.loss;
+        }
+    }
+    assert!((whole.loss - sum).abs() < 1e-5 * sum, "{} is not {sum}", whole.loss);
+}
+
 #[test]
 fn an_exported_folder_is_whole_and_a_damaged_state_is_refused() {
     let folder = tempfile::tempdir().unwrap();

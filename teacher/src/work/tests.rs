@@ -43,6 +43,7 @@ fn order() -> Order {
         tags: vec!["a".to_owned(), "bc".to_owned()],
         split: None,
         completion: Some(format!("answer {index}")),
+        pieces: vec![],
         weight: 1.0,
     };
     Order {

@@ -91,8 +91,9 @@ pub fn train(
 }
 
 pub fn example(row: &Answered, support: SparseTargets) -> Example {
-    let targets = (0u32..).zip(&row.target_mask).filter(|(_, target)| **target).map(|(at, _)| at).collect();
-    Example { token_ids: row.token_ids.clone(), targets, support, weight: 1.0 }
+    let targets: Vec<u32> = (0u32..).zip(&row.target_mask).filter(|(_, target)| **target).map(|(at, _)| at).collect();
+    let weights = vec![1.0; targets.len()];
+    Example { token_ids: row.token_ids.clone(), targets, support, weights }
 }
 
 /// A row's whole distributions as a support of every token.

@@ -1,36 +1,42 @@
-//! retort's distillation step beside the plain PyTorch one of the same student, batch and precision, in one run:
-//! tokens a second and peak memory. The two take turns, each time in a fresh process.
+//! How fast a student trains: its step beside plain PyTorch's, and what a whole job pays besides steps, for rows and
+//! for checkpoints. `docs/student-speed.md` has the tables.
 
-use std::{
-    path::{Path, PathBuf},
-    process::{Command, ExitCode},
-    time::Duration,
-};
+mod job;
+mod journal;
+mod overheads;
+mod steps;
 
-use clap::Parser;
-use retort_tests::ticks::Ticks;
-use serde::{Deserialize, Serialize};
+use std::{path::PathBuf, process::ExitCode};
+
+use clap::{Parser, ValueEnum};
+use retort_tests::ticks::Others;
 use serde_json::json;
 
-type Failure = Box<dyn std::error::Error>;
+pub type Failure = Box<dyn std::error::Error>;
 
-/// Runs retort's distillation step beside plain PyTorch's, and prints the ratios.
+/// Runs retort's distillation step beside plain PyTorch's, then a whole job, and prints what was wanted and what came.
 #[derive(Parser)]
 #[command(name = "student", after_help = EXAMPLES)]
-struct Options {
-    /// Where set-up puts PyTorch's environment, and where figures go
+pub struct Options {
+    /// Teacher of the job: a Hugging Face folder
+    #[arg(long, value_name = "DIR")]
+    model: PathBuf,
+    /// Where set-up puts PyTorch's environment, and where figures and the job's home go
     #[arg(long, value_name = "DIR")]
     cache: PathBuf,
-    /// Turns of each side
+    /// One part alone
+    #[arg(long, value_name = "PART")]
+    only: Option<Part>,
+    /// Turns of each side of the steps
     #[arg(long, default_value_t = 5, value_parser = clap::value_parser!(u32).range(1..))]
     rounds: u32,
     /// Steps of a turn; the first is not counted
     #[arg(long, default_value_t = 6, value_parser = clap::value_parser!(u32).range(2..))]
     steps: u32,
-    /// Cores of each side; all of them when not given
+    /// Cores of each side, and of the job's workers; all of them when not given
     #[arg(long, value_name = "N", value_parser = clap::value_parser!(u32).range(1..))]
     threads: Option<u32>,
-    /// In bf16, which is slow where the CPU does not multiply it
+    /// Steps in bf16, which is slow where the CPU does not multiply it
     #[arg(long)]
     bf16: bool,
     /// Print the figures as JSON, not as tables
@@ -38,47 +44,18 @@ struct Options {
     json: bool,
 }
 
+#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
+enum Part {
+    /// The step beside plain PyTorch's
+    Steps,
+    /// What a job pays besides steps
+    Job,
+}
+
 const EXAMPLES: &str = "Examples:
   make bench-student
-  make bench-student BENCH_STUDENT='--rounds 2'
-  student --cache ~/.cache/retort --bf16 --json";
-
-/// One step's work.
-#[derive(Clone, Copy, Serialize)]
-struct Case {
-    vocab: u32,
-    batch: u32,
-    length: u32,
-    k: u32,
-    /// Of PyTorch's peak memory, at most.
-    memory_bar: f64,
-    /// Whether the rate has a bar too.
-    timed: bool,
-}
-
-const CASES: [Case; 2] = [
-    Case { vocab: 49_152, batch: 4, length: 512, k: 64, memory_bar: 0.40, timed: true },
-    Case { vocab: 128_256, batch: 2, length: 512, k: 64, memory_bar: 0.25, timed: false },
-];
-/// Of PyTorch's rate, at least.
-const RATE_BAR: f64 = 1.3;
-const RATE_BAR_BF16: f64 = 1.6;
-/// OpenMP's threads go on spinning after their work.
-const SETTLE: Duration = Duration::from_millis(500);
-
-#[derive(Clone, Copy, Deserialize, Serialize)]
-struct Turn {
-    tokens_per_s: f64,
-    peak_gb: f64,
-}
-
-/// Both sides' turns at a case.
-#[derive(Serialize)]
-struct Measured {
-    case: Case,
-    retort: Vec<Turn>,
-    pytorch: Vec<Turn>,
-}
+  make bench-student BENCH_STUDENT='--only job'
+  student --model DIR --cache ~/.cache/retort --rounds 2 --json";
 
 fn main() -> ExitCode {
     match run(&Options::parse()) {
@@ -94,127 +71,23 @@ fn main() -> ExitCode {
 }
 
 fn run(options: &Options) -> Result<String, Failure> {
-    let cores = std::thread::available_parallelism()?.get();
-    let threads = options.threads.map_or(cores, |threads| threads as usize);
-    let own = std::env::current_exe()?.with_file_name("kd_step");
-    let python = options.cache.join("venv-transformers/bin/python");
-    for (path, made_by) in
-        [(&own, "cargo build --workspace --examples"), (&python, "python3 setup/fetch.py transformers")]
-    {
-        if !path.exists() {
-            return Err(format!("{} is not there: run `{made_by}`", path.display()).into());
-        }
-    }
-    let script = Path::new(env!("CARGO_MANIFEST_DIR")).join("benches/student/pytorch_step.py");
-    let before = Ticks::now()?;
-    let mut measured: Vec<Measured> =
-        CASES.map(|case| Measured { case, retort: Vec::new(), pytorch: Vec::new() }).into();
-    for round in 1..=options.rounds {
-        for Measured { case, retort, pytorch } in &mut measured {
-            let mut theirs = Command::new(&python);
-            theirs.arg(&script);
-            for (side, mut command, turns) in [("retort", Command::new(&own), retort), ("pytorch", theirs, pytorch)] {
-                let turn = turn(command.args(arguments(case, options, threads)))
-                    .map_err(|error| format!("{side}, vocabulary {}: {error}", case.vocab))?;
-                let Turn { tokens_per_s, peak_gb } = turn;
-                eprintln!(
-                    "round {round} of {}: {side}, vocabulary {}: {tokens_per_s:.0} tokens/s, {peak_gb:.2} GB",
-                    options.rounds, case.vocab
-                );
-                turns.push(turn);
-            }
-        }
-    }
-    let others = Ticks::now()?.since(&before, cores);
-    let figures = json!({ "threads": threads, "bf16": options.bf16, "others": others, "measured": measured });
+    let wanted = |part| options.only.is_none_or(|only| only == part);
     let folder = options.cache.join("bench-student");
     std::fs::create_dir_all(&folder)?;
+    let steps = wanted(Part::Steps).then(|| steps::measure(options)).transpose()?;
+    let overheads = wanted(Part::Job).then(|| overheads::measure(options, &folder)).transpose()?;
+    let figures = json!({ "steps": steps, "job": overheads });
     std::fs::write(folder.join("figures.json"), format!("{figures:#}\n"))?;
     if options.json {
         return Ok(format!("{figures:#}"));
     }
-    let quiet = if others.quiet() { "" } else { "\n**Something else was running: do not quote these figures.**" };
-    let dtype = if options.bf16 { "bf16" } else { "float32" };
-    let rate_bar = if options.bf16 { RATE_BAR_BF16 } else { RATE_BAR };
-    let head = format!(
-        "{dtype}, {threads} threads each, {} rounds. Others used {:.2} cores meanwhile, and the host kept {:.2}.{quiet}\n\n\
-         | step | | retort | plain PyTorch | ratio of medians | of rounds | wanted | |\n|---|---|---|---|---|---|---|---|",
-        options.rounds, others.used, others.stolen
-    );
-    let rows = measured.iter().flat_map(|measured| {
-        let bar = measured.case.timed.then_some(rate_bar);
-        [
-            row(
-                measured,
-                "tokens/s",
-                |turn| turn.tokens_per_s,
-                |ratio| bar.map(|bar| (format!("{bar}"), ratio >= bar)),
-            ),
-            row(
-                measured,
-                "peak, GB",
-                |turn| turn.peak_gb,
-                |ratio| {
-                    let bar = measured.case.memory_bar;
-                    Some((format!("at most {bar}"), ratio <= bar))
-                },
-            ),
-        ]
-    });
-    Ok(std::iter::once(head).chain(rows).collect::<Vec<_>>().join("\n"))
+    let tables = [steps.map(|steps| steps.table()), overheads.map(|overheads| overheads.table())];
+    Ok(tables.into_iter().flatten().collect::<Vec<_>>().join("\n\n"))
 }
 
-fn arguments(case: &Case, options: &Options, threads: usize) -> Vec<String> {
-    let numbers = [
-        ("--vocab", case.vocab),
-        ("--batch", case.batch),
-        ("--length", case.length),
-        ("--k", case.k),
-        ("--steps", options.steps),
-        ("--threads", threads as u32),
-    ];
-    let numbers = numbers.into_iter().flat_map(|(name, number)| [name.to_owned(), number.to_string()]);
-    numbers.chain(options.bf16.then(|| "--bf16".to_owned())).collect()
-}
-
-/// The last line that a side prints.
-fn turn(command: &mut Command) -> Result<Turn, Failure> {
-    std::thread::sleep(SETTLE);
-    let done = command.output()?;
-    if !done.status.success() {
-        let why = String::from_utf8_lossy(&done.stderr);
-        return Err(format!("{}: {}", done.status, why.lines().last().unwrap_or("it said nothing")).into());
-    }
-    let said = String::from_utf8(done.stdout)?;
-    Ok(serde_json::from_str(said.lines().last().unwrap_or_default())?)
-}
-
-fn row(
-    measured: &Measured,
-    what: &str,
-    of: impl Fn(&Turn) -> f64,
-    judge: impl Fn(f64) -> Option<(String, bool)>,
-) -> String {
-    let Measured { case, retort, pytorch } = measured;
-    let median = |turns: &[Turn]| {
-        let mut numbers: Vec<f64> = turns.iter().map(&of).collect();
-        numbers.sort_by(f64::total_cmp);
-        numbers[numbers.len() / 2]
-    };
-    let ratios = || retort.iter().zip(pytorch).map(|(ours, theirs)| of(ours) / of(theirs));
-    let (least, greatest) = (ratios().fold(f64::INFINITY, f64::min), ratios().fold(0.0, f64::max));
-    let (ours, theirs) = (median(retort), median(pytorch));
-    let (bar, met) = match judge(ours / theirs) {
-        Some((bar, met)) => (bar, if met { "met" } else { "**missed**" }),
-        None => (String::new(), ""),
-    };
-    let digits = if ours >= 10.0 { 0 } else { 2 };
-    format!(
-        "| vocabulary {}, {} x {}, k {} | {what} | {ours:.digits$} | {theirs:.digits$} | {:.2} | {least:.2} to {greatest:.2} | {bar} | {met} |",
-        case.vocab,
-        case.batch,
-        case.length,
-        case.k,
-        ours / theirs
-    )
+/// Who else used the machine, as every table says it.
+fn quiet(others: Others) -> String {
+    let Others { used, stolen } = others;
+    let warning = if others.quiet() { "" } else { "\n**Something else was running: do not quote these figures.**" };
+    format!("Others used {used:.2} cores meanwhile, and the host kept {stolen:.2}.{warning}")
 }

@@ -81,6 +81,24 @@ async fn a_broken_upload_is_finished_but_never_mixed() {
 }
 
 #[tokio::test]
+async fn a_folder_that_is_handed_over_is_gone_and_stands_in_the_store() {
+    let bench = bench();
+    let out = bench.folder.path().join("out");
+    // What is there already is another's: the folder stays as it was.
+    let taken = paths::checkpoint("j", 20, 3);
+    bench.store.put_new(&format!("{taken}state/optimizer"), "sgd".into()).await.unwrap();
+    let manifest = || Manifest { job: "j".to_owned(), ..Manifest::default() };
+    assert_eq!(hand_over(&bench.store, &taken, &out, manifest()).await.unwrap_err().code, Code::ObjectExists);
+    let prefix = paths::checkpoint("j", 21, 3);
+    let written = hand_over(&bench.store, &prefix, &out, manifest()).await.unwrap();
+    assert!(!out.exists());
+    let into = bench.folder.path().join("in");
+    assert_eq!(fetch(&bench.store, &prefix, &into).await.unwrap(), written);
+    assert_eq!(written.files.len(), 3);
+    assert_eq!(std::fs::read(into.join("model/model.safetensors")).unwrap(), vec![7; 100_000]);
+}
+
+#[tokio::test]
 async fn damage_is_found_and_named() {
     let bench = bench();
     bench.publish(20, 3).await.unwrap();

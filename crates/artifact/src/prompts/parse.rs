@@ -6,7 +6,7 @@ use retort_core::{Code, Error, Result};
 use serde_json::{Map, Value};
 
 use super::{
-    Message, Role, Row, Split,
+    Message, Piece, Role, Row, Split,
     text::{Unique, is_blank, without_nul},
 };
 
@@ -21,7 +21,8 @@ const MAX_TAGS: usize = 64;
 const ROW_KEYS: [&str; 6] = ["id", "messages", "tags", "split", "completion", "weight"];
 /// Largest weight of a row.
 const MAX_WEIGHT: f64 = 1000.0;
-const MESSAGE_KEYS: [&str; 2] = ["role", "content"];
+const PIECE_KEYS: [&str; 2] = ["text", "weight"];
+const MESSAGE_KEYS: [&str; 3] = ["role", "content", "weight"];
 const ROLES: [&str; 3] = ["system", "user", "assistant"];
 const SPLITS: [&str; 2] = ["train", "held_out"];
 
@@ -110,35 +111,79 @@ pub fn parse_line(name: &str, line_no: usize, line: &str) -> Result<Row> {
         Some(other) => return Err(bad(format!("\"messages\" must be a list, it is {}", kind(&other)))),
         None => return Err(bad("\"messages\" is missing".to_owned())),
     };
+    let (completion, pieces) = match object.remove("completion") {
+        None | Some(Value::Null) => (None, Vec::new()),
+        Some(Value::String(text)) => (Some(text), Vec::new()),
+        Some(Value::Array(list)) => in_pieces(list).map(|(text, pieces)| (Some(text), pieces)).map_err(bad)?,
+        Some(other) => {
+            return Err(bad(format!("\"completion\" must be a string or a list of pieces, it is {}", kind(&other))));
+        }
+    };
+    if completion.as_deref().is_some_and(is_blank) {
+        let message = format!("{place}: \"completion\" is empty; leave it out or fill it");
+        return Err(Error::new(Code::PromptEmpty, message));
+    }
     Ok(Row {
         id: optional_text(&mut object, "id").map_err(bad)?.unwrap_or_else(|| format!("row-{line_no}")),
         messages,
         tags: tags(object.remove("tags")).map_err(bad)?,
         split: split(object.remove("split")).map_err(bad)?,
-        completion: match object.remove("completion") {
-            None | Some(Value::Null) => None,
-            Some(Value::String(text)) if is_blank(&text) => {
-                return Err(Error::new(
-                    Code::PromptEmpty,
-                    format!("{place}: \"completion\" is empty; leave it out or fill it"),
-                ));
-            }
-            Some(Value::String(text)) => Some(without_nul("\"completion\"", text).map_err(bad)?),
-            Some(other) => return Err(bad(format!("\"completion\" must be a string, it is {}", kind(&other)))),
-        },
-        weight: weight(object.remove("weight")).map_err(bad)?,
+        completion: completion.map(|text| without_nul("\"completion\"", text)).transpose().map_err(bad)?,
+        pieces,
+        weight: weight("\"weight\"", object.remove("weight")).map_err(bad)?,
     })
 }
 
-fn weight(value: Option<Value>) -> Result<f64, String> {
+/// A completion's text, and its pieces unless all of them weigh 1.
+fn in_pieces(list: Vec<Value>) -> Result<(String, Vec<Piece>), String> {
+    let (mut whole, mut pieces) = (String::new(), Vec::with_capacity(list.len()));
+    for (i, value) in list.into_iter().enumerate() {
+        let Value::Object(mut object) = value else {
+            return Err(format!("completion[{i}] must be an object with \"text\" and \"weight\""));
+        };
+        refuse_unknown_keys(&object, &format!("completion[{i}]."), &PIECE_KEYS)?;
+        let text = match object.remove("text") {
+            Some(Value::String(text)) => text,
+            Some(other) => return Err(format!("completion[{i}].text must be a string, it is {}", kind(&other))),
+            None => return Err(format!("completion[{i}].text is missing")),
+        };
+        if text.is_empty() {
+            return Err(format!("completion[{i}].text is empty; leave the piece out"));
+        }
+        let weight = weight(&format!("completion[{i}].weight"), object.remove("weight"))?;
+        pieces.push(Piece { bytes: text.len(), weight });
+        whole += &text;
+    }
+    if pieces.iter().all(|piece| piece.weight == 1.0) {
+        pieces.clear();
+    }
+    Ok((whole, pieces))
+}
+
+fn weight(what: &str, value: Option<Value>) -> Result<f64, String> {
     match value {
         None | Some(Value::Null) => Ok(1.0),
         Some(Value::Number(number)) => match number.as_f64() {
             Some(weight) if (0.0..=MAX_WEIGHT).contains(&weight) => Ok(weight),
-            _ => Err(format!("\"weight\" is {number}; it must lie between 0 and {MAX_WEIGHT}")),
+            _ => Err(format!("{what} is {number}; it must lie between 0 and {MAX_WEIGHT}")),
         },
-        Some(other) => Err(format!("\"weight\" must be a number, it is {}", kind(&other))),
+        Some(other) => Err(format!("{what} must be a number, it is {}", kind(&other))),
     }
+}
+
+/// A turn before the completion is read and never trained on, which 0 says too.
+fn refuse_weight(i: usize, role: Role, value: Value) -> Result<(), String> {
+    let weight = weight(&format!("messages[{i}].weight"), Some(value))?;
+    if weight == 0.0 && role == Role::Assistant {
+        return Ok(());
+    }
+    Err(match role {
+        Role::Assistant => format!(
+            "messages[{i}].weight is {weight}, but turns before the completion are not trained on; give this one as the \
+             \"completion\" of a row of its own, or 0"
+        ),
+        _ => format!("messages[{i}].weight: only an assistant turn may have one"),
+    })
 }
 
 fn messages(place: &str, list: Vec<Value>) -> Result<Vec<Message>> {
@@ -175,6 +220,9 @@ fn messages(place: &str, list: Vec<Value>) -> Result<Vec<Message>> {
             return Err(Error::new(Code::PromptEmpty, format!("{place}: messages[{i}].content is empty")));
         }
         let content = without_nul(&format!("messages[{i}].content"), content).map_err(bad)?;
+        if let Some(value) = object.remove("weight").filter(|value| !value.is_null()) {
+            refuse_weight(i, role, value).map_err(bad)?;
+        }
         if role == Role::System && i > 0 {
             return Err(bad(format!("messages[{i}] is a system turn; only the first message may be one")));
         }

@@ -13,6 +13,7 @@ fn row(id: &str, text: &str, split: Option<Split>) -> Row {
         tags: vec![],
         split,
         completion: None,
+        pieces: vec![],
         weight: 1.0,
     }
 }
@@ -68,7 +69,7 @@ fn each_malformed_line_has_its_message() {
         (r#"{"messages": ["hi"]}"#, r#"messages[0] must be an object with "role" and "content""#),
         (
             r#"{"messages": [{"rolle": "user"}]}"#,
-            r#"unknown key "messages[0].rolle", did you mean "role"?; known are role, content"#,
+            r#"unknown key "messages[0].rolle", did you mean "role"?; known are role, content, weight"#,
         ),
         (r#"{"messages": [{"content": "x"}]}"#, "messages[0].role is missing"),
         (r#"{"messages": [{"role": 1, "content": "x"}]}"#, "messages[0].role must be a string, it is a number"),
@@ -126,7 +127,7 @@ fn each_malformed_line_has_its_message() {
         ),
         (
             r#"{"messages": [{"role": "user", "content": "a"}], "completion": {}}"#,
-            r#""completion" must be a string, it is an object"#,
+            r#""completion" must be a string or a list of pieces, it is an object"#,
         ),
     ];
     for (line, expected) in cases {
@@ -413,4 +414,67 @@ fn a_weight_is_kept_and_one_is_not_written() {
     assert_eq!(lines, [true, false, true]);
     let again = parse("p", &stored).unwrap();
     assert_eq!(again.iter().map(|row| row.weight).collect::<Vec<_>>(), [2.5, 1.0, 0.0]);
+}
+
+const IN_PIECES: &str = r#"{"id":"a","messages":[{"role":"user","content":"x"}],"tags":[],"split":"train","completion":[{"text":"Look: ","weight":0.0},{"text":"h\u00e9","weight":2.5},{"text":"!","weight":1.0}]}"#;
+
+#[test]
+fn a_completion_may_come_in_weighted_pieces() {
+    let row = parse_line("p", 1, IN_PIECES).unwrap();
+    assert_eq!(row.completion.as_deref(), Some("Look: h\u{e9}!"));
+    assert_eq!(row.pieces.iter().map(|piece| piece.bytes).collect::<Vec<_>>(), [6, 3, 1]);
+    let at = |row: &Row| [0, 5, 6, 8, 9, 10, 99].map(|byte| row.weight_at(byte));
+    assert_eq!(at(&row), [0.0, 0.0, 2.5, 2.5, 1.0, 1.0, 1.0], "what is behind has the last one's");
+    assert_eq!(at(&Row { weight: 2.0, ..row.clone() }), [0.0, 0.0, 5.0, 5.0, 2.0, 2.0, 2.0]);
+    assert_eq!(
+        String::from_utf8(to_jsonl(std::slice::from_ref(&row))).unwrap(),
+        IN_PIECES.replace("\\u00e9", "\u{e9}") + "\n"
+    );
+    // Of weights that say nothing nothing is kept: the set is named as if they had not been given.
+    let plain = |completion: &str| {
+        let line = format!(r#"{{"messages":[{{"role":"user","content":"x"}}],"completion":{completion}}}"#);
+        to_jsonl(&[parse_line("p", 1, &line).unwrap()])
+    };
+    assert_eq!(plain(r#"[{"text":"Lo"},{"text":"ok","weight":1}]"#), plain(r#""Look""#));
+}
+
+#[test]
+fn each_malformed_piece_has_its_message() {
+    let cases = [
+        ("7", "\"completion\" must be a string or a list of pieces, it is a number"),
+        ("[7]", "completion[0] must be an object with \"text\" and \"weight\""),
+        (
+            r#"[{"text":"a"},{"txt":"b"}]"#,
+            r#"unknown key "completion[1].txt", did you mean "text"?; known are text, weight"#,
+        ),
+        (r#"[{"weight":0}]"#, "completion[0].text is missing"),
+        (r#"[{"text":null}]"#, "completion[0].text must be a string, it is null"),
+        (r#"[{"text":"a"},{"text":""}]"#, "completion[1].text is empty; leave the piece out"),
+        (r#"[{"text":"a","weight":-1}]"#, "completion[0].weight is -1; it must lie between 0 and 1000"),
+        (r#"[{"text":"a","weight":"1"}]"#, "completion[0].weight must be a number, it is a string"),
+        (r#"[]"#, "\"completion\" is empty; leave it out or fill it"),
+        (r#"[{"text":" "},{"text":"\n","weight":0}]"#, "\"completion\" is empty; leave it out or fill it"),
+        (r#"[{"text":"a\u0000","weight":0}]"#, "\"completion\" has the character U+0000 in it; remove it"),
+    ];
+    for (completion, expected) in cases {
+        let line = format!(r#"{{"messages":[{{"role":"user","content":"x"}}],"completion":{completion}}}"#);
+        assert_eq!(line_error(&line).1, expected, "{completion}");
+    }
+}
+
+#[test]
+fn an_earlier_turn_may_say_that_it_is_not_trained_on() {
+    let line = |role: &str, weight: &str| {
+        format!(
+            r#"{{"messages":[{{"role":"user","content":"a"}},{{"role":"{role}","content":"b","weight":{weight}}},{{"role":"user","content":"c"}}]}}"#
+        )
+    };
+    assert_eq!(parse_line("p", 1, &line("assistant", "0")).unwrap().messages[1], message(Role::Assistant, "b"));
+    assert_eq!(
+        line_error(&line("assistant", "1")).1,
+        "messages[1].weight is 1, but turns before the completion are not trained on; give this one as the \"completion\" of a \
+         row of its own, or 0"
+    );
+    assert_eq!(line_error(&line("user", "0")).1, "messages[1].weight: only an assistant turn may have one");
+    assert_eq!(line_error(&line("assistant", "\"no\"")).1, "messages[1].weight must be a number, it is a string");
 }

@@ -140,6 +140,26 @@ async fn large_files_travel_in_pieces() {
 }
 
 #[tokio::test]
+async fn a_file_that_is_given_up_becomes_the_object() {
+    use std::os::unix::fs::MetadataExt as _;
+    let (folder, store) = store();
+    let file = folder.path().join("weights");
+    std::fs::write(&file, b"weights").unwrap();
+    let inode = |path: &Path| std::fs::metadata(path).unwrap().ino();
+    store.link_new_file("m/linked", &file).await.unwrap();
+    assert_eq!(inode(&store.root().join("m/linked")), inode(&file), "it was copied");
+    assert_eq!(store.link_new_file("m/linked", &file).await.unwrap_err().code, Code::ObjectExists);
+    assert_eq!(store.link_new_file("m/other", &folder.path().join("none")).await.unwrap_err().code, Code::FileNotFound);
+    // Whose file it leads to, nobody knows.
+    let pointer = folder.path().join("pointer");
+    std::os::unix::fs::symlink(&file, &pointer).unwrap();
+    store.link_new_file("m/copied", &pointer).await.unwrap();
+    assert_ne!(inode(&store.root().join("m/copied")), inode(&file));
+    assert_eq!(store.get("m/copied", 100).await.unwrap(), "weights");
+    assert_eq!(files(&store).len(), 2, "nothing staged is left");
+}
+
+#[tokio::test]
 async fn prefixes_are_listed_copied_and_removed() {
     let (_folder, store) = store();
     for key in ["jobs/a/2", "jobs/a/1", "jobs/a/sub/3", "jobs/ab/4"] {

@@ -24,13 +24,27 @@ impl Store {
     /// Writes a file's content as an object that must not exist yet, without holding it in
     /// memory. Errors as [`Self::put_new`]; a file that cannot be read is named.
     pub async fn put_new_file(&self, key: &str, file: &Path) -> Result<()> {
+        self.put_staged(key, file, false).await
+    }
+
+    /// [`Self::put_new_file`] of a file that nobody writes to again: where it lies on the store's own file system
+    /// it becomes the object itself, and none of it is copied.
+    pub async fn link_new_file(&self, key: &str, file: &Path) -> Result<()> {
+        self.put_staged(key, file, true).await
+    }
+
+    async fn put_staged(&self, key: &str, file: &Path, may_link: bool) -> Result<()> {
         let to = self.key(key)?;
         // Spares a long upload that is sure to be refused; the copy below is what decides.
         if self.exists(key).await? {
             return Err(self.fault(key, object_store::Error::AlreadyExists { path: key.to_owned(), source: "".into() }));
         }
         let staged = self.key(&paths::staging(&unique()))?;
-        let uploaded = self.upload(key, &staged, file).await;
+        let linked = if may_link { self.link(&staged, file).await } else { Ok(false) };
+        let uploaded = match linked {
+            Ok(false) => self.upload(key, &staged, file).await,
+            linked => linked.map(drop),
+        };
         let published = match uploaded {
             Ok(()) => {
                 let create = CopyOptions { mode: CopyMode::Create, ..CopyOptions::default() };
@@ -179,6 +193,25 @@ impl Store {
         }
         *left = left.saturating_sub(piece.len() as u64);
         Ok(Some(piece))
+    }
+
+    /// Gives a file a second name in the store, and flushes it to the disk; false where that cannot be done, on
+    /// another file system or of what is no plain file.
+    async fn link(&self, staged: &object_store::path::Path, file: &Path) -> Result<bool> {
+        let metadata = tokio::fs::symlink_metadata(file).await.map_err(|error| Error::io(file, error))?;
+        if !metadata.is_file() {
+            return Ok(false);
+        }
+        let to = self.root().join(staged.as_ref());
+        if let Some(folder) = to.parent() {
+            tokio::fs::create_dir_all(folder).await.map_err(|error| Error::io(folder, error))?;
+        }
+        if tokio::fs::hard_link(file, &to).await.is_err() {
+            return Ok(false);
+        }
+        let flushed = async { tokio::fs::File::open(&to).await?.sync_all().await };
+        flushed.await.map_err(|error| Error::io(&to, error))?;
+        Ok(true)
     }
 
     async fn upload(&self, key: &str, staged: &object_store::path::Path, file: &Path) -> Result<()> {

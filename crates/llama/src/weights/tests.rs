@@ -119,6 +119,11 @@ fn written_tensors_read_back_in_every_kind() {
     let values = Tensor::from_slice(&[1.5_f32, -2.25, 0.0, 1024.0, 0.5, 3.0]).view([2, 3]);
     // A transposed view, which is not contiguous.
     let tensors = [("x".to_owned(), values.transpose(0, 1)), ("a.b".to_owned(), values.get(1))];
+    // More than is written at a time, and no multiple of it.
+    let large = Tensor::arange(100_003, (Kind::Float, Device::Cpu));
+    safetensors::write(&path, &[("large".to_owned(), large.shallow_clone())], Kind::Float).unwrap();
+    let read = Folder::open(dir.path()).unwrap().tensor("large", &[100_003], Device::Cpu, Kind::Float).unwrap();
+    assert!(read.equal(&large));
     for kind in [Kind::Float, Kind::Half, Kind::BFloat16, Kind::Double] {
         safetensors::write(&path, &tensors, kind).unwrap();
         let folder = Folder::open(dir.path()).unwrap();

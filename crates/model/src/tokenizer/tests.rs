@@ -52,6 +52,24 @@ fn text_goes_there_and_back() {
 }
 
 #[test]
+fn tokens_are_found_in_the_text_that_they_spell() {
+    let dir = tempfile::tempdir().unwrap();
+    write(dir.path());
+    let tokenizer = Tokenizer::from_dir(dir.path()).unwrap();
+    let starts = |written: &str, text: &str| {
+        let ids = tokenizer.encode(written, false).unwrap();
+        tokenizer.starts_in(&ids, text).unwrap()
+    };
+    // Before it, in it (two bytes of one letter), and behind it.
+    assert_eq!(starts("\na\u{e9}b<s>", "a\u{e9}b"), Some(vec![0, 0, 1, 1, 3, 4]));
+    assert_eq!(starts("a<s>b", "a<s>b"), Some(vec![0, 1, 4]), "a control token that stands in it is part of it");
+    // A chat template may trim it.
+    assert_eq!(starts("ab<s>", "  ab\n"), Some(vec![2, 3, 4]));
+    assert_eq!(starts("abc", "abd"), None);
+    assert_eq!(starts("", "a"), None);
+}
+
+#[test]
 fn the_text_files_copy() {
     let (dir, into) = (tempfile::tempdir().unwrap(), tempfile::tempdir().unwrap());
     write(dir.path());

@@ -20,6 +20,7 @@ use crate::{
     shards::ShardStream,
     train::{no_trainer, spec_sha256},
     trainer::{Options, Trainer},
+    weights::RowWeights,
     workspace::Workspace,
 };
 
@@ -41,7 +42,8 @@ pub(crate) async fn replica(
     let stream = ShardStream::new(cx.clone(), attempt.clone(), Split::Train, (*teacher).clone(), folder.clone());
     let first_pass = order.steps_per_pass();
     let (temperature, prompts) = (attempt.spec.loss_temperature(), cx.prompt_set(attempt).await?);
-    let data = TrainingData::new(stream, order, teacher.vocab_size, temperature, prompts, &folder)?;
+    let weights = RowWeights::new(prompts, attempt.spec.teacher.mode, &teacher);
+    let data = TrainingData::new(stream, order, teacher.vocab_size, temperature, weights, &folder)?;
     let options = Options { train: attempt.spec.train.clone(), steps: task.steps, limits: settings.limits() };
     let mut follower = Follower {
         attempt,
