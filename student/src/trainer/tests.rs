@@ -301,7 +301,10 @@ fn the_plan_knows_the_sizes() {
             let model = model(tied);
             let config = model.config().clone();
             let planned = Student { config: &config, lora, train: &train, longest_row: 9 }.training();
-            let model = lora.map_or(Ok(model), |lora| model.adapt(lora, 1)).unwrap();
+            let model = match lora {
+                Some(lora) => model.adapt(lora, 1).unwrap(),
+                None => model,
+            };
             let trainer = Trainer::new(model, Options { train, ..options() }).unwrap();
             assert_eq!(trainer.trainable(), planned.trained_parameters, "{lora:?} {freeze_embeddings} {tied}");
         }
