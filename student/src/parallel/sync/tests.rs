@@ -251,7 +251,7 @@ async fn the_last_word_to_a_replica_says_why() {
         };
         let ((), last) =
             tokio::time::timeout(Duration::from_secs(4), async { tokio::join!(close, last) }).await.unwrap();
-        assert_eq!(last.as_deref(), done.then_some("training-ended"));
+        assert_eq!(last.as_deref() == Some("training-ended"), done, "{last:?}");
     }
 }
 
