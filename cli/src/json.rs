@@ -96,6 +96,37 @@ pub fn plan(plan: &proto::Plan) -> Value {
         "teacher_parameters": plan.teacher_parameters,
         "student_parameters": plan.student_parameters,
         "max_store_bytes": plan.max_store_bytes,
+        "training": plan.training.as_ref().map(training),
+    })
+}
+
+fn training(training: &proto::TrainingPlan) -> Value {
+    let place = |place: &proto::TrainingPlace| {
+        json!({
+            "device": place.device,
+            "dtype": place.dtype,
+            "micro_batch_tokens": place.micro_batch_tokens,
+            "head_positions": place.head_positions,
+            "memory": place.memory.as_ref().map(|memory| json!({
+                "weights": memory.weights,
+                "gradients": memory.gradients,
+                "optimizer": memory.optimizer,
+                "exchange": memory.exchange,
+                "head": memory.head,
+                "activations": memory.activations,
+                "activations_checkpointed": memory.activations_checkpointed,
+                "program": memory.program,
+                "total": memory.total,
+                "checkpoint_copy": memory.checkpoint_copy,
+            })),
+        })
+    };
+    json!({
+        "batch_rows": training.batch_rows,
+        "micro_batch_tokens": training.micro_batch_tokens,
+        "trained_parameters": training.trained_parameters,
+        "checkpoints_activations": training.checkpoints_activations,
+        "places": training.places.iter().map(place).collect::<Vec<_>>(),
     })
 }
 
@@ -134,7 +165,12 @@ pub fn report(report: &proto::Report) -> Value {
         "bytes_per_token": report.bytes_per_token,
         "teacher_tokens_per_second": report.teacher_tokens_per_second,
         "student_tokens_per_second": report.student_tokens_per_second,
-        "trained_tokens": report.trained_tokens,
+        "processed_tokens": report.processed_tokens,
+        "trained_target_tokens": told(report.trained_target_tokens),
+        "trained_parameters": told(report.trained_parameters),
+        "lora_rank": told(report.lora_rank.into()),
+        "ema_decay": (report.ema_decay > 0.0).then_some(report.ema_decay),
+        "workers": told(report.workers.into()),
         "redone": report.redone.iter().map(redone).collect::<Vec<_>>(),
         "reused": report.reused,
         "soft_targets": report.soft_targets.as_ref().map(|stored| json!({
@@ -146,6 +182,11 @@ pub fn report(report: &proto::Report) -> Value {
         "promoted": report.promoted,
         "artifacts": artifacts,
     })
+}
+
+/// `null` of what was not used, or that no worker told.
+fn told(number: u64) -> Option<u64> {
+    (number > 0).then_some(number)
 }
 
 /// `queued`, `running`, `succeeded`, `rejected`, `failed` or `cancelled`.

@@ -9,6 +9,7 @@ mod command;
 mod export;
 mod follow;
 mod home;
+mod job_plan;
 mod json;
 mod model_folder;
 mod outcome;

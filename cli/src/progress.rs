@@ -64,6 +64,17 @@ impl View {
         }
     }
 
+    /// Text for people that stays above the bars; whoever reads JSON is told otherwise.
+    pub fn say(&mut self, text: &str) {
+        for line in text.lines() {
+            let line = retort_process::escaped(line);
+            match &self.bars {
+                Some(bars) => bars.print(&line),
+                None => self.output.text(&line),
+            }
+        }
+    }
+
     /// Clears the bars; what is printed next stands on its own.
     pub fn finish(&mut self) {
         if let Some(bars) = self.bars.take() {

@@ -85,10 +85,10 @@ fn cost(job: &proto::Job, report: &proto::Report) -> String {
     if report.reused == 0 || report.teacher_tokens_per_second > 0.0 {
         row("teacher", format!("{} tokens/s", rate(report.teacher_tokens_per_second)));
     }
-    row(
-        "student",
-        format!("{} tokens/s, {} tokens trained", rate(report.student_tokens_per_second), count(report.trained_tokens)),
-    );
+    row("student", format!("{} tokens/s, {}", rate(report.student_tokens_per_second), processed(report)));
+    for (name, value) in trained(job, report) {
+        row(name, value);
+    }
     let redone = report.redone.len();
     row(
         "redone",
@@ -110,6 +110,37 @@ fn cost(job: &proto::Job, report: &proto::Report) -> String {
         text.push_str(&format!("  and {} more\n", redone - REDONE));
     }
     text
+}
+
+/// `103,701 tokens processed, 34,567 of them targets`.
+fn processed(report: &proto::Report) -> String {
+    let processed = format!("{} tokens processed", count(report.processed_tokens));
+    match report.trained_target_tokens {
+        0 => processed,
+        targets => format!("{processed}, {} of them targets", count(targets)),
+    }
+}
+
+/// How it was trained, where that is not one worker training the whole student.
+fn trained(job: &proto::Job, report: &proto::Report) -> Vec<(&'static str, String)> {
+    let mut rows = Vec::new();
+    let all = job.plan.as_ref().map_or(0, |plan| plan.student_parameters);
+    let of = if all > 0 { format!(" of {}", count(all)) } else { String::new() };
+    let trained = format!("{}{of} parameters", count(report.trained_parameters));
+    match report.lora_rank {
+        0 if report.trained_parameters == 0 || report.trained_parameters == all => {}
+        0 => rows.push(("trained", trained)),
+        rank if report.trained_parameters == 0 => rows.push(("adapters", format!("LoRA, rank {rank}"))),
+        rank => rows.push(("adapters", format!("LoRA, rank {rank}: {trained} trained"))),
+    }
+    if report.ema_decay > 0.0 {
+        rows.push(("averaged", format!("the weights judged are a running average, decay {}", report.ema_decay)));
+    }
+    let asked = job.spec.as_ref().and_then(|spec| spec.train.as_ref()?.parallel.as_ref()).map_or(1, |of| of.workers);
+    if asked > 1 && report.workers > 0 {
+        rows.push(("workers", format!("{} trained together, of up to {asked}", report.workers)));
+    }
+    rows
 }
 
 /// `layers 0-6, 27-29 of 30, 61.0 % of their influence`.

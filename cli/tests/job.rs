@@ -67,6 +67,9 @@ fn create_is_safe_to_repeat_and_validate_only_creates_nothing() {
     let text = scene.text(&["job", "create", &spec, "--validate-only"]);
     assert!(text.starts_with("the spec is valid\n  rows "), "{text}");
     assert!(text.contains("48 for training, 16 held out"), "{text}");
+    assert!(text.contains("\n  micro-batches    512 tokens, as the spec says\n"), "{text}");
+    let planned = scene.json(&["job", "create", &spec, "--validate-only"]);
+    assert_eq!(planned["plan"]["training"]["micro_batch_tokens"], 512);
     assert!(!scene.folder.path().join("requests").exists());
     let first = scene.json(&["job", "create", &spec, "--request-id", UUID]);
     let second = scene.json(&["job", "create", &spec, "--request-id", UUID]);

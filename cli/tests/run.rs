@@ -55,7 +55,8 @@ fn a_job_runs_to_its_exported_model() {
     assert_eq!(run.ended().code(), Some(0), "{}\n{}", run.stdout(), run.stderr());
     let stdout = run.stdout();
     for expected in [
-        "is submitted\n",
+        "is submitted\n  rows             48 for training, 16 held out\n",
+        "  optimiser steps  0, of 8 rows each\n  micro-batches    512 tokens, as the spec says\n",
         "teach     shard 1 of 4",
         "redone    shard-00001, attempt 1: lease expired\n",
         "train     step 4 of 8, loss 1.5000",
@@ -89,6 +90,8 @@ fn off_a_terminal_events_are_json_lines_and_a_crash_of_the_orchestrator_repeats_
     let sequences: Vec<u64> =
         lines.iter().filter(|line| line["type"] == "event").filter_map(|line| line["sequence"].as_u64()).collect();
     assert_eq!(sequences, (1..=EVENTS).collect::<Vec<_>>());
+    let submitted = lines.iter().find(|line| line["type"] == "submitted").unwrap();
+    assert_eq!(submitted["plan"]["training"]["batch_rows"], 8);
     let notices: Vec<&str> = lines.iter().filter_map(|line| line["message"].as_str()).collect();
     let lost = notices.iter().filter(|notice| notice.contains("does not answer")).count();
     assert_eq!(lost, 1, "{notices:?}");

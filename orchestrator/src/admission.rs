@@ -15,6 +15,7 @@ use retort_core::{
     spec::{Init, JobSpec, TeacherMode},
 };
 use retort_model::Config;
+use retort_plan::training::Student;
 
 use self::model::Folder;
 pub(crate) use self::paths::local as local_path;
@@ -73,13 +74,15 @@ fn check(spec: &JobSpec, file: &PromptFile) -> Result<Admitted> {
         lora.check_width(student.hidden_size.unsigned_abs())?;
     }
     let counts = prompts::measure(spec, file, &rows, teacher.tokenizer(), positions)?;
-    let (plan, tasks) = planner::plan(
+    let (mut plan, tasks) = planner::plan(
         spec,
         &counts,
         teacher.config.parameters(),
         student.parameters(),
         u32::try_from(teacher.config.vocab_size).unwrap_or(u32::MAX),
     )?;
+    let (lora, train) = (spec.student.lora.as_ref(), &spec.train);
+    plan.training = Some(Student { config: &student, lora, train, longest_row: counts.longest_row }.training());
     let prompt_set = Bytes::from(prompt_sets::to_jsonl(&rows));
     Ok(Admitted { prompt_set_sha256: sha256_hex(&prompt_set), prompt_set, plan, tasks })
 }

@@ -50,6 +50,8 @@ pub enum Beat {
     Extended,
     /// The job has ended: stop, clean up, commit.
     Cancelled,
+    /// As [`Beat::Cancelled`], of a replica whose training is done.
+    TrainingEnded,
 }
 
 /// Gives the worker the first published task of the topic of `id`, or says why there is none.
@@ -141,8 +143,13 @@ pub async fn heartbeat(context: &Context, id: &TaskId, epoch: u64, worker_id: &s
     };
     context.activity.heard(&task.topic, now_ms);
     let job = jobs::get(&mut tx, &task.job_id).await?;
+    let over = match job.state {
+        JobState::Cancelled | JobState::Failed => Beat::Cancelled,
+        _ if task.kind == TaskKind::Replica && job.train_finish.is_some() => Beat::TrainingEnded,
+        _ => Beat::Cancelled,
+    };
     if job.state.is_final() && task.state != TaskState::Done {
-        return Ok(Beat::Cancelled);
+        return Ok(over);
     }
     if epoch != task.epoch || task.worker() != worker_id {
         return Err(fenced(&task, epoch));
@@ -150,7 +157,7 @@ pub async fn heartbeat(context: &Context, id: &TaskId, epoch: u64, worker_id: &s
     match task.state {
         // The result arrived before the last heartbeat.
         TaskState::Done => return Ok(Beat::Extended),
-        TaskState::Cancelled | TaskState::Failed => return Ok(Beat::Cancelled),
+        TaskState::Cancelled | TaskState::Failed => return Ok(over),
         TaskState::Ready | TaskState::Queued | TaskState::Leased if task.is_current(epoch) => {}
         _ => return Err(fenced(&task, epoch)),
     }

@@ -1,4 +1,4 @@
-//! `README.md` of a promoted version: Hugging Face's model card (Mitchell et al., "Model Cards for Model Reporting",
+//! `README.md` of a version, or of a candidate that was not promoted: Hugging Face's model card (Mitchell et al., "Model Cards for Model Reporting",
 //! 2019), written by the figures of the job alone. The same job makes the same card: it has no date of its own.
 //!
 //! Names, tags and paths come from outside. In the front matter they are quoted and escaped, in the text they are
@@ -21,7 +21,6 @@ use crate::{
     context::Context,
     database::{
         jobs::Job,
-        models::Model,
         shards::{self, Fidelity},
     },
     gates,
@@ -33,7 +32,8 @@ const MAX_TAGS: usize = 50;
 
 /// What a card is made of.
 pub struct Facts<'a> {
-    pub model: &'a Model,
+    /// None of a candidate that was not promoted.
+    pub version: Option<u32>,
     pub job: &'a Job,
     pub evaluation: &'a Evaluation,
     pub finish: &'a TrainFinish,
@@ -42,7 +42,7 @@ pub struct Facts<'a> {
     pub shards: Shards,
     /// As the teacher's own card says it.
     pub license: Option<String>,
-    /// In the version's folder, beside the weights.
+    /// In its folder, beside the weights.
     pub gguf: Vec<String>,
 }
 
@@ -56,17 +56,23 @@ pub struct Shards {
     pub fidelity: Fidelity,
 }
 
-/// Writes the card into the version's folder, whose files are there already; one of an interrupted try gives way.
-pub async fn write(context: &Context, job: &Job, finish: &TrainFinish, model: &Model) -> Result<()> {
+/// Writes the card into `folder`, whose other files are there already; one of an interrupted try gives way.
+pub async fn write(
+    context: &Context,
+    job: &Job,
+    finish: &TrainFinish,
+    folder: &str,
+    version: Option<u32>,
+) -> Result<()> {
     let Some(evaluation) = &job.evaluation else {
         return Err(Error::internal(format!("{} has no evaluation to tell of", job.id.resource_name())));
     };
-    let files = context.store.list(&model.key).await?;
-    let gguf = files.iter().filter_map(|entry| entry.key.strip_prefix(&model.key));
+    let files = context.store.list(folder).await?;
+    let gguf = files.iter().filter_map(|entry| entry.key.strip_prefix(folder));
     let mut gguf: Vec<String> = gguf.filter(|name| name.ends_with(".gguf")).map(str::to_owned).collect();
     gguf.sort_unstable();
     let facts = Facts {
-        model,
+        version,
         job,
         evaluation,
         finish,
@@ -75,7 +81,7 @@ pub async fn write(context: &Context, job: &Job, finish: &TrainFinish, model: &M
         license: license::of_folder(&job.spec.teacher.model).await,
         gguf,
     };
-    let key = format!("{}README.md", model.key);
+    let key = format!("{folder}README.md");
     match context.store.delete(&key).await {
         Err(error) if error.code == Code::ObjectNotFound => {}
         other => other?,
@@ -137,7 +143,10 @@ impl Card {
             self.line(&format!("license: {}", yaml(license)));
         }
         self.line("tags:\n- distillation\n- retort");
-        self.line(&format!("model-index:\n- name: {}\n  results:", yaml(&facts.model.name)));
+        if facts.version.is_none() {
+            self.line("- not-promoted");
+        }
+        self.line(&format!("model-index:\n- name: {}\n  results:", yaml(&facts.job.spec.name)));
         self.line("  - task:\n      type: text-generation\n    dataset:\n      type: custom");
         self.line("      name: held-out prompts of the same prompt set\n      split: held_out\n    metrics:");
         for (kind, name, value) in [
@@ -154,8 +163,15 @@ impl Card {
     }
 
     fn opening(&mut self, facts: &Facts<'_>) {
-        let (job, model) = (facts.job, facts.model);
-        self.line(&format!("\n# {}, version {}\n", markdown(&model.name), model.version));
+        let job = facts.job;
+        let name = markdown(&job.spec.name);
+        match facts.version {
+            Some(version) => self.line(&format!("\n# {name}, version {version}\n")),
+            None => {
+                self.line(&format!("\n# {name}, a candidate that was not promoted\n"));
+                self.line(&format!("**Not promoted: {}.** It is no version of {name}.\n", reason(&facts.gates)));
+            }
+        }
         self.line(&format!(
             "A student of {} parameters, distilled by retort from the teacher {} of {} parameters. The folder loads in \
              transformers{}",
@@ -194,7 +210,15 @@ impl Card {
         let point = finish.curve.iter().find(|point| point.step == judged && judged != finish.steps);
         match point {
             Some(point) => self.row(&["target tokens trained on", &count(point.target_tokens)]),
-            None => self.row(&["tokens trained on", &count(finish.trained_tokens)]),
+            None => {
+                self.row(&["tokens processed", &count(finish.processed_tokens)]);
+                if finish.target_tokens > 0 {
+                    self.row(&["target tokens trained on", &count(finish.target_tokens)]);
+                }
+            }
+        }
+        if finish.trained_parameters > 0 && finish.trained_parameters != facts.job.plan.student_parameters {
+            self.row(&["parameters trained", &count(finish.trained_parameters)]);
         }
         if judged != finish.steps {
             self.row(&[
@@ -209,7 +233,8 @@ impl Card {
             self.row(&["weights", &format!("their running average, decay {:?}", spec.train.ema_decay)]);
         }
         if let Some(parallel) = &spec.train.parallel {
-            self.row(&["workers", &code(&json(parallel))]);
+            let most = if finish.workers > 0 { format!("{} at once, of ", finish.workers) } else { String::new() };
+            self.row(&["workers", &format!("{most}{}", code(&json(parallel)))]);
         }
         self.row(&["seed", &spec.seed.to_string()]);
         self.row(&["job", &code(&facts.job.id.resource_name())]);
@@ -295,6 +320,16 @@ impl Card {
             );
         }
         self.line("- What binds the use of the teacher and of the prompts binds the use of the student.");
+    }
+}
+
+/// Why a candidate was not promoted.
+fn reason(gates: &[GateResult]) -> String {
+    let failed: Vec<String> = gates.iter().filter(|gate| !gate.passed).map(|gate| code(&gate.gate)).collect();
+    match &failed[..] {
+        [] => "nothing was judged".to_owned(),
+        [one] => format!("it failed the gate {one}"),
+        several => format!("it failed the gates {}", several.join(", ")),
     }
 }
 

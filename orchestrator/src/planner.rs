@@ -11,6 +11,7 @@ use retort_core::{
     spec::{Codec, HELD_OUT_CODEC, JobSpec},
     state::{Split, TaskKind, TaskState},
 };
+use retort_plan::training::Training;
 use serde::{Deserialize, Serialize};
 
 /// Most shards of one job.
@@ -32,6 +33,8 @@ pub struct RowCounts {
     pub held_out_target_tokens: u64,
     /// Tokens of all prompts, about.
     pub prompt_tokens: u64,
+    /// Tokens of the longest training row, at most.
+    pub longest_row: u64,
 }
 
 impl RowCounts {
@@ -44,6 +47,7 @@ impl RowCounts {
             train_target_tokens: train.saturating_mul(each),
             held_out_target_tokens: held_out.saturating_mul(each),
             prompt_tokens,
+            longest_row: prompt_tokens.saturating_add(each),
         }
     }
 }
@@ -60,6 +64,9 @@ pub struct Plan {
     pub teacher_parameters: u64,
     pub student_parameters: u64,
     pub max_store_bytes: u64,
+    /// Absent of a job that was planned before there was one.
+    #[serde(default)]
+    pub training: Option<Training>,
 }
 
 impl Plan {
@@ -161,6 +168,7 @@ pub fn plan(
         teacher_parameters,
         student_parameters,
         max_store_bytes: max_store_bytes(spec, rows, vocab_size),
+        training: None,
     };
     let early = EARLY_HELD_OUT_ROWS.div_ceil(shard_rows.into()).min(EARLY_HELD_OUT_SHARDS.into());
     let mut tasks = Vec::with_capacity(train.len() + held_out.len() + 2);

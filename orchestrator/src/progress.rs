@@ -117,7 +117,7 @@ fn median(values: impl Iterator<Item = f64>) -> Option<f64> {
 }
 
 fn steps_per_second(job: &Job) -> Option<f64> {
-    let tokens_a_step = job.training.trained_tokens as f64 / f64::from(job.training.step);
+    let tokens_a_step = job.training.processed_tokens as f64 / f64::from(job.training.step);
     let tokens_a_second = job.training.tokens_per_second?;
     Some(tokens_a_second / tokens_a_step).filter(|rate| rate.is_finite() && *rate > 0.0)
 }

@@ -1,4 +1,5 @@
-//! Promotion: the gates judge, then the candidate becomes a numbered version, or stays a candidate.
+//! Promotion: the gates judge, then the candidate becomes a numbered version, or stays a candidate, whose folder is
+//! made like a version's and says that it is none.
 //!
 //! Each step may be repeated after a crash. A version is reserved in the database (from then on the
 //! job cannot be cancelled), the candidate's folder is copied to it and gets its model card, the pointer is written
@@ -113,6 +114,8 @@ pub async fn judge(context: &Context, id: &JobId) -> Result<()> {
     let promoted = if gates::promotes(&results, &evaluation.after) {
         Some(promote(context, &job, finish, &evaluation.after).await?)
     } else {
+        let folder = paths::candidate(id.as_str());
+        fill(context, &job, finish, &folder, None).await?;
         None
     };
     let report = report(context, &job, evaluation, finish, results, promoted.as_ref()).await?;
@@ -147,7 +150,6 @@ pub async fn judge(context: &Context, id: &JobId) -> Result<()> {
 
 /// Makes the candidate a version; the same one however often this is called.
 async fn promote(context: &Context, job: &Job, finish: &TrainFinish, quality: &Quality) -> Result<Model> {
-    let from = paths::model_prefix(&finish.checkpoint_key);
     loop {
         let model = reserve(context, job, quality).await?;
         let pointer_key = paths::model_version(&model.name, model.version);
@@ -159,19 +161,7 @@ async fn promote(context: &Context, job: &Job, finish: &TrainFinish, quality: &Q
             move_on(context, &model).await?;
             continue;
         }
-        // What an earlier, interrupted try copied is copied anew.
-        context.store.delete_prefix(&model.key).await?;
-        if context.store.copy_prefix(&from, &model.key).await? == 0 {
-            return Err(Error::new(
-                Code::ObjectNotFound,
-                format!("the candidate's folder {from} is empty: nothing can be promoted"),
-            ));
-        }
-        if job.spec.student.lora.is_some() {
-            let adapters = paths::adapter_prefix(&finish.checkpoint_key);
-            context.store.copy_prefix(&adapters, &paths::adapter_prefix(&model.key)).await?;
-        }
-        model_card::write(context, job, finish, &model).await?;
+        fill(context, job, finish, &model.key, Some(model.version)).await?;
         let pointer = Pointer {
             name: model.name.clone(),
             version: model.version,
@@ -190,6 +180,25 @@ async fn promote(context: &Context, job: &Job, finish: &TrainFinish, quality: &Q
             Err(error) => return Err(error),
         }
     }
+}
+
+/// Copies the candidate into `folder`, with its adapters beside the weights and its card; without a `version` as one
+/// that was not promoted.
+async fn fill(context: &Context, job: &Job, finish: &TrainFinish, folder: &str, version: Option<u32>) -> Result<()> {
+    let from = paths::model_prefix(&finish.checkpoint_key);
+    // What an earlier, interrupted try copied is copied anew.
+    context.store.delete_prefix(folder).await?;
+    if context.store.copy_prefix(&from, folder).await? == 0 {
+        return Err(Error::new(
+            Code::ObjectNotFound,
+            format!("the candidate's folder {from} is empty: there is nothing to promote or to keep"),
+        ));
+    }
+    if job.spec.student.lora.is_some() {
+        let adapters = paths::adapter_prefix(&finish.checkpoint_key);
+        context.store.copy_prefix(&adapters, &paths::adapter_prefix(folder)).await?;
+    }
+    model_card::write(context, job, finish, folder, version).await
 }
 
 /// The job's version: reserved before, or the next free one in database and store.
@@ -276,7 +285,7 @@ async fn report(
     for (owner, ..) in reused.iter().filter_map(|key| paths::parse_shard(key)) {
         artifacts.insert(format!("shards of {owner}"), paths::shards_prefix(owner));
     }
-    let model = promoted.map_or_else(|| paths::model_prefix(&finish.checkpoint_key), |model| model.key.clone());
+    let model = promoted.map_or_else(|| paths::candidate(id), |model| model.key.clone());
     artifacts.insert("model".to_owned(), model);
     Ok(Report {
         before: evaluation.before.clone(),
@@ -290,7 +299,12 @@ async fn report(
         bytes_per_token: if train_tokens == 0 { 0.0 } else { train_bytes as f64 / train_tokens as f64 },
         teacher_tokens_per_second: progress::median_rate(&recent),
         student_tokens_per_second: finish.tokens_per_second,
-        trained_tokens: finish.trained_tokens,
+        processed_tokens: finish.processed_tokens,
+        trained_target_tokens: finish.target_tokens,
+        trained_parameters: finish.trained_parameters,
+        lora_rank: job.spec.student.lora.as_ref().map_or(0, |lora| lora.rank),
+        ema_decay: job.spec.train.ema_decay,
+        workers: finish.workers,
         redone,
         reused: u32::try_from(reused.len()).unwrap_or(u32::MAX),
         soft_targets,

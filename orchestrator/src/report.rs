@@ -60,7 +60,19 @@ pub struct TrainFinish {
     pub checkpoint_key: String,
     /// Store prefix of the weights before training.
     pub initial_key: String,
-    pub trained_tokens: u64,
+    /// Tokens that went through the student, prompts and all, each as often as it came. It was called
+    /// `trained_tokens` before, here as in the report.
+    #[serde(alias = "trained_tokens")]
+    pub processed_tokens: u64,
+    /// Of these, tokens that the loss was computed at; 0 where no worker said, as the next two.
+    #[serde(default)]
+    pub target_tokens: u64,
+    /// Numbers that trained: of a student with adapters, theirs alone.
+    #[serde(default)]
+    pub trained_parameters: u64,
+    /// The most that trained at once, the lead included.
+    #[serde(default)]
+    pub workers: u32,
     pub seconds: f64,
     #[serde(with = "number")]
     pub tokens_per_second: f64,
@@ -121,7 +133,25 @@ pub struct Report {
     pub teacher_tokens_per_second: f64,
     #[serde(with = "number")]
     pub student_tokens_per_second: f64,
-    pub trained_tokens: u64,
+    /// Tokens that went through the student in training, prompts and all, each as often as it came.
+    #[serde(alias = "trained_tokens")]
+    pub processed_tokens: u64,
+    /// Target tokens that the student was trained at, each as often as it came; 0 where no worker said, as
+    /// `trained_parameters` and `workers`.
+    #[serde(default)]
+    pub trained_target_tokens: u64,
+    /// Numbers that trained: of a student with adapters, theirs alone.
+    #[serde(default)]
+    pub trained_parameters: u64,
+    /// Of the adapters; 0 without.
+    #[serde(default)]
+    pub lora_rank: u32,
+    /// Of the weights' running average that was judged; 0 without.
+    #[serde(default)]
+    pub ema_decay: f64,
+    /// The most that trained at once, the lead included.
+    #[serde(default)]
+    pub workers: u32,
     pub redone: Vec<Redone>,
     /// Shards that another job had computed.
     #[serde(default)]

@@ -249,7 +249,7 @@ pub fn train_progress(step: u32, loss: f64) -> What {
         step,
         loss,
         tokens_per_second: 100.0,
-        trained_tokens: u64::from(step) * 10,
+        processed_tokens: u64::from(step) * 10,
         held_out_kl: Some(loss / 2.0),
     })
 }
@@ -259,7 +259,10 @@ pub fn train_finished(job: &JobId, epoch: u64) -> proto::TrainFinished {
         steps: 6,
         checkpoint_key: paths::checkpoint(job.as_str(), 6, epoch),
         initial_key: paths::initial(job.as_str(), epoch),
-        trained_tokens: 120,
+        processed_tokens: 120,
+        target_tokens: 70,
+        trained_parameters: 90,
+        workers: 2,
         seconds: 3.0,
         tokens_per_second: 40.0,
         final_loss: 0.5,

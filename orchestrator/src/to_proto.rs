@@ -6,7 +6,10 @@ use retort_artifact::checkpoint::HeldOut;
 use retort_core::wire::{
     duration_to_proto, job_spec_to_proto, job_state_to_proto, pruning_to_proto, timestamp_to_proto,
 };
-use retort_plan::forecast::{CONFIDENCE, Prediction};
+use retort_plan::{
+    forecast::{CONFIDENCE, Prediction},
+    training::{Memory, Place, Training},
+};
 use retort_proto as proto;
 
 use crate::{
@@ -47,6 +50,39 @@ pub fn plan_to_proto(plan: &Plan) -> proto::Plan {
         teacher_parameters: plan.teacher_parameters,
         student_parameters: plan.student_parameters,
         max_store_bytes: plan.max_store_bytes,
+        training: plan.training.as_ref().map(training_to_proto),
+    }
+}
+
+fn training_to_proto(training: &Training) -> proto::TrainingPlan {
+    let place = |place: &Place| proto::TrainingPlace {
+        device: place.device.as_str().to_owned(),
+        dtype: place.dtype.as_str().to_owned(),
+        micro_batch_tokens: place.micro_batch_tokens,
+        head_positions: place.head_positions,
+        memory: Some(memory_to_proto(&place.memory)),
+    };
+    proto::TrainingPlan {
+        batch_rows: training.batch_rows,
+        micro_batch_tokens: training.micro_batch_tokens,
+        trained_parameters: training.trained_parameters,
+        checkpoints_activations: training.checkpoints_activations,
+        places: training.places.iter().map(place).collect(),
+    }
+}
+
+fn memory_to_proto(memory: &Memory) -> proto::TrainingMemory {
+    proto::TrainingMemory {
+        weights: memory.weights,
+        gradients: memory.gradients,
+        optimizer: memory.optimizer,
+        exchange: memory.exchange,
+        head: memory.head,
+        activations: memory.activations,
+        activations_checkpointed: memory.activations_checkpointed,
+        program: memory.program,
+        total: memory.total,
+        checkpoint_copy: memory.checkpoint_copy,
     }
 }
 
@@ -77,7 +113,12 @@ pub fn report_to_proto(report: &Report) -> proto::Report {
         bytes_per_token: report.bytes_per_token,
         teacher_tokens_per_second: report.teacher_tokens_per_second,
         student_tokens_per_second: report.student_tokens_per_second,
-        trained_tokens: report.trained_tokens,
+        processed_tokens: report.processed_tokens,
+        trained_target_tokens: report.trained_target_tokens,
+        trained_parameters: report.trained_parameters,
+        lora_rank: report.lora_rank,
+        ema_decay: report.ema_decay,
+        workers: report.workers,
         redone: report.redone.iter().map(redone_to_proto).collect(),
         promoted: report.promoted.clone(),
         artifacts: report.artifacts.iter().map(|(name, key)| (name.clone(), key.clone())).collect(),

@@ -7,7 +7,7 @@
 //! ```
 //!
 //! Prints one JSON object. `peak_gb` is over the whole run; `peak_of_steps_gb` leaves out making the model, Linux
-//! only.
+//! only. `planned_gb` is what a job's plan says of such a student on a CPU.
 
 use std::{fs, path::PathBuf, time::Instant};
 
@@ -18,6 +18,7 @@ use retort_core::{
     spec::{Lora, LoraBase, Train},
 };
 use retort_llama::{Architecture, Config, Model};
+use retort_plan::training::{Dtype, Student};
 use retort_student::{
     batch::Limits,
     example::Example,
@@ -50,8 +51,9 @@ struct Args {
     length: usize,
     #[arg(long)]
     threads: Option<i32>,
+    /// As `train.micro_batch_tokens` of a spec
     #[arg(long)]
-    max_tokens: Option<usize>,
+    micro_batch_tokens: Option<u32>,
     #[arg(long)]
     bf16: bool,
     /// Rank of adapters, which alone train
@@ -65,6 +67,9 @@ struct Args {
     dropout: f64,
     #[arg(long)]
     activation_checkpointing: bool,
+    /// The embeddings and the head stay as they are
+    #[arg(long, conflicts_with = "lora")]
+    freeze_embeddings: bool,
 }
 
 fn main() -> Result<(), Box<dyn std::error::Error>> {
@@ -84,21 +89,28 @@ fn main() -> Result<(), Box<dyn std::error::Error>> {
             (Model::init(peer_shape(args.vocab), Device::Cpu, kind, 0)?, rows)
         }
     };
-    let model = match args.lora {
-        Some(rank) => {
-            let base = if args.int8 { LoraBase::Int8 } else { LoraBase::Model };
-            model.adapt(&Lora { rank, base, dropout: args.dropout, ..Lora::default() }, 0)?
-        }
+    let base = if args.int8 { LoraBase::Int8 } else { LoraBase::Model };
+    let lora = args.lora.map(|rank| Lora { rank, base, dropout: args.dropout, ..Lora::default() });
+    let model = match &lora {
+        Some(lora) => model.adapt(lora, 0)?,
         None => model,
     };
     let vocab_size = u32::try_from(model.config().vocab_size)?;
     let parameters = model.config().parameters();
-    let mut limits = Limits::for_device(Device::Cpu);
-    limits.max_tokens = args.max_tokens.unwrap_or(limits.max_tokens);
+    let train = Train {
+        batch_rows: u32::try_from(rows.len())?,
+        micro_batch_tokens: args.micro_batch_tokens,
+        activation_checkpointing: args.activation_checkpointing,
+        freeze_embeddings: args.freeze_embeddings,
+        ..Train::default()
+    };
+    let limits = Limits::of(&train, Device::Cpu);
+    let longest_row = rows.iter().map(|(prompt, completion)| (prompt + completion) as u64).max().unwrap_or(0);
+    let planned = Student { config: model.config(), lora: lora.as_ref(), train: &train, longest_row }
+        .on(retort_plan::training::Device::Cpu, if args.bf16 { Dtype::Bf16 } else { Dtype::F32 });
     // The kernel forgets the highest size so far; where it cannot, both figures are the same.
     let peak_of_making = peak_gb();
     let _ = fs::write("/proc/self/clear_refs", "5");
-    let train = Train { activation_checkpointing: args.activation_checkpointing, ..Train::default() };
     let mut trainer = Trainer::new(model, Options { train, steps: args.steps, limits })?;
     let mut rates = Vec::new();
     for step in 0..args.steps {
@@ -125,6 +137,7 @@ fn main() -> Result<(), Box<dyn std::error::Error>> {
             "trainable_m": (trainer.trainable() as f64 / 1e5).round() / 10.0,
             "peak_gb": peak_of_making.zip(peak_gb()).map(|(making, steps)| making.max(steps)),
             "peak_of_steps_gb": peak_gb(),
+            "planned_gb": (planned.memory.total as f64 / 1e7).round() / 100.0,
         })
     );
     Ok(())

@@ -41,7 +41,7 @@ async fn a_job_trains_while_shards_appear_and_the_student_gets_closer() {
     assert_eq!(finished.steps, STEPS);
     assert_eq!(finished.checkpoint_key, paths::checkpoint(JOB, STEPS, 1));
     assert_eq!(finished.initial_key, paths::initial(JOB, 1));
-    assert!(finished.trained_tokens > 0 && finished.tokens_per_second > 0.0 && finished.final_loss < 1.0);
+    assert!(finished.processed_tokens > 0 && finished.tokens_per_second > 0.0 && finished.final_loss < 1.0);
     assert!(events.iter().any(|what| matches!(what, What::CheckpointWritten(written) if written.step == STEPS)));
     let measured = events.iter().filter_map(|what| match what {
         What::TrainProgress(progress) => progress.held_out_kl,
@@ -52,7 +52,7 @@ async fn a_job_trains_while_shards_appear_and_the_student_gets_closer() {
     assert_eq!(manifest.extra["shards"].as_array().unwrap().len(), TRAIN_SHARDS as usize);
     // What a checkpoint's event says of it stands in its manifest, and the curve ends with it.
     let held_out = manifest.held_out().unwrap();
-    assert_eq!((held_out.step, held_out.target_tokens), (STEPS, manifest.trained_tokens));
+    assert_eq!((held_out.step, held_out.target_tokens), (STEPS, manifest.target_tokens));
     let written = events.iter().rev().find_map(|what| match what {
         What::CheckpointWritten(written) => written.held_out,
         _ => None,
@@ -112,7 +112,7 @@ async fn a_stopped_training_goes_on_and_ends_with_the_same_bytes() {
     world.run(&world.train_attempt(4)).await.unwrap();
     let What::TrainFinished(again) = world.events().pop().unwrap() else { panic!("not finished") };
     assert_eq!((again.checkpoint_key, again.steps), (finished.checkpoint_key, STEPS));
-    assert_eq!(again.trained_tokens, finished.trained_tokens);
+    assert_eq!(again.processed_tokens, finished.processed_tokens);
 }
 
 /// Step and KL of every checkpoint's event, in their order.

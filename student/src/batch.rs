@@ -4,9 +4,11 @@
 //! The cut changes only speed: losses are summed over target tokens and divided by their number in
 //! the whole step, so any cut gives the same gradient up to rounding.
 
+use retort_core::spec::Train;
+
 use crate::example::Example;
 
-/// How micro-batches are cut; a device's property, not a job's.
+/// How micro-batches are cut: as the spec says, or as the device does best.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Limits {
     /// Most tokens of a micro-batch. A single longer row stands alone.
@@ -14,11 +16,12 @@ pub struct Limits {
 }
 
 impl Limits {
-    pub fn for_device(device: tch::Device) -> Self {
-        match device {
-            tch::Device::Cpu => Self { max_tokens: 1024 },
-            _ => Self { max_tokens: 16_384 },
-        }
+    pub fn of(train: &Train, device: tch::Device) -> Self {
+        let max_tokens = train.micro_batch_tokens.unwrap_or(match device {
+            tch::Device::Cpu => Train::MICRO_BATCH_TOKENS_CPU,
+            _ => Train::MICRO_BATCH_TOKENS_GPU,
+        });
+        Self { max_tokens: max_tokens as usize }
     }
 }
 
@@ -141,6 +144,14 @@ mod tests {
 
     fn members(examples: &[Example], max_tokens: usize) -> Vec<Vec<usize>> {
         cut(examples, Limits { max_tokens }).into_iter().map(|micro| micro.members).collect()
+    }
+
+    #[test]
+    fn the_spec_goes_before_the_device() {
+        let of =
+            |tokens, device| Limits::of(&Train { micro_batch_tokens: tokens, ..Train::default() }, device).max_tokens;
+        let (cpu, gpu) = (tch::Device::Cpu, tch::Device::Cuda(0));
+        assert_eq!([of(None, cpu), of(None, gpu), of(Some(96), cpu), of(Some(96), gpu)], [1024, 16_384, 96, 96]);
     }
 
     #[test]

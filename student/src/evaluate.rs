@@ -143,7 +143,7 @@ impl Judging<'_> {
         sequences: Vec<DecodedSequence>,
     ) -> Result<Vec<Tally>> {
         let (cx, limits, vocab_size): (_, batch::Limits, _) =
-            (self.cx.clone(), self.settings.limits(), self.teacher.vocab_size);
+            (self.cx.clone(), self.settings.limits(&self.attempt.spec.train), self.teacher.vocab_size);
         let work = move |slot: &mut Option<Judge>| -> Result<Vec<Tally>> {
             let judge = slot.as_mut().ok_or_else(no_judge)?;
             let examples = sequences

@@ -2,7 +2,7 @@
 
 use std::path::PathBuf;
 
-use retort_core::Result;
+use retort_core::{Result, spec::Train};
 use tch::{Device, Kind};
 
 use crate::{batch, failure::llama, parallel::sync::Peers};
@@ -46,7 +46,8 @@ impl Settings {
         Ok(Self { device, kind, work_dir, threads, peers: Peers::default() })
     }
 
-    pub fn limits(&self) -> batch::Limits {
-        batch::Limits::for_device(self.device)
+    /// Of a job's micro-batches, in training and in judging.
+    pub fn limits(&self, train: &Train) -> batch::Limits {
+        batch::Limits::of(train, self.device)
     }
 }

@@ -60,14 +60,14 @@ pub async fn run(attempt: &Attempt, task: &TrainTask, cx: &TaskContext, settings
             task.steps, task.rows, attempt.spec.train.passes
         )));
     }
-    let options = Options { train: attempt.spec.train.clone(), steps, limits: settings.limits() };
+    let options = Options::of(&attempt.spec.train, steps, settings);
     let mut run = Run::start(attempt, cx, settings, options).await?;
     let trained = match attempt.spec.train.diloco() {
         Some(parallel) => diloco::lead(&mut run, order, parallel.inner_steps).await,
         None => run.train(order).await,
     };
     if let Some(lead) = run.lead.take() {
-        lead.close().await;
+        lead.close(trained.is_ok()).await;
     }
     trained?;
     run.finish().await
@@ -230,7 +230,7 @@ impl<'a> Run<'a> {
                 }
                 None => resume::load(&folder, options, device, kind)?,
             };
-            say_trainable(&trainer);
+            trainer.say_sizes();
             std::fs::remove_dir_all(&folder).map_err(|error| Error::io(&folder, error))?;
             Ok(slot.insert(trainer).progress())
         };
@@ -261,7 +261,7 @@ impl<'a> Run<'a> {
                 model = parallel::initial_model(&folder, &spec, device, kind)?;
             }
             let trainer = Trainer::new(model, options)?;
-            say_trainable(&trainer);
+            trainer.say_sizes();
             *slot = Some(trainer);
             Ok(pruning)
         };
@@ -393,7 +393,7 @@ impl<'a> Run<'a> {
             step: report.step,
             loss: report.loss.unwrap_or(self.progress.loss),
             tokens_per_second: workers * report.tokens as f64 / report.seconds.max(1e-9),
-            trained_tokens: self.progress.trained_tokens,
+            processed_tokens: self.progress.processed_tokens,
             held_out_kl: None,
         })
     }
@@ -412,14 +412,19 @@ impl<'a> Run<'a> {
             judging_s = judging.as_secs_f64(),
             "trained to the end"
         );
-        let Progress { step, trained_tokens, seconds, loss, .. } = self.progress;
+        let Progress { step, processed_tokens, target_tokens, seconds, loss, workers, .. } = self.progress;
+        let trainable = |slot: &mut Option<Trainer>| slot.as_ref().map(Trainer::trainable);
+        let trained_parameters = self.thread.call(trainable).await?.ok_or_else(no_trainer)?;
         let finished = TrainFinished {
             steps: step,
             checkpoint_key,
             initial_key: self.initial_key,
-            trained_tokens,
+            processed_tokens,
+            target_tokens,
+            trained_parameters,
+            workers: workers.max(1),
             seconds,
-            tokens_per_second: trained_tokens as f64 / seconds.max(1e-9),
+            tokens_per_second: processed_tokens as f64 / seconds.max(1e-9),
             final_loss: loss,
             pruning: self.pruning.as_ref().map(pruning_to_proto),
             curve: self.curve.to_proto(),
@@ -432,7 +437,7 @@ impl<'a> Run<'a> {
             step: self.progress.step,
             loss: self.progress.loss,
             tokens_per_second,
-            trained_tokens: self.progress.trained_tokens,
+            processed_tokens: self.progress.processed_tokens,
             held_out_kl,
         })
     }
@@ -482,11 +487,6 @@ fn write_pruning(pruning: &Pruning, folder: &Path) -> Result<()> {
 /// Prefix of the weights before training.
 fn initial_key(manifest: &Manifest) -> &str {
     manifest.extra.get(INITIAL_KEY).and_then(|key| key.as_str()).unwrap_or_default()
-}
-
-fn say_trainable(trainer: &Trainer) {
-    let parameters = trainer.model().config().parameters();
-    tracing::info!(trainable = trainer.trainable(), parameters, "the student's parameters");
 }
 
 pub(crate) fn no_trainer() -> Error {

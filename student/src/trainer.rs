@@ -20,6 +20,7 @@ use crate::{
     optimizer::{AdamW, Hyper},
     parallel::diloco::outer::Outer,
     schedule::Schedule,
+    settings::Settings,
 };
 
 /// What of a job's spec decides the training, besides its data.
@@ -31,13 +32,22 @@ pub struct Options {
     pub limits: batch::Limits,
 }
 
+impl Options {
+    /// Sizes that the spec leaves open are chosen for the device.
+    pub(crate) fn of(train: &Train, steps: u32, settings: &Settings) -> Self {
+        Self { train: train.clone(), steps, limits: settings.limits(train) }
+    }
+}
+
 /// How far a run has come; travels with its checkpoints.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Serialize, Deserialize)]
 pub struct Progress {
     /// Optimiser steps done. It alone says which rows come next.
     pub step: u32,
-    /// Tokens that went through the student, padding not counted.
-    pub trained_tokens: u64,
+    /// Tokens that went through the student, prompts and all, each as often as it came. A checkpoint of before calls
+    /// it `trained_tokens`.
+    #[serde(alias = "trained_tokens")]
+    pub processed_tokens: u64,
     /// Of these, tokens that the loss was computed at.
     pub target_tokens: u64,
     /// Spent computing, over all attempts; waiting for shards not counted.
@@ -49,6 +59,9 @@ pub struct Progress {
     pub left_out: u32,
     #[serde(default)]
     pub watched: Watched,
+    /// The most that computed a step or a round together, this one included; 0 before the first.
+    #[serde(default)]
+    pub workers: u32,
 }
 
 /// What one step did.
@@ -147,6 +160,21 @@ impl Trainer {
         self.optimizer.numbers()
     }
 
+    /// Logs what was taken from the spec and what was chosen for the device.
+    pub(crate) fn say_sizes(&self) {
+        let Options { train, steps, limits } = &self.options;
+        tracing::info!(
+            trainable = self.trainable(),
+            parameters = self.model.config().parameters(),
+            steps,
+            batch_rows = train.batch_rows,
+            micro_batch_tokens = limits.max_tokens,
+            micro_batch_chosen_for = if train.micro_batch_tokens.is_some() { "the spec" } else { "the device" },
+            head_positions = self.loss.positions(),
+            "sizes of the training"
+        );
+    }
+
     /// One optimiser step on `examples`: the loss is the mean over all their target tokens, by weight. `check`
     /// is asked between micro-batches and may end the attempt.
     ///
@@ -205,7 +233,8 @@ impl Trainer {
         }
         let seconds = started.elapsed().as_secs_f64();
         self.progress.step += 1;
-        self.progress.trained_tokens += tokens;
+        self.progress.processed_tokens += tokens;
+        self.progress.workers = self.progress.workers.max(1);
         self.progress.target_tokens += positions;
         self.progress.seconds += seconds;
         Ok(StepReport { step: self.progress.step, loss, gradient_norm, learning_rate, tokens, seconds })

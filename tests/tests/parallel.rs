@@ -78,12 +78,20 @@ async fn two_students_train_what_one_does_and_a_killed_one_is_done_without() {
     up.follow(&two, PATIENCE, |_, _| false).await;
     succeeded(&mut up, &two).await;
     assert!(worker_that_says(&up, "workers=2").is_some(), "both students took part\n{}", up.log());
+    let replica = up.wait("the replica's end", PATIENCE, |up| said(up, job_id(&two), "done: the training has ended"));
+    for wrong in ["the job was cancelled", "group-broken"] {
+        assert!(said(&up, job_id(&two), wrong).is_none(), "{replica} says {wrong:?}\n{}", up.log());
+    }
+    let end = up.jobs().await.get_job(proto::GetJobRequest { name: two.clone() }).await.unwrap().into_inner();
+    let report = end.report.unwrap();
+    assert_eq!((report.workers, report.trained_parameters), (2, end.plan.unwrap().student_parameters));
+    assert!(report.trained_target_tokens > 0 && report.trained_target_tokens < report.processed_tokens);
     let together = difference(&expected, &weights(&up, &two));
     assert!(together < 1e-4, "{together}");
     assert_eq!(up.objects(&format!("{two}/train")), Vec::<String>::new(), "the lead took back where it was");
 
     let three = up.create(&with_workers(&one, 3));
-    let job = three.trim_start_matches("jobs/").to_owned();
+    let job = job_id(&three).to_owned();
     let mut killed = false;
     up.follow(&three, PATIENCE, |up, event| {
         if !killed && matches!(event.what, Some(What::CheckpointSaved(_))) {
@@ -115,7 +123,7 @@ async fn two_students_exchange_weights_and_a_killed_one_costs_no_batch() {
     let mut up = Up::start(folder.path(), &["--students", "2"]);
 
     let job = up.create(&spec);
-    let id = job.trim_start_matches("jobs/").to_owned();
+    let id = job_id(&job).to_owned();
     let mut killed = false;
     up.follow(&job, PATIENCE, |up, _| {
         if !killed && let Some(replica) = said(up, &id, "a round's part is done") {
@@ -137,7 +145,11 @@ async fn two_students_exchange_weights_and_a_killed_one_costs_no_batch() {
     up.follow(&alone, PATIENCE, |_, _| false).await;
     succeeded(&mut up, &alone).await;
     let end = up.jobs().await.get_job(proto::GetJobRequest { name: alone }).await.unwrap().into_inner();
-    assert_eq!(end.report.unwrap().trained_tokens, report.trained_tokens);
+    assert_eq!(end.report.unwrap().processed_tokens, report.processed_tokens);
+}
+
+fn job_id(name: &str) -> &str {
+    name.trim_start_matches("jobs/")
 }
 
 /// The worker that follows the lead of this job.

@@ -26,7 +26,7 @@ use session::Session;
 /// with the same job: finished work is kept, and a result that was not delivered is. When a retort
 /// is up in the home, it is used.
 ///
-/// Off a terminal, or with --json, one JSON object a line is printed: "submitted", "event"
+/// Off a terminal, or with --json, one JSON object a line is printed: "submitted" (job, resumed, plan), "event"
 /// (sequence, time, state, progress, event), "notice", at the end "result" (job, export) or "error".
 #[derive(Debug, Args)]
 #[command(after_help = "Examples:

@@ -50,7 +50,12 @@ fn job() -> proto::Job {
         bytes_per_token: 66.54,
         teacher_tokens_per_second: 212.4,
         student_tokens_per_second: 640.2,
-        trained_tokens: 103_701,
+        processed_tokens: 103_701,
+        trained_target_tokens: 34_000,
+        trained_parameters: 24_300_000,
+        lora_rank: 0,
+        ema_decay: 0.0,
+        workers: 1,
         redone: vec![proto::Redone {
             task: "0123/shard-00002".to_owned(),
             epoch: 1,
@@ -76,7 +81,12 @@ fn job() -> proto::Job {
         name: "jobs/j".to_owned(),
         spec: Some(proto::JobSpec { name: "support".to_owned(), ..Default::default() }),
         state: proto::JobState::Rejected as i32,
-        plan: Some(proto::Plan { train_rows: 200, held_out_rows: 40, ..Default::default() }),
+        plan: Some(proto::Plan {
+            train_rows: 200,
+            held_out_rows: 40,
+            student_parameters: 24_300_000,
+            ..Default::default()
+        }),
         report: Some(report),
         ..Default::default()
     }
@@ -89,7 +99,7 @@ prompts       200 for training, 40 held out
 soft targets  34,567 tokens
 stored in     2.3 MB, 66.5 bytes per token to train on
 teacher       212 tokens/s
-student       640 tokens/s, 103,701 tokens trained
+student       640 tokens/s, 103,701 tokens processed, 34,000 of them targets
 redone        1 attempt
   shard-00002 attempt 1 on teacher-9: lease expired
 
@@ -197,6 +207,41 @@ fn what_was_reused_and_what_storing_cost_is_said_when_known() {
     assert!(text.contains("rounding      KL 0.0123 nats/token over what is kept, top-1 kept at 99.8 %\n"), "{text}");
     assert!(text.contains("reused        3 of 5 shards, computed for other jobs\n"), "{text}");
     assert!(!text.contains("0 tokens/s\n"), "{text}");
+}
+
+#[test]
+fn how_it_was_trained_is_said_where_it_is_not_the_plain_way() {
+    let mut job = job();
+    let parallel = proto::ParallelSpec { workers: 4, ..Default::default() };
+    let train = proto::TrainSpec { parallel: Some(parallel), ..Default::default() };
+    job.spec.as_mut().unwrap().train = Some(train);
+    let report = job.report.as_mut().unwrap();
+    (report.trained_parameters, report.lora_rank, report.ema_decay, report.workers) = (700_000, 16, 0.99, 3);
+    let text = render(&job, &Surroundings::default());
+    for line in [
+        "adapters      LoRA, rank 16: 700,000 of 24,300,000 parameters trained\n",
+        "averaged      the weights judged are a running average, decay 0.99\n",
+        "workers       3 trained together, of up to 4\n",
+    ] {
+        assert!(text.contains(line), "{line} is not in {text}");
+    }
+    let json = json::report(job.report.as_ref().unwrap());
+    assert_eq!((&json["lora_rank"], &json["trained_parameters"]), (&16.into(), &700_000.into()));
+    assert_eq!((&json["ema_decay"], &json["workers"]), (&0.99.into(), &3.into()));
+    assert_eq!((&json["processed_tokens"], &json["trained_target_tokens"]), (&103_701.into(), &34_000.into()));
+    // Embeddings that stayed as they were.
+    job.report.as_mut().unwrap().lora_rank = 0;
+    let text = render(&job, &Surroundings::default());
+    assert!(text.contains("trained       700,000 of 24,300,000 parameters\n"), "{text}");
+    // What an older worker does not say.
+    let report = job.report.as_mut().unwrap();
+    (report.trained_parameters, report.trained_target_tokens, report.workers, report.ema_decay) = (0, 0, 0, 0.0);
+    let text = render(&job, &Surroundings::default());
+    assert!(text.contains("103,701 tokens processed\n") && !text.contains("workers"), "{text}");
+    let json = json::report(job.report.as_ref().unwrap());
+    assert!(
+        ["trained_target_tokens", "trained_parameters", "lora_rank", "workers"].iter().all(|key| json[key].is_null())
+    );
 }
 
 #[test]

@@ -108,7 +108,15 @@ impl Fake {
 }
 
 fn plan() -> proto::Plan {
-    proto::Plan { train_rows: 48, held_out_rows: 16, train_shards: 3, held_out_shards: 1, ..Default::default() }
+    let training = proto::TrainingPlan { batch_rows: 8, micro_batch_tokens: Some(512), ..Default::default() };
+    proto::Plan {
+        train_rows: 48,
+        held_out_rows: 16,
+        train_shards: 3,
+        held_out_shards: 1,
+        training: Some(training),
+        ..Default::default()
+    }
 }
 
 fn progress(shards: u32, step: u32) -> proto::Progress {

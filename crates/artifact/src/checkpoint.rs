@@ -17,8 +17,9 @@ use serde::{Deserialize, Serialize};
 pub use self::retention::{HELD_OUT, HeldOut, best, prune};
 use crate::{Store, paths, sha256_file};
 
-/// Version of the manifest that this build writes, and the newest it reads.
-pub const SCHEMA_VERSION: u32 = 1;
+/// Version of the manifest that this build writes, and the newest it reads. Version 1 calls the target tokens
+/// `trained_tokens`.
+pub const SCHEMA_VERSION: u32 = 2;
 
 const MAX_MANIFEST_BYTES: u64 = 16 << 20;
 const MAX_FILES: usize = 10_000;
@@ -37,8 +38,9 @@ pub struct Manifest {
     pub files: Vec<File>,
     /// Of the job's spec in canonical form: a checkpoint resumes only the job it is of.
     pub spec_sha256: String,
-    /// Target tokens that the optimiser has seen.
-    pub trained_tokens: u64,
+    /// Target tokens that the optimiser has seen, each as often as it came.
+    #[serde(alias = "trained_tokens")]
+    pub target_tokens: u64,
     /// Whatever else the trainer wants back.
     #[serde(flatten)]
     pub extra: serde_json::Map<String, serde_json::Value>,

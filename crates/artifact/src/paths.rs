@@ -163,6 +163,11 @@ pub fn report(job: &str) -> String {
     format!("jobs/{job}/report.json")
 }
 
+/// The Hugging Face folder of a job's candidate that was not promoted, as [`model_folder`] of one that was.
+pub fn candidate(job: &str) -> String {
+    format!("jobs/{job}/candidate/")
+}
+
 /// Every promoted model.
 pub fn models_prefix() -> String {
     "models/".to_owned()
@@ -222,6 +227,7 @@ mod tests {
         assert_eq!(manifest(&initial("j", 2)), "jobs/j/initial-2/manifest.json");
         assert_eq!(model_version("m", 1), "models/m/versions/000001.json");
         assert_eq!(model_folder("m", 1), "models/m/000001/");
+        assert!(candidate("j").starts_with(&job_prefix("j")));
     }
 
     #[test]

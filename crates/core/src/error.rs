@@ -98,6 +98,7 @@ codes! {
     JobNotFound = "job-not-found", NotFound;
     JobNotFinal = "job-not-final", Precondition;
     JobCancelled = "job-cancelled", Cancelled;
+    TrainingEnded = "training-ended", Cancelled;
     ModelNotFound = "model-not-found", NotFound;
     AttemptFenced = "attempt-fenced", Fenced;
     AttemptYielded = "attempt-yielded", Unavailable;

@@ -108,7 +108,7 @@ pub struct Sampling {
     #[serde(skip_serializing_if = "is_one")]
     pub repetition_penalty: f64,
     /// Any of these ends a completion and stays its end.
-    #[serde(skip_serializing_if = "Vec::is_empty")]
+    #[serde(deserialize_with = "section", skip_serializing_if = "Vec::is_empty")]
     pub stop: Vec<String>,
     /// Of each training prompt; a held-out prompt has one.
     #[serde(skip_serializing_if = "is_one")]
@@ -137,7 +137,7 @@ pub struct Student {
     pub pool: String,
     pub init: Init,
     /// Adapters that train in the student's stead; left out of JSON where the student itself does.
-    #[serde(default, deserialize_with = "given", skip_serializing_if = "Option::is_none")]
+    #[serde(default, skip_serializing_if = "Option::is_none")]
     pub lora: Option<Lora>,
 }
 
@@ -165,6 +165,11 @@ pub struct Train {
     pub passes: u32,
     /// Sequences an optimiser step.
     pub batch_rows: u32,
+    /// Most tokens that go through the student at a time, but for a longer row, which goes alone; chosen for the
+    /// device where it is absent. Of the result it changes the rounding alone. Left out of JSON where it is absent: a
+    /// checkpoint knows its spec by the hash of that.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub micro_batch_tokens: Option<u32>,
     pub learning_rate: f64,
     /// Share of the steps over which the learning rate rises from 0.
     pub warmup_ratio: f64,
@@ -201,6 +206,11 @@ pub struct Train {
 }
 
 impl Train {
+    /// Tokens of a micro-batch where [`Train::micro_batch_tokens`] is absent: on a CPU larger ones win nothing, a GPU
+    /// is kept busy by them.
+    pub const MICRO_BATCH_TOKENS_CPU: u32 = 1024;
+    pub const MICRO_BATCH_TOKENS_GPU: u32 = 16_384;
+
     /// Where workers exchange weights, and not gradients.
     pub fn diloco(&self) -> Option<&Parallel> {
         self.parallel.as_ref().filter(|parallel| parallel.mode == Sharing::Diloco && parallel.workers > 1)
@@ -241,6 +251,15 @@ impl Parallel {
             outer_momentum: default_outer_momentum(),
         }
     }
+
+    /// Keys that only mode `diloco` reads, and whether each has another value than its default.
+    fn of_diloco(&self) -> [(&'static str, bool); 3] {
+        [
+            ("train.parallel.inner_steps", self.inner_steps != default_inner_steps()),
+            ("train.parallel.outer_learning_rate", self.outer_learning_rate != default_outer_learning_rate()),
+            ("train.parallel.outer_momentum", self.outer_momentum != default_outer_momentum()),
+        ]
+    }
 }
 
 /// What workers that train one model exchange.
@@ -253,6 +272,13 @@ pub enum Sharing {
     /// How far the weights have come after many steps, through the object store (Douillard et al., "DiLoCo:
     /// Distributed Low-Communication Training of Language Models", 2023).
     Diloco,
+}
+
+impl Sharing {
+    /// What is said of a key of mode `diloco` where the mode is `synchronous`.
+    fn does_nothing(key: &str) -> String {
+        format!("{key} does nothing with train.parallel.mode synchronous; say mode: diloco, or leave the key out")
+    }
 }
 
 /// Checkpoints that stay in the store while the job trains.
@@ -318,6 +344,7 @@ impl Default for Train {
         Self {
             passes: 3,
             batch_rows: 8,
+            micro_batch_tokens: None,
             learning_rate: 5e-4,
             warmup_ratio: 0.05,
             schedule: Schedule::default(),
@@ -366,14 +393,9 @@ fn is_one<T: Copy + Into<f64>>(value: &T) -> bool {
     (*value).into() == 1.0
 }
 
-/// A section whose keys are all left out, the heading left in, has its defaults.
+/// A section whose keys are all left out, the heading left in, has its defaults; so has an empty list.
 fn section<'de, D: Deserializer<'de>, T: Deserialize<'de> + Default>(deserializer: D) -> Result<T, D::Error> {
     Ok(Option::deserialize(deserializer)?.unwrap_or_default())
-}
-
-/// As [`section`], of one that means something by being there.
-fn given<'de, D: Deserializer<'de>, T: Deserialize<'de> + Default>(deserializer: D) -> Result<Option<T>, D::Error> {
-    section(deserializer).map(Some)
 }
 
 fn default_held_out_fraction() -> f64 {

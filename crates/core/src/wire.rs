@@ -36,10 +36,11 @@ train:
   warmup_ratio: 0.1
   schedule: wsd
   decay_ratio: 0.3
+  micro_batch_tokens: 2048
   activation_checkpointing: true
   guard: {norm_ratio: 7}
   ema_decay: 0.99
-  parallel: {workers: 3, inner_steps: 20, outer_learning_rate: 0.5}
+  parallel: {workers: 3}
   keep: {last: 5}
   promote: best
   loss:
@@ -68,8 +69,9 @@ export: {gguf: [q8_0, f16]}
         let json = serde_json::to_string(&spec).unwrap();
         assert_eq!(serde_json::from_str::<JobSpec>(&json).unwrap(), spec);
         assert_eq!(spec.loss_temperature(), Some((0, 2.0)));
-        let exchanging =
-            SPEC.replace("ema_decay: 0.99", "ema_decay: 0").replace("workers: 3,", "workers: 3, mode: diloco,");
+        let exchanging = SPEC
+            .replace("ema_decay: 0.99", "ema_decay: 0")
+            .replace("workers: 3", "workers: 3, mode: diloco, inner_steps: 20, outer_learning_rate: 0.5");
         let spec = parse_yaml("job.yaml", &exchanging).unwrap();
         assert!(spec.train.diloco().is_some());
         assert_eq!(job_spec_from_proto(job_spec_to_proto(&spec)).unwrap(), spec);
@@ -126,9 +128,9 @@ export: {gguf: [q8_0, f16]}
         let no_head = message("codec: head_draws, head: 40", "codec: random");
         assert!(no_head.contains("codec random keeps none"), "{no_head}");
         let unknown = message("label_ce: 0.7", "lable_ce: 0.7");
-        assert!(unknown.contains("label_ce") && unknown.contains("line 28"), "{unknown}");
+        assert!(unknown.contains("label_ce") && unknown.contains("line 29"), "{unknown}");
         let nothing = message("reverse_kl: 0.1", "reverse_kl: much");
-        assert!(nothing.contains("line 22"), "{nothing}");
+        assert!(nothing.contains("line 23"), "{nothing}");
     }
 
     #[test]

@@ -4,7 +4,7 @@
 
 use retort_core::{
     Code,
-    spec::{SoftTargets, parse_yaml},
+    spec::{GgufType, JobSpec, SoftTargets, parse_yaml},
 };
 
 const GOOD: &str = "\
@@ -218,8 +218,108 @@ fn adapters_that_cannot_be_are_refused() {
     // A checkpoint of before this key knows its spec by the hash of its JSON.
     let json = |yaml: &str| serde_json::to_string(&parse_yaml("job.yaml", yaml).unwrap()).unwrap();
     assert!(!json(GOOD).contains("lora"));
-    assert_eq!(json(&of("")), json(&of("{rank: 16, alpha: 32, base: model}")));
-    assert!(json(&of("")).contains("\"lora\""));
+    assert_eq!(json(&of("{}")), json(&of("{rank: 16, alpha: 32, base: model, targets: ~}")));
+    assert!(json(&of("{}")).contains("\"lora\""));
+}
+
+#[test]
+fn an_empty_key_is_as_one_that_is_not_there() {
+    let plain = parse_yaml("job.yaml", GOOD).unwrap();
+    let student = |empty: &str| GOOD.replace("student:", &format!("student:\n  lora: {empty}"));
+    let sections =
+        "train: {parallel: ~, loss: ~, guard: ~, keep: ~, micro_batch_tokens: ~}\ngates: {max_kl: ~}\nexport: ~\n";
+    let teacher = "  model: teachers/small\n  sampling: {stop: ~}\n  soft_targets: {codec: ~, temperatures: ~}";
+    for yaml in [
+        student("~"),
+        student("null"),
+        student(""),
+        format!("{GOOD}{sections}"),
+        format!("{GOOD}export: {{gguf: ~}}\n"),
+        GOOD.replace("  model: teachers/small", teacher),
+        GOOD.replace("layers: 10", "layers: 10\n      hidden_size: ~"),
+    ] {
+        assert_eq!(parse_yaml("job.yaml", &yaml).unwrap(), plain, "{yaml}");
+    }
+    check(
+        &GOOD.replace("prune:\n      layers: 10", "prune: ~"),
+        Code::SpecInvalid,
+        "job.yaml: student.init.prune cuts nothing; give layers, or a size such as intermediate_size",
+    );
+}
+
+#[test]
+fn keys_that_would_do_nothing_are_refused() {
+    let frozen = GOOD.replace("student:", "student:\n  lora: {rank: 4}");
+    check(
+        &format!("{frozen}train: {{freeze_embeddings: true}}\n"),
+        Code::SpecInvalid,
+        "job.yaml: train.freeze_embeddings does nothing with student.lora, whose adapters alone train; leave one of them out",
+    );
+    parse_yaml("job.yaml", &format!("{frozen}train: {{freeze_embeddings: false}}\n")).unwrap();
+    let parallel = |keys: &str| format!("{GOOD}train:\n  parallel: {{workers: 2, {keys}}}\n");
+    for (keys, key, column) in [
+        ("inner_steps: 50", "inner_steps", 39),
+        ("mode: synchronous, inner_steps: 7", "inner_steps", 58),
+        ("outer_learning_rate: 0.5", "outer_learning_rate", 47),
+        ("outer_momentum: 0.9", "outer_momentum", 42),
+    ] {
+        check(
+            &parallel(keys),
+            Code::SpecInvalid,
+            &format!(
+                "job.yaml line 11 column {column}: train.parallel.{key} does nothing with train.parallel.mode synchronous; \
+                 say mode: diloco, or leave the key out"
+            ),
+        );
+        parse_yaml("job.yaml", &parallel(&format!("{}, mode: diloco", keys.replace("mode: synchronous, ", ""))))
+            .unwrap();
+    }
+    // From a client that is no YAML: what it sends of the other mode may only be the default.
+    let mut spec = parse_yaml("job.yaml", &parallel("mode: synchronous")).unwrap();
+    spec.validate().unwrap();
+    spec.train.parallel.as_mut().unwrap().inner_steps = 7;
+    assert!(spec.validate().unwrap_err().message.starts_with("train.parallel.inner_steps does nothing"));
+}
+
+#[test]
+fn the_size_of_a_micro_batch_has_bounds() {
+    let of = |tokens: &str| format!("{GOOD}train: {{micro_batch_tokens: {tokens}}}\n");
+    for tokens in ["0", "15", "1048577"] {
+        let message = format!("job.yaml: train.micro_batch_tokens is {tokens}; it must lie between 16 and 1048576");
+        check(&of(tokens), Code::SpecInvalid, &message);
+    }
+    check(
+        &of("many"),
+        Code::SpecMalformed,
+        "job.yaml line 10 column 29: train.micro_batch_tokens is \"many\"; it must be a whole number from 0 to 4294967295",
+    );
+    assert_eq!(parse_yaml("job.yaml", &of("16")).unwrap().train.micro_batch_tokens, Some(16));
+    // A checkpoint of before this key knows its spec by the hash of its JSON.
+    assert!(!serde_json::to_string(&parse_yaml("job.yaml", GOOD).unwrap()).unwrap().contains("micro_batch"));
+}
+
+#[test]
+fn a_type_of_gguf_file_may_stand_alone() {
+    let of = |types: &str| format!("{GOOD}export: {{gguf: {types}}}\n");
+    let alone = parse_yaml("job.yaml", &of("q8_0")).unwrap();
+    assert_eq!(alone.export.gguf, [GgufType::Q8_0]);
+    assert_eq!(alone, parse_yaml("job.yaml", &of("[q8_0]")).unwrap());
+    let json = serde_json::to_string(&alone).unwrap();
+    assert!(json.contains(r#""export":{"gguf":["q8_0"]}"#), "{json}");
+    assert_eq!(serde_json::from_str::<JobSpec>(&json).unwrap(), alone);
+    for (types, wrong) in [
+        ("q4_0", "\"q4_0\" is not known here; did you mean \"q8_0\"?"),
+        ("[q8_0, q4_0]", "\"q4_0\" is not known here; did you mean \"q8_0\"?"),
+        ("8", "export.gguf is 8; it must be one of f32, f16, bf16 and q8_0, or a list of them"),
+        (
+            "{q8_0: true}",
+            "export.gguf is a section of keys; it must be one of f32, f16, bf16 and q8_0, or a list of them",
+        ),
+        ("[q8_0, q8_0]", "export.gguf names q8_0 twice"),
+    ] {
+        let message = parse_yaml("job.yaml", &of(types)).unwrap_err().message;
+        assert!(message.contains(wrong), "{types}: {message}");
+    }
 }
 
 #[test]

@@ -1,5 +1,5 @@
-//! What a teacher needs and how fast it will be, worked out before anyone pays for a GPU; and, in [`forecast`], what
-//! a student would gain from more tokens.
+//! What a teacher needs and how fast it will be, worked out before anyone pays for a GPU; what a student's [`training`]
+//! takes; and, in [`forecast`], what a student would gain from more tokens.
 //!
 //! [`plan`] is a pure function of a model's config, a cluster and the work. It counts bytes exactly
 //! (weights, KV cache) or from above (activations), and time from three rates of the hardware:
@@ -20,7 +20,7 @@ mod models;
 mod outcome;
 mod planner;
 mod speed;
-
+pub mod training;
 mod ways_out;
 mod weights;
 

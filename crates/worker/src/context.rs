@@ -27,6 +27,8 @@ const MAX_PROMPT_SET_BYTES: u64 = 1 << 30;
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Stop {
     JobCancelled,
+    /// The training that the attempt helped with is done.
+    TrainingEnded,
     /// Another attempt has taken over.
     Fenced,
     /// No heartbeat got through for a whole lease, so another attempt may have taken over.
@@ -39,6 +41,7 @@ impl Stop {
     pub fn error(self) -> Error {
         match self {
             Self::JobCancelled => Error::new(Code::JobCancelled, "the job was cancelled"),
+            Self::TrainingEnded => Error::new(Code::TrainingEnded, "the training has ended"),
             Self::Fenced => Error::new(Code::AttemptFenced, "another attempt has taken over this task"),
             Self::LeaseExpired => Error::new(
                 Code::AttemptFenced,
@@ -125,7 +128,7 @@ impl TaskContext {
         self
     }
 
-    /// `Err` (job-cancelled, attempt-fenced or worker-stopped) once the attempt must stop. Cheap
+    /// `Err` (job-cancelled, training-ended, attempt-fenced or worker-stopped) once the attempt must stop. Cheap
     /// enough to ask between decode steps, from any thread.
     pub fn check(&self) -> Result<()> {
         match self.stop.reason() {

@@ -48,7 +48,7 @@ pub(crate) async fn keep(
         };
         match answer {
             Ok(Ok(answer)) if answer.cancelled => {
-                stop.stop(Stop::JobCancelled);
+                stop.stop(if answer.training_ended { Stop::TrainingEnded } else { Stop::JobCancelled });
                 return Ok(());
             }
             Ok(Ok(answer)) => {

@@ -2,10 +2,13 @@
 
 mod stand_ins;
 
-use std::time::Duration;
+use std::{
+    sync::{Arc, Mutex},
+    time::Duration,
+};
 
 use retort_core::{Code, Error};
-use retort_proto::{self as proto, claim_task_response::Answer, worker_event::What};
+use retort_proto::{self as proto, HeartbeatResponse as Beat, claim_task_response::Answer, worker_event::What};
 use stand_ins::{Bench, claimed, not_claimable, progress, retry_after};
 
 use crate::{Attempt, Handler, Rest, TaskContext};
@@ -16,6 +19,8 @@ enum Does {
     Fail(Code),
     /// Works until it is told to stop, then says so.
     WorkOn,
+    /// As `WorkOn`, and leaves what it says.
+    WorkOnAndTell(Arc<Mutex<Option<Error>>>),
     /// Never looks at its context.
     Ignore,
     Take(Duration),
@@ -33,6 +38,11 @@ impl Handler for Does {
             Self::Fail(code) => return Err(Error::new(*code, "the test wants it so")),
             Self::WorkOn => {
                 cx.cancelled.cancelled().await;
+                return cx.check().map(|()| Rest::Nothing);
+            }
+            Self::WorkOnAndTell(why) => {
+                cx.cancelled.cancelled().await;
+                *why.lock().unwrap() = cx.check().err();
                 return cx.check().map(|()| Rest::Nothing);
             }
             Self::Ignore => std::future::pending().await,
@@ -265,11 +275,25 @@ async fn a_fenced_attempt_stops_and_says_nothing() {
 async fn a_cancelled_job_stops_at_the_next_heartbeat() {
     let bench = Bench::new();
     bench.answer_claims([claimed(1, 15.0)]);
-    bench.answer_heartbeats([Ok(false), Ok(true)]);
+    bench.answer_heartbeats([Ok(Beat::default()), Ok(Beat { cancelled: true, ..Beat::default() })]);
     bench.deliver_and_stop_when_done(1);
     bench.run(Does::WorkOn).await.unwrap();
     assert_eq!(bench.log(), ["claim", "commit 0"]);
     assert_eq!(bench.heartbeats(), 2);
+}
+
+/// A replica: nobody cancelled its job, and there is nothing to report.
+#[tokio::test(start_paused = true)]
+async fn an_attempt_whose_training_has_ended_ends_without_a_word() {
+    let bench = Bench::new();
+    bench.answer_claims([claimed(1, 15.0)]);
+    bench.answer_heartbeats([Ok(Beat { cancelled: true, training_ended: true, ..Beat::default() })]);
+    bench.deliver_and_stop_when_done(1);
+    let why = Arc::new(Mutex::new(None));
+    bench.run(Does::WorkOnAndTell(Arc::clone(&why))).await.unwrap();
+    assert_eq!(bench.log(), ["claim", "commit 0"]);
+    let why = why.lock().unwrap().take().unwrap();
+    assert_eq!((why.code, why.message.as_str()), (Code::TrainingEnded, "the training has ended"));
 }
 
 #[tokio::test(start_paused = true)]

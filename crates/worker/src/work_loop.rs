@@ -270,6 +270,10 @@ impl<T: Tasks> Desk<T> {
                 tracing::info!("done");
                 return Outcome::Settled;
             }
+            (_, Some(why @ Stop::TrainingEnded)) => {
+                tracing::info!("done: {}", why.error().message);
+                return Outcome::Settled;
+            }
             (_, Some(why @ (Stop::Fenced | Stop::JobCancelled))) => {
                 tracing::info!("left: {}", why.error().message);
                 return Outcome::Settled;
@@ -309,7 +313,9 @@ impl<T: Tasks> Desk<T> {
             }
             Ok(()) => Outcome::Settled,
             // Fenced or cancelled while reporting: nothing to say any more.
-            Err(_) if matches!(stop.reason(), Some(Stop::Fenced | Stop::JobCancelled)) => Outcome::Settled,
+            Err(_) if matches!(stop.reason(), Some(Stop::Fenced | Stop::JobCancelled | Stop::TrainingEnded)) => {
+                Outcome::Settled
+            }
             Err(_) if stop.reason() == Some(Stop::LeaseExpired) => Outcome::Again,
             Err(error) => {
                 tracing::warn!("the failure could not be reported: {}", error.chain());

@@ -57,6 +57,7 @@ pub fn measure(
             }
             _ => {
                 counts.train += 1;
+                counts.longest_row = counts.longest_row.max(prompt.saturating_add(target));
                 counts.train_target_tokens += target.saturating_mul(spec.teacher.completions().into());
             }
         }

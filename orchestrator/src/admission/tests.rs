@@ -39,6 +39,13 @@ async fn good_inputs_are_planned() {
         (admitted.plan.teacher_parameters, admitted.plan.student_parameters),
         (128 + 2 * 592 + 8, 128 + 592 + 8)
     );
+    let training = admitted.plan.training.clone().unwrap();
+    assert_eq!((training.batch_rows, training.micro_batch_tokens, training.trained_parameters), (4, None, 728));
+    let memory = training.places[0].memory;
+    assert_eq!((memory.weights, memory.gradients, memory.optimizer), (4 * 728, 4 * 728, 8 * 728));
+    let sent = crate::to_proto::plan_to_proto(&admitted.plan).training.unwrap();
+    assert_eq!((sent.places[0].device.as_str(), sent.places[1].dtype.as_str()), ("cpu", "bf16"));
+    assert_eq!(sent.places[0].memory.unwrap().total, memory.total);
     let rows = prompt_sets::parse("stored", &admitted.prompt_set).unwrap();
     assert_eq!(rows.len(), 12);
     assert!(rows[..9].iter().all(|row| row.split == Some(prompt_sets::Split::Train)));

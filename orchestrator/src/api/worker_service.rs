@@ -91,7 +91,8 @@ impl Workers {
         let id: TaskId = request.task_id.parse()?;
         let beat = leases::heartbeat(&self.context, &id, request.epoch, worker).await?;
         Ok(proto::HeartbeatResponse {
-            cancelled: beat == Beat::Cancelled,
+            cancelled: beat != Beat::Extended,
+            training_ended: beat == Beat::TrainingEnded,
             lease: Some(duration_to_proto(self.context.settings.lease)),
             others_wait: leases::others_wait(&self.context, &id).await?,
         })

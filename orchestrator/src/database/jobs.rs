@@ -40,7 +40,7 @@ pub struct Training {
     pub step: u32,
     pub loss: Option<f64>,
     pub tokens_per_second: Option<f64>,
-    pub trained_tokens: u64,
+    pub processed_tokens: u64,
     pub held_out_kl: Option<f64>,
 }
 
@@ -157,7 +157,7 @@ pub struct Step {
     pub step: u32,
     pub loss: f64,
     pub tokens_per_second: f64,
-    pub trained_tokens: u64,
+    pub processed_tokens: u64,
     pub held_out_kl: Option<f64>,
 }
 
@@ -166,7 +166,7 @@ pub async fn record_step(conn: &mut Connection, id: &JobId, step: &Step) -> Resu
         "UPDATE jobs SET
              train_loss = CASE WHEN ?1 >= step THEN ?2 ELSE train_loss END,
              student_rate = CASE WHEN ?1 >= step THEN ?3 ELSE student_rate END,
-             trained_tokens = max(trained_tokens, ?4),
+             processed_tokens = max(processed_tokens, ?4),
              held_out_kl = CASE WHEN ?5 IS NOT NULL AND ?1 >= coalesce(held_out_kl_step, 0) THEN ?5 ELSE held_out_kl END,
              held_out_kl_step = CASE WHEN ?5 IS NOT NULL THEN max(coalesce(held_out_kl_step, 0), ?1) ELSE held_out_kl_step END,
              step = max(step, ?1)
@@ -175,7 +175,7 @@ pub async fn record_step(conn: &mut Connection, id: &JobId, step: &Step) -> Resu
     .bind(step.step)
     .bind(finite(step.loss))
     .bind(finite(step.tokens_per_second))
-    .bind(signed(step.trained_tokens))
+    .bind(signed(step.processed_tokens))
     .bind(step.held_out_kl.and_then(finite))
     .bind(id.as_str())
     .execute(conn)
@@ -198,9 +198,9 @@ pub async fn record_checkpoint(conn: &mut Connection, id: &JobId, step: u32, key
 }
 
 pub async fn record_train_finish(conn: &mut Connection, id: &JobId, finish: &TrainFinish) -> Result<()> {
-    sqlx::query("UPDATE jobs SET train_finish_json = ?, trained_tokens = max(trained_tokens, ?) WHERE id = ?")
+    sqlx::query("UPDATE jobs SET train_finish_json = ?, processed_tokens = max(processed_tokens, ?) WHERE id = ?")
         .bind(to_json(finish)?)
-        .bind(signed(finish.trained_tokens))
+        .bind(signed(finish.processed_tokens))
         .bind(id.as_str())
         .execute(conn)
         .await
@@ -328,7 +328,7 @@ fn read(row: &SqliteRow) -> Result<Job> {
             step: unsigned32("step", integer("step")?)?,
             loss: real("train_loss")?,
             tokens_per_second: real("student_rate")?,
-            trained_tokens: unsigned("trained_tokens", integer("trained_tokens")?)?,
+            processed_tokens: unsigned("processed_tokens", integer("processed_tokens")?)?,
             held_out_kl: real("held_out_kl")?,
         },
         checkpoint_key: optional("checkpoint_key")?,

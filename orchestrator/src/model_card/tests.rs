@@ -45,6 +45,7 @@ fn job(spec: &str) -> Job {
             teacher_parameters: 134_515_008,
             student_parameters: 63_710_784,
             max_store_bytes: 1,
+            training: None,
         },
         prompt_set_sha256: "ab".repeat(32),
         state: JobState::Running,
@@ -71,21 +72,20 @@ fn job(spec: &str) -> Job {
 }
 
 fn card(spec: &str, license: Option<&str>) -> String {
+    card_of(spec, license, Some(3))
+}
+
+fn card_of(spec: &str, license: Option<&str>, version: Option<u32>) -> String {
     let job = job(spec);
     let evaluation = job.evaluation.clone().unwrap();
-    let model = Model {
-        name: "support".into(),
-        version: 3,
-        job_id: job.id.clone(),
-        key: "models/support/000003/".into(),
-        quality: evaluation.after.clone(),
-        promote_ms: None,
-    };
     let finish = TrainFinish {
         steps: 132,
         checkpoint_key: "c".into(),
         initial_key: "i".into(),
-        trained_tokens: 105_396,
+        processed_tokens: 105_396,
+        target_tokens: 31_000,
+        trained_parameters: 700_000,
+        workers: 2,
         seconds: 1.0,
         tokens_per_second: 1.0,
         final_loss: 1.0,
@@ -93,7 +93,7 @@ fn card(spec: &str, license: Option<&str>) -> String {
         curve: Vec::new(),
     };
     render(&Facts {
-        model: &model,
+        version,
         job: &job,
         evaluation: &evaluation,
         finish: &finish,
@@ -120,6 +120,7 @@ fn a_card_tells_how_the_student_came_to_be() {
         "A student of 63,710,784 parameters",
         "- <code>support-Q8&#95;0.gguf</code>\n",
         "| optimiser steps | 132 of up to 8 sequences, 3 passes |\n",
+        "| tokens processed | 105,396 |\n| target tokens trained on | 31,000 |\n| parameters trained | 700,000 |\n",
         "| KL to the teacher, nats a token | 8.779 | 2.338 |  |\n",
         "| perplexity | 51.54 | 51.54 | 3.730 |\n",
         "| <code>max&#95;kl&#95;ratio</code> | 0.5000 | 0.2664 | passed |\n",
@@ -132,6 +133,22 @@ fn a_card_tells_how_the_student_came_to_be() {
     }
     assert!(!card.contains("secret"), "where the teacher lies is told");
     assert!(!super::tests::card(SPEC, None).contains("license:"));
+    assert!(!card.to_lowercase().contains("not promoted") && !card.contains("not-promoted"), "{card}");
+}
+
+#[test]
+fn a_card_of_a_candidate_says_that_it_is_none_and_why() {
+    let card = card_of(&SPEC.replace("0.5", "0.25, max_kl: 1"), None, None);
+    for part in [
+        "- retort\n- not-promoted\nmodel-index:\n- name: \"support\"\n",
+        "\n# support, a candidate that was not promoted\n\n**Not promoted: it failed the gates <code>max&#95;kl</code>, \
+         <code>max&#95;kl&#95;ratio</code>.** It is no version of support.\n\nA student of",
+        "| <code>max&#95;kl</code> | 1.000 | 2.338 | failed |\n",
+    ] {
+        assert!(card.contains(part), "{part}\nis not in\n{card}");
+    }
+    let parallel = format!("{SPEC}train: {{parallel: {{workers: 3}}}}\n");
+    assert!(card_of(&parallel, None, None).contains("| workers | 2 at once, of <code>"));
 }
 
 #[test]

@@ -72,8 +72,50 @@ async fn a_candidate_that_fails_a_gate_stays_one() {
     assert_eq!(read.state, JobState::Rejected);
     let report = read.report.unwrap();
     assert_eq!(report.promoted, "");
-    assert_eq!(report.artifacts["model"], paths::model_prefix(&report.artifacts["checkpoint"]));
+    assert_eq!(report.artifacts["model"], paths::candidate(job.as_str()));
     assert!(!exists(&world, "models/support/versions/000001.json").await);
+}
+
+/// What a promoted one's folder has, a candidate's has too.
+#[tokio::test]
+async fn a_candidate_that_fails_a_gate_is_left_whole_and_marked() {
+    let world = World::new().await;
+    let mut spec = spec(std::path::Path::new("/nowhere"));
+    spec.student.lora = Some(Default::default());
+    spec.train.ema_decay = 0.5;
+    let job = world.job_with(spec).await;
+    world.complete(&job, 0.75).await;
+    let finish = world.read_job(&job).await.train_finish.unwrap();
+    let put = format!("{}adapter_config.json", paths::adapter_prefix(&finish.checkpoint_key));
+    world.context.store.put_new(&put, Bytes::from_static(b"{}")).await.unwrap();
+    // Died half way, with a card of another try.
+    let folder = paths::candidate(job.as_str());
+    for name in ["README.md", "half-copied.bin"] {
+        world.context.store.put_new(&format!("{folder}{name}"), Bytes::from_static(b"x")).await.unwrap();
+    }
+    judge_ready(&world.context).await.unwrap();
+    let read = world.read_job(&job).await;
+    assert_eq!(read.state, JobState::Rejected);
+    let mut files: Vec<String> = world
+        .context
+        .store
+        .list(&folder)
+        .await
+        .unwrap()
+        .into_iter()
+        .map(|entry| entry.key.replace(&folder, ""))
+        .collect();
+    files.sort();
+    assert_eq!(files, ["README.md", "adapter/adapter_config.json", "config.json"]);
+    let card = world.context.store.get(&format!("{folder}README.md"), 1 << 20).await.unwrap();
+    let card = String::from_utf8(card.to_vec()).unwrap();
+    assert!(card.contains("# support, a candidate that was not promoted\n"), "{card}");
+    assert!(card.contains("**Not promoted: it failed the gate <code>max&#95;kl</code>.**"), "{card}");
+    let report = read.report.unwrap();
+    assert_eq!((report.processed_tokens, report.trained_target_tokens, report.trained_parameters), (120, 70, 90));
+    assert_eq!((report.lora_rank, report.ema_decay, report.workers), (16, 0.5, 2));
+    let sent = crate::to_proto::report_to_proto(&report);
+    assert_eq!((sent.processed_tokens, sent.lora_rank, sent.workers), (120, 16, 2));
 }
 
 #[tokio::test]
@@ -268,5 +310,10 @@ fn a_report_of_before_still_reads() {
     assert_eq!((read.calibration_error, read.teacher_calibration_error), (None, None));
     let finish = r#"{"steps": 4, "checkpoint_key": "c/", "initial_key": "i/", "trained_tokens": 9, "seconds": 1.0,
         "tokens_per_second": 2.0, "final_loss": 1.0}"#;
-    assert!(serde_json::from_str::<TrainFinish>(finish).unwrap().curve.is_empty());
+    let read: TrainFinish = serde_json::from_str(finish).unwrap();
+    assert!(read.curve.is_empty());
+    assert_eq!((read.processed_tokens, read.target_tokens, read.workers), (9, 0, 0));
+    let plan = r#"{"train_rows": 1, "held_out_rows": 1, "train_shards": 1, "held_out_shards": 1, "max_target_tokens": 1,
+        "optimizer_steps": 1, "teacher_parameters": 1, "student_parameters": 1, "max_store_bytes": 1}"#;
+    assert_eq!(serde_json::from_str::<crate::planner::Plan>(plan).unwrap().training, None);
 }

@@ -40,7 +40,7 @@ async fn two_workers_train_every_batch_once_and_learn() {
     let (_, ended) = tokio::join!(training, world.run_until(&replica, stop.clone()));
     assert_eq!(ended.unwrap_err().code, Code::JobCancelled);
     let two = finished(&world);
-    assert_eq!((two.steps, two.trained_tokens), (STEPS, one.trained_tokens));
+    assert_eq!((two.steps, two.processed_tokens), (STEPS, one.processed_tokens));
     let rest = world.store.list(&paths::exchanges_prefix(JOB)).await.unwrap();
     assert!(rest.is_empty(), "{rest:?}");
     // With half as many updates in a row it comes less far than one worker.
@@ -83,6 +83,6 @@ async fn a_lost_replica_and_a_lost_lead_cost_rounds_and_no_batch() {
     let (two, one) = (finished(&world), finished(&one));
     assert_eq!(two.steps, STEPS);
     // What a replica had trained and not delivered is trained again, and counts once.
-    assert_eq!(two.trained_tokens, one.trained_tokens);
+    assert_eq!(two.processed_tokens, one.processed_tokens);
     assert_eq!(two.initial_key, paths::initial(JOB, 1));
 }

@@ -93,7 +93,7 @@ impl Run<'_> {
     pub(super) async fn judge(&mut self) -> Result<Option<HeldOut>> {
         let began = Instant::now();
         let examples = self.held_out.rows().await?.to_vec();
-        let (cx, limits) = (self.cx.clone(), self.settings.limits());
+        let (cx, limits) = (self.cx.clone(), self.settings.limits(&self.attempt.spec.train));
         let measure = move |slot: &mut Option<Trainer>| -> Result<Tally> {
             let trainer = slot.as_mut().ok_or_else(no_trainer)?;
             let mut sum = Tally::default();
@@ -152,7 +152,7 @@ impl Run<'_> {
             step: self.progress.step,
             epoch: self.attempt.epoch,
             spec_sha256: self.spec_sha256.clone(),
-            trained_tokens: self.progress.target_tokens,
+            target_tokens: self.progress.target_tokens,
             ..Manifest::default()
         };
         manifest.extra.insert(INITIAL_KEY.to_owned(), json!(self.initial_key));

@@ -1,6 +1,6 @@
 use std::path::Path;
 
-use retort_core::spec::{Loss, Weight};
+use retort_core::spec::{Lora, LoraTarget, Loss, Weight};
 use tch::Device;
 
 use super::*;
@@ -318,4 +318,57 @@ fn a_leap_is_left_out_and_leaves_no_trace_in_the_weights() {
         assert_eq!(trainer.progress().left_out, 1);
         assert!(weights(&trainer) != before);
     }
+}
+
+/// What a job's plan says of sizes, the student does.
+#[test]
+fn the_plan_knows_the_sizes() {
+    use retort_plan::training::{Student, head_positions};
+    for vocab in [40, 512, 49_152, 128_256] {
+        let loss = ChunkedLoss::new(vocab, Kind::Float, Device::Cpu).unwrap();
+        assert_eq!(loss.positions() as u64, head_positions(vocab.unsigned_abs()));
+    }
+    let lora = Lora { rank: 3, targets: vec![LoraTarget::KProj, LoraTarget::DownProj], ..Lora::default() };
+    for (lora, freeze_embeddings) in [(None, false), (None, true), (Some(&lora), false)] {
+        for tied in [true, false] {
+            let train = Train { freeze_embeddings, ..options().train };
+            let model = model(tied);
+            let config = model.config().clone();
+            let planned = Student { config: &config, lora, train: &train, longest_row: 9 }.training();
+            let model = match lora {
+                Some(lora) => model.adapt(lora, 1).unwrap(),
+                None => model,
+            };
+            let trainer = Trainer::new(model, Options { train, ..options() }).unwrap();
+            assert_eq!(trainer.trainable(), planned.trained_parameters, "{lora:?} {freeze_embeddings} {tied}");
+        }
+    }
+    for device in [Device::Cpu, Device::Cuda(0)] {
+        for micro_batch_tokens in [None, Some(77)] {
+            let train = Train { micro_batch_tokens, ..options().train };
+            let planned =
+                Student { config: model(true).config(), lora: None, train: &train, longest_row: 9 }.training();
+            let tokens = planned.places[usize::from(device != Device::Cpu)].micro_batch_tokens;
+            assert_eq!(batch::Limits::of(&train, device).max_tokens, tokens as usize);
+        }
+    }
+}
+
+#[test]
+fn a_checkpoint_of_before_its_figures_were_renamed_is_read() {
+    let folder = tempfile::tempdir().unwrap();
+    let teacher = tiny_teacher(&folder.path().join("teacher"), 1, VOCAB.into());
+    let mut trainer = Trainer::new(model(true), options()).unwrap();
+    trainer.step(&rows(0), &|| Ok(())).unwrap();
+    let dir = folder.path().join("saved");
+    save(&mut trainer, &teacher.folder, &dir, true);
+    let path = dir.join("state/trainer.json");
+    let mut state: serde_json::Value = serde_json::from_slice(&std::fs::read(&path).unwrap()).unwrap();
+    let fields = state.as_object_mut().unwrap();
+    let tokens = fields.remove("processed_tokens").unwrap();
+    fields.insert("trained_tokens".to_owned(), tokens);
+    fields.remove("workers").unwrap();
+    std::fs::write(&path, state.to_string()).unwrap();
+    let read = resume::load(&dir, options(), Device::Cpu, Kind::Float).unwrap().progress();
+    assert_eq!(Progress { workers: 1, ..read }, trainer.progress());
 }

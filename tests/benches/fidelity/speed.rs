@@ -62,7 +62,8 @@ pub fn run(corpus: &Corpus) -> Result<Value, Failure> {
     let teacher = scored as f64 / started.elapsed().as_secs_f64();
     drop(model);
 
-    let options = Options { train: Train::default(), steps: 100, limits: BatchLimits::for_device(Device::Cpu) };
+    let options =
+        Options { train: Train::default(), steps: 100, limits: BatchLimits::of(&Train::default(), Device::Cpu) };
     let mut trainer = Trainer::new(Student::named("4-layers")?.start()?, options)?;
     let examples =
         rows.iter().zip(decoded).map(|(&index, sequence)| training::example(&corpus.rows[index], sequence.targets));

@@ -61,7 +61,7 @@ pub fn train(
     // Indices among the corpus's rows.
     let rows: Vec<usize> = corpus.of(false).map(|(index, _)| index).collect();
     let steps = rows.len().div_ceil(BATCH_ROWS) as u32 * PASSES;
-    let limits = Limits::for_device(Device::Cpu);
+    let limits = Limits::of(&train, Device::Cpu);
     let mut trainer = Trainer::new(start, Options { train, steps, limits })?;
     let before = held_out_kl(corpus, trainer.model())?;
     let started = Instant::now();
@@ -85,7 +85,7 @@ pub fn train(
     let progress = trainer.progress();
     let kl = held_out_kl(corpus, trainer.model())?;
     Ok(json!({
-        "seed": seed, "kl_before": before, "kl": kl, "steps": progress.step, "trained_tokens": progress.trained_tokens,
+        "seed": seed, "kl_before": before, "kl": kl, "steps": progress.step, "processed_tokens": progress.processed_tokens,
         "target_tokens": progress.target_tokens, "seconds": seconds,
     }))
 }

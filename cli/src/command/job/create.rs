@@ -2,14 +2,12 @@ use std::path::PathBuf;
 
 use clap::Args;
 use retort_core::{Code, Error, Result, wire::job_spec_to_proto};
-use retort_proto as proto;
 
 use crate::{
     command::{Connection, Context},
-    json,
+    job_plan, json,
     outcome::Outcome,
     spec_file,
-    text::{bytes, count, table},
 };
 
 /// Hands a job to the orchestrator
@@ -49,25 +47,11 @@ impl Create {
             context.output.text(&job.name);
         }
         if let Some(plan) = &job.plan {
-            context.output.text(&render_plan(plan));
+            context.output.text(&job_plan::render(plan));
         }
         if !self.validate_only {
             context.output.text(&format!("follow it with `retort job watch {}`", job.name));
         }
         Ok(Outcome::Done)
     }
-}
-
-/// A plan as an aligned table.
-pub fn render_plan(plan: &proto::Plan) -> String {
-    let rows = [
-        ("rows", format!("{} for training, {} held out", count(plan.train_rows), count(plan.held_out_rows))),
-        ("shards", format!("{} for training, {} held out", plan.train_shards, plan.held_out_shards)),
-        ("target tokens", format!("at most {}", count(plan.max_target_tokens))),
-        ("optimiser steps", count(u64::from(plan.optimizer_steps))),
-        ("teacher", format!("{} parameters", count(plan.teacher_parameters))),
-        ("student", format!("{} parameters", count(plan.student_parameters))),
-        ("store", format!("at most {}", bytes(plan.max_store_bytes))),
-    ];
-    table(&rows.map(|(name, value)| vec![format!("  {name}"), value]), &[])
 }

@@ -3,7 +3,7 @@ use retort_core::Result;
 
 use crate::{
     command::{Connection, Context},
-    json,
+    job_plan, json,
     outcome::Outcome,
     output, report,
     text::{duration, rate, table},
@@ -31,7 +31,7 @@ impl Get {
         context.output.text(&report::render(&job, &around));
         if job.report.is_none() {
             if let Some(plan) = &job.plan {
-                context.output.text(&super::create::render_plan(plan));
+                context.output.text(&job_plan::render(plan));
             }
             if let Some(progress) = &job.progress {
                 context.output.text(&render_progress(progress));

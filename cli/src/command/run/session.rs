@@ -14,7 +14,7 @@ use crate::{
     export::{self, Exported, Source},
     follow::follow,
     home::{Home, local_folder},
-    json,
+    job_plan, json,
     outcome::{Outcome, conclude},
     output::{self, Output},
     progress::View,
@@ -97,12 +97,17 @@ impl Session<'_> {
             submitted = submit => submitted?,
             () = self.signals.stop.cancelled() => return Ok(None),
         };
-        self.output.json(&json!({ "type": "submitted", "job": job.name, "resumed": resumed }));
+        let plan = job.plan.as_ref();
+        self.output
+            .json(&json!({ "type": "submitted", "job": job.name, "resumed": resumed, "plan": plan.map(json::plan) }));
         self.notice(&match (resumed, is_open(&job)) {
             (true, true) => format!("going on with {}, which was not finished (--new begins another)", job.name),
             (true, false) => format!("{} has ended, and this is its result (--new begins another)", job.name),
             (false, _) => format!("{} is submitted", job.name),
         });
+        if let Some(plan) = plan.filter(|_| is_open(&job)) {
+            self.view.borrow_mut().say(&job_plan::render(plan));
+        }
         if self.args.address.is_none() {
             self.tell_others(&mut client, &job.name).await?;
         }

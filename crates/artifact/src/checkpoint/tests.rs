@@ -40,7 +40,7 @@ impl Bench {
             step,
             epoch,
             spec_sha256: "ab".to_owned(),
-            trained_tokens: 99,
+            target_tokens: 99,
             extra,
             ..Manifest::default()
         };
@@ -58,7 +58,7 @@ async fn a_checkpoint_comes_back_whole() {
     let written = bench.publish(20, 3).await.unwrap();
     let names: Vec<&str> = written.files.iter().map(|file| file.path.as_str()).collect();
     assert_eq!(names, ["model/config.json", "model/model.safetensors", "state/optimizer"]);
-    assert_eq!((written.schema_version, written.files[1].bytes), (1, 100_000));
+    assert_eq!((written.schema_version, written.files[1].bytes), (2, 100_000));
     let into = bench.folder.path().join("in");
     let read = fetch(&bench.store, &paths::checkpoint("j", 20, 3), &into).await.unwrap();
     assert_eq!(read, written);
@@ -122,27 +122,38 @@ async fn damage_is_found_and_named() {
 }
 
 #[tokio::test]
+async fn a_manifest_of_the_first_version_is_read() {
+    let bench = bench();
+    let prefix = paths::checkpoint("j", 20, 3);
+    let first = r#"{"schema_version":1,"job":"j","step":20,"epoch":3,"files":[],"spec_sha256":"","trained_tokens":77,
+        "initial_key":"i/"}"#;
+    bench.store.put_new(&paths::manifest(&prefix), first.into()).await.unwrap();
+    let read = manifest(&bench.store, &prefix).await.unwrap();
+    assert_eq!((read.target_tokens, read.extra.len()), (77, 1));
+}
+
+#[tokio::test]
 async fn a_manifest_cannot_reach_outside_or_be_newer() {
     let bench = bench();
     let prefix = paths::checkpoint("j", 20, 3);
     let manifest = |path: &str, version: u32| {
         format!(
-            r#"{{"schema_version":{version},"job":"j","step":20,"epoch":3,"spec_sha256":"","trained_tokens":0,
+            r#"{{"schema_version":{version},"job":"j","step":20,"epoch":3,"spec_sha256":"","target_tokens":0,
                 "files":[{{"path":{path:?},"bytes":1,"sha256":"x"}}]}}"#
         )
     };
     std::fs::create_dir_all(bench.at(&prefix)).unwrap();
     let into = bench.folder.path().join("in");
     for path in ["../x", "/etc/passwd", "a/../../b", "", "a//b", "a\\b", "."] {
-        std::fs::write(bench.at(&paths::manifest(&prefix)), manifest(path, 1)).unwrap();
+        std::fs::write(bench.at(&paths::manifest(&prefix)), manifest(path, 2)).unwrap();
         let error = fetch(&bench.store, &prefix, &into).await.unwrap_err();
         assert_eq!(error.code, Code::CheckpointCorrupt, "{path}");
         assert!(error.message.contains("no path of its own inside the checkpoint"), "{error}");
     }
-    std::fs::write(bench.at(&paths::manifest(&prefix)), manifest("a", 2)).unwrap();
+    std::fs::write(bench.at(&paths::manifest(&prefix)), manifest("a", 3)).unwrap();
     let error = fetch(&bench.store, &prefix, &into).await.unwrap_err();
     assert!(
-        error.message.ends_with("it has schema version 2, this build reads up to 1; use a newer retort"),
+        error.message.ends_with("it has schema version 3, this build reads up to 2; use a newer retort"),
         "{error}"
     );
     std::fs::write(bench.at(&paths::manifest(&prefix)), "{").unwrap();

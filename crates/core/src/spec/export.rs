@@ -1,6 +1,11 @@
 //! What a job leaves beside the student's Hugging Face folder.
 
-use serde::{Deserialize, Serialize};
+use std::fmt;
+
+use serde::{
+    Deserialize, Deserializer, Serialize,
+    de::{self, SeqAccess, Visitor, value::StrDeserializer},
+};
 
 use super::validate::invalid;
 use crate::Result;
@@ -10,7 +15,8 @@ use crate::Result;
 #[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields, default)]
 pub struct Export {
-    /// One GGUF file of each type.
+    /// One GGUF file of each type; a type alone is a list of one.
+    #[serde(deserialize_with = "one_or_several")]
     pub gguf: Vec<GgufType>,
 }
 
@@ -46,5 +52,43 @@ impl Export {
             Some((_, kind)) => Err(invalid(format!("export.gguf names {} twice", kind.name().to_lowercase()))),
             None => Ok(()),
         }
+    }
+}
+
+fn one_or_several<'de, D: Deserializer<'de>>(deserializer: D) -> Result<Vec<GgufType>, D::Error> {
+    deserializer.deserialize_any(TypeOrList)
+}
+
+struct TypeOrList;
+
+impl<'de> Visitor<'de> for TypeOrList {
+    type Value = Vec<GgufType>;
+
+    fn expecting(&self, f: &mut fmt::Formatter) -> fmt::Result {
+        f.write_str("a type of GGUF file, or a list of them")
+    }
+
+    fn visit_unit<E: de::Error>(self) -> Result<Vec<GgufType>, E> {
+        Ok(Vec::new())
+    }
+
+    fn visit_none<E: de::Error>(self) -> Result<Vec<GgufType>, E> {
+        Ok(Vec::new())
+    }
+
+    fn visit_some<D: Deserializer<'de>>(self, deserializer: D) -> Result<Vec<GgufType>, D::Error> {
+        one_or_several(deserializer)
+    }
+
+    fn visit_str<E: de::Error>(self, name: &str) -> Result<Vec<GgufType>, E> {
+        GgufType::deserialize(StrDeserializer::new(name)).map(|kind| vec![kind])
+    }
+
+    fn visit_seq<A: SeqAccess<'de>>(self, mut list: A) -> Result<Vec<GgufType>, A::Error> {
+        let mut kinds = Vec::new();
+        while let Some(kind) = list.next_element()? {
+            kinds.push(kind);
+        }
+        Ok(kinds)
     }
 }

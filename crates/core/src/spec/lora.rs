@@ -1,6 +1,6 @@
 //! Low-rank adapters of a student (Hu et al., "LoRA: Low-Rank Adaptation of Large Language Models", 2021).
 
-use serde::{Deserialize, Serialize};
+use serde::{Deserialize, Deserializer, Serialize};
 
 use super::validate::{count, invalid, within};
 use crate::{Error, Result};
@@ -16,6 +16,7 @@ pub struct Lora {
     pub rank: u32,
     pub alpha: f64,
     /// Projections of each layer that have an adapter.
+    #[serde(deserialize_with = "all_or_these")]
     pub targets: Vec<LoraTarget>,
     /// Share of an adapter's inputs that are zero in a training step.
     pub dropout: f64,
@@ -101,4 +102,9 @@ impl Lora {
         let known: Vec<&str> = LoraTarget::ALL.iter().map(|target| target.as_str()).collect();
         invalid(format!("student.lora.targets {wrong}; name some of {}, each once", known.join(", ")))
     }
+}
+
+/// A key without a value is as one that is not there.
+fn all_or_these<'de, D: Deserializer<'de>>(deserializer: D) -> Result<Vec<LoraTarget>, D::Error> {
+    Ok(Option::deserialize(deserializer)?.unwrap_or_else(|| LoraTarget::ALL.to_vec()))
 }

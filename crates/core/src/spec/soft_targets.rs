@@ -2,7 +2,10 @@
 
 use serde::{Deserialize, Serialize};
 
-use super::validate::{count, invalid, within};
+use super::{
+    section,
+    validate::{count, invalid, within},
+};
 use crate::Result;
 
 /// Largest exact head of a soft target; only [`Codec::Full`] keeps more.
@@ -179,7 +182,7 @@ pub struct Flat {
     #[serde(skip_serializing_if = "Option::is_none")]
     pub threshold: Option<f64>,
     pub quantiser: Quantiser,
-    #[serde(skip_serializing_if = "Vec::is_empty")]
+    #[serde(deserialize_with = "section", skip_serializing_if = "Vec::is_empty")]
     pub temperatures: Vec<f64>,
 }
 

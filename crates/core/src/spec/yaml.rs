@@ -4,8 +4,8 @@ mod outline;
 
 use serde_saphyr::Error as Yaml;
 
-use self::outline::{Field, field_at};
-use super::JobSpec;
+use self::outline::{Field, field_at, place_of};
+use super::{JobSpec, Sharing};
 use crate::{Code, Error, Result};
 
 /// Longest spec read, bytes.
@@ -20,8 +20,24 @@ pub fn parse_yaml(name: &str, text: &str) -> Result<JobSpec> {
         ));
     }
     let spec: JobSpec = serde_saphyr::from_str(text).map_err(|error| explain(name, text, error.without_snippet()))?;
+    check_sharing(name, text, &spec)?;
     spec.validate().map_err(|error| Error::new(error.code, format!("{name}: {}", error.message)))?;
     Ok(spec)
+}
+
+/// Keys of another mode than the one that is given, or meant, would do nothing, whatever their value.
+fn check_sharing(name: &str, text: &str, spec: &JobSpec) -> Result<()> {
+    let Some(parallel) = &spec.train.parallel else { return Ok(()) };
+    if parallel.mode == Sharing::Diloco {
+        return Ok(());
+    }
+    for (key, _) in parallel.of_diloco() {
+        if let Some((line, column)) = place_of(text, key) {
+            let message = format!("{name} line {line} column {column}: {}", Sharing::does_nothing(key));
+            return Err(Error::new(Code::SpecInvalid, message));
+        }
+    }
+    Ok(())
 }
 
 /// A library's error in the words of a spec: the place, the field, what it is and what it must be.
@@ -115,6 +131,7 @@ fn expected(field: Option<&Field>, error: &Yaml) -> Option<String> {
         _ if named("student.init") => format!("one of {INITS}, as in {{prune: {{layers: 8}}}}"),
         _ if named("student.lora.targets") => "a list, as in [q_proj, v_proj]".to_owned(),
         _ if named("student.lora.base") => "model or int8".to_owned(),
+        _ if named("export.gguf") => "one of f32, f16, bf16 and q8_0, or a list of them".to_owned(),
         "u32" | "i32" => format!("a whole number from 0 to {}", u32::MAX),
         "u64" | "i64" => format!("a whole number from 0 to {}", u64::MAX),
         "floating point" => "a number".to_owned(),

@@ -181,6 +181,7 @@ fn train_from_proto(train: proto::TrainSpec) -> Result<Train> {
     Ok(Train {
         passes: train.passes,
         batch_rows: train.batch_rows,
+        micro_batch_tokens: train.micro_batch_tokens,
         learning_rate: train.learning_rate,
         warmup_ratio: train.warmup_ratio,
         schedule,

@@ -61,6 +61,7 @@ pub fn job_spec_to_proto(spec: &JobSpec) -> proto::JobSpec {
         train: Some(proto::TrainSpec {
             passes: spec.train.passes,
             batch_rows: spec.train.batch_rows,
+            micro_batch_tokens: spec.train.micro_batch_tokens,
             learning_rate: spec.train.learning_rate,
             warmup_ratio: spec.train.warmup_ratio,
             weight_decay: spec.train.weight_decay,

@@ -39,7 +39,7 @@ struct World {
 struct State {
     log: Vec<String>,
     claims: VecDeque<Answer>,
-    heartbeats: VecDeque<Result<bool, Code>>,
+    heartbeats: VecDeque<Result<proto::HeartbeatResponse, Code>>,
     heartbeats_seen: u32,
     events: Vec<proto::WorkerEvent>,
     tries: u32,
@@ -72,7 +72,7 @@ impl Bench {
     }
 
     /// `Ok(cancelled)` or an error; beyond the list every heartbeat is fine.
-    pub(super) fn answer_heartbeats(&self, answers: impl IntoIterator<Item = Result<bool, Code>>) {
+    pub(super) fn answer_heartbeats(&self, answers: impl IntoIterator<Item = Result<proto::HeartbeatResponse, Code>>) {
         self.set(|state| state.heartbeats.extend(answers));
     }
 
@@ -177,10 +177,8 @@ impl Orchestrator for World {
     async fn heartbeat(&self, _: proto::HeartbeatRequest) -> Result<proto::HeartbeatResponse> {
         let mut state = self.orchestrator()?;
         state.heartbeats_seen += 1;
-        match state.heartbeats.pop_front().unwrap_or(Ok(false)) {
-            Ok(cancelled) => Ok(proto::HeartbeatResponse { cancelled, lease: None, others_wait: false }),
-            Err(code) => Err(Error::new(code, "the test wants it so")),
-        }
+        let answer = state.heartbeats.pop_front().unwrap_or_else(|| Ok(proto::HeartbeatResponse::default()));
+        answer.map_err(|code| Error::new(code, "the test wants it so"))
     }
 
     async fn list_published_shards(

@@ -138,9 +138,11 @@ impl Lead<'_, '_> {
         let end = move |slot: &mut Option<Trainer>| slot.as_mut().ok_or_else(no_trainer)?.end_round(&files);
         let counted = self.run.thread.call(end).await??;
         let mut whole = own;
+        let mut together = 1;
         for ((replica, (delivery, _)), counted) in deliveries.iter().zip(counted) {
             if counted {
                 self.crew.came(*replica);
+                together += 1;
                 whole.loss += delivery.loss;
                 whole.target_tokens += delivery.target_tokens;
                 whole.tokens += delivery.tokens;
@@ -161,11 +163,12 @@ impl Lead<'_, '_> {
             trainer.outer_mut()?.rounds.ledger = ledger;
             let progress = &mut trainer.progress;
             progress.step = steps;
-            progress.trained_tokens += whole.tokens - own.tokens;
+            progress.processed_tokens += whole.tokens - own.tokens;
             progress.target_tokens += whole.target_tokens - own.target_tokens;
             // While the others' parts are waited for, time goes by as well.
             progress.seconds += (seconds - own.seconds).max(0.0);
             progress.loss = whole.loss / whole.target_tokens.max(1) as f64;
+            progress.workers = progress.workers.max(together);
             Ok(*progress)
         };
         self.run.progress = self.run.thread.call(count).await??;

@@ -44,7 +44,7 @@ pub(crate) async fn replica(
     let (temperature, prompts) = (attempt.spec.loss_temperature(), cx.prompt_set(attempt).await?);
     let weights = RowWeights::new(prompts, attempt.spec.teacher.mode, &teacher);
     let data = TrainingData::new(stream, order, teacher.vocab_size, temperature, weights, &folder)?;
-    let options = Options { train: attempt.spec.train.clone(), steps: task.steps, limits: settings.limits() };
+    let options = Options::of(&attempt.spec.train, task.steps, settings);
     let mut follower = Follower {
         attempt,
         cx,
@@ -177,7 +177,7 @@ impl Follower<'_> {
         let make = move |slot: &mut Option<Trainer>| -> Result<()> {
             *slot = None;
             let model = initial_model(&folder.join("model"), &spec, device, kind)?;
-            *slot = Some(Trainer::new(model, options)?);
+            slot.insert(Trainer::new(model, options)?).say_sizes();
             std::fs::remove_dir_all(&folder).map_err(|error| Error::io(&folder, error))
         };
         self.thread.call(make).await??;

@@ -8,6 +8,7 @@ use retort_proto::{self as proto, follow_request, train_service_server::TrainSer
 use retort_worker::peer::SILENCE;
 use tokio::sync::mpsc;
 use tokio_stream::wrappers::ReceiverStream;
+use tokio_util::sync::CancellationToken;
 use tonic::{Request, Response, Status, Streaming};
 
 use super::{PROTOCOL, wrong};
@@ -30,6 +31,8 @@ pub(super) struct Terms {
     pub(super) parameters_sha256: String,
     /// Of all trained parameters.
     pub(super) gradient_bytes: u64,
+    /// Nothing is left to train: every replica may go.
+    pub(super) done: CancellationToken,
 }
 
 /// A replica whose hello fits.

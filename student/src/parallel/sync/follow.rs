@@ -51,7 +51,7 @@ pub(crate) async fn follow(attempt: &Attempt, task: &ReplicaTask, cx: &TaskConte
         cx,
         settings,
         number: task.number,
-        options: Options { train: attempt.spec.train.clone(), steps, limits: settings.limits() },
+        options: Options::of(&attempt.spec.train, steps, settings),
         spec_sha256: spec_sha256(&attempt.spec)?,
         teacher: init::open_teacher(&attempt.spec.teacher.model).await?,
         thread: ModelThread::spawn("replica", || None)?,
@@ -64,7 +64,12 @@ pub(crate) async fn follow(attempt: &Attempt, task: &ReplicaTask, cx: &TaskConte
             let stream = replica.stream(&lead).await?;
             match stream {
                 Ok(why) => {
-                    tracing::info!(code = %why.code, "its lead has gone: {}", why.chain());
+                    if why.code == Code::TrainingEnded {
+                        // The orchestrator says so too, once the last checkpoint is stored.
+                        tracing::info!("{}", why.message);
+                    } else {
+                        tracing::info!(code = %why.code, "its lead has gone: {}", why.chain());
+                    }
                     replica.thread.call(|slot| *slot = None).await?;
                     wait = POLL.0;
                 }
@@ -138,6 +143,9 @@ impl Replica<'_> {
         let why = self.serve(messages, &outgoing, welcome).await;
         self.cx.check()?;
         let Err(why) = why;
+        if why.code == Code::TrainingEnded {
+            return Ok(Ok(why));
+        }
         // If the lead is there still, it can say what was wrong.
         let _ = outgoing.try_send(message(follow_request::What::Leave(error_to_proto(&why))));
         if gone(&why) { Ok(Ok(why)) } else { Err(why) }
@@ -268,6 +276,7 @@ impl Replica<'_> {
             let mut trainer = Trainer::new(initial_model(&folder.join("model"), &spec, device, kind)?, options)?;
             std::fs::remove_dir_all(&folder).map_err(|error| Error::io(&folder, error))?;
             trainer.optimizer.forget_moments()?;
+            trainer.say_sizes();
             let optimizer = &slot.insert(trainer).optimizer;
             Ok(Done::Loaded(exchange::print(optimizer), exchange::bytes(optimizer)))
         };

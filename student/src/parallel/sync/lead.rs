@@ -34,6 +34,8 @@ const NEWCOMERS: usize = 64;
 /// A share may take this long, or [`TIMES_SLOWER`] times as long as the lead's own.
 const PATIENCE: Duration = Duration::from_secs(60);
 const TIMES_SLOWER: u32 = 10;
+/// Replicas have this long to hear that the training is done.
+pub(super) const FAREWELL: Duration = Duration::from_secs(1);
 
 pub(crate) struct Lead {
     cx: TaskContext,
@@ -41,6 +43,8 @@ pub(crate) struct Lead {
     epoch: u64,
     newcomers: mpsc::Receiver<Member>,
     members: BTreeMap<u32, Member>,
+    /// As [`Terms::done`].
+    done: CancellationToken,
     tasks: TaskGroup,
     /// That computed a part of the last step, this one included.
     workers: u32,
@@ -89,7 +93,9 @@ impl Lead {
             initial_key: initial_key.to_owned(),
             parameters_sha256,
             gradient_bytes,
+            done: CancellationToken::new(),
         });
+        let done = terms.done.clone();
         let (arrivals, arrived) = mpsc::channel(NEWCOMERS);
         let (ready, newcomers) = mpsc::channel(NEWCOMERS);
         let service = TrainServiceServer::new(Door::new(Arc::clone(&terms), arrivals))
@@ -97,8 +103,10 @@ impl Lead {
             .max_encoding_message_size(MAX_MESSAGE);
         let mut server = peer::server(peers.tls.as_ref())?;
         let mut tasks = TaskGroup::new(CancellationToken::new());
+        let until = done.clone().cancelled_owned();
         tasks.spawn("lead-server", async move {
-            let serving = server.add_service(service).serve_with_incoming(TcpListenerStream::new(listener));
+            let incoming = TcpListenerStream::new(listener);
+            let serving = server.add_service(service).serve_with_incoming_shutdown(incoming, until);
             serving.await.map_err(|error| Error::with_source(Code::GroupBroken, "the lead can serve no more", error))
         });
         tasks.spawn("replicas", async move {
@@ -108,7 +116,8 @@ impl Lead {
         rendezvous.publish(&cx.store, &job).await?;
         tracing::info!(address = rendezvous.address, workers, "leads a training");
         let members = BTreeMap::new();
-        Ok(Some(Self { cx: cx.clone(), job, epoch: attempt.epoch, newcomers, members, tasks, workers: 1 }))
+        let (cx, epoch) = (cx.clone(), attempt.epoch);
+        Ok(Some(Self { cx, job, epoch, newcomers, members, done, tasks, workers: 1 }))
     }
 
     /// Workers that computed a part of the last step.
@@ -159,6 +168,7 @@ impl Lead {
                 whole.add(trainer.share(&rows, weight, &|| cx.check())?);
             }
             let report = trainer.update(whole, started)?;
+            trainer.progress.workers = trainer.progress.workers.max(workers);
             Ok((report, trainer.progress(), unsound, workers))
         };
         let (report, progress, unsound, workers) = thread.call(finish).await??;
@@ -174,12 +184,17 @@ impl Lead {
         Ok((report, progress))
     }
 
-    /// Ends every stream, and takes back what the store says; where that fails, the next lead does.
-    pub(crate) async fn close(self) {
-        let Self { cx, job, epoch, members, tasks, .. } = self;
-        drop((members, tasks));
-        if let Err(error) = rendezvous::remove(&cx.store, &job, epoch).await {
+    /// Takes back what the store says, where that fails the next lead does, and ends every stream. Where the training
+    /// is `done`, replicas are told.
+    pub(crate) async fn close(self, done: bool) {
+        if let Err(error) = rendezvous::remove(&self.cx.store, &self.job, self.epoch).await {
             tracing::warn!(code = %error.code, "the store goes on saying where this training's lead was: {}", error.chain());
+        }
+        if done {
+            self.done.cancel();
+            if tokio::time::timeout(FAREWELL, self.tasks.join()).await.is_err() {
+                tracing::debug!("a replica does not take its leave");
+            }
         }
     }
 
@@ -290,6 +305,10 @@ async fn welcome(mut arrived: mpsc::Receiver<Arrival>, terms: Arc<Terms>, ready:
                 Some(arrival) => drop(serving.spawn(member::serve(arrival, Arc::clone(&terms), ready.clone()))),
                 None => return,
             },
+            () = terms.done.cancelled() => {
+                while serving.join_next().await.is_some() {}
+                return;
+            }
             Some(ended) = serving.join_next() => if let Err(error) = ended {
                 tracing::error!("a replica's task failed: {error}");
             },

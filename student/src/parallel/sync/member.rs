@@ -11,7 +11,10 @@ use retort_core::{
     wire::{error_from_proto, error_to_proto},
 };
 use retort_proto::{self as proto, follow_request, follow_response};
-use retort_worker::peer::{SILENCE, ticker};
+use retort_worker::{
+    Stop,
+    peer::{SILENCE, ticker},
+};
 use tokio::sync::mpsc;
 use tonic::{Status, Streaming};
 
@@ -66,16 +69,22 @@ pub(super) async fn serve(arrival: Arrival, terms: Arc<Terms>, ready: mpsc::Send
     let (orders, mut queue) = mpsc::channel(1);
     let (results, computed) = mpsc::channel(1);
     let due = Due::default();
+    let done = terms.done.clone();
     let member = Member { number, epoch: hello.epoch, updates: None, orders, answers: computed };
     let mut inbox = Inbox { terms, number, due: due.clone(), newcomer: Some((member, ready)), results, underway: None };
     let why = tokio::select! {
         biased;
         why = read(&mut requests, &mut inbox) => why,
         why = write(&answers, &mut queue, &due) => why,
+        () = done.cancelled() => Stop::TrainingEnded.error(),
     };
     // The lead waits no longer.
     drop((inbox, queue));
-    tracing::warn!(replica = number, code = %why.code, "a replica has gone: {}", why.chain());
+    if why.code == Code::TrainingEnded {
+        tracing::info!(replica = number, "a replica may go: {}", why.message);
+    } else {
+        tracing::warn!(replica = number, code = %why.code, "a replica has gone: {}", why.chain());
+    }
     let over = follow_response::What::Over(error_to_proto(&why));
     let _ = tokio::time::timeout(FAREWELL, answers.send(message(over))).await;
 }

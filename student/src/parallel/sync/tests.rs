@@ -125,6 +125,7 @@ impl Stage {
         assert_eq!((report.step, progress.step), (step + 1, step + 1));
         assert_eq!(report.tokens, rows(step).iter().map(|row| row.input_len() as u64).sum::<u64>());
         assert!(progress.target_tokens >= targets as u64);
+        assert!(progress.workers >= self.lead.workers());
         self.lead.workers()
     }
 
@@ -134,7 +135,7 @@ impl Stage {
         while !self.replicas.is_empty() {
             assert_eq!(self.leave().await.code, Code::WorkerStopped);
         }
-        self.lead.close().await;
+        self.lead.close(false).await;
         assert!(rendezvous::newest(&self.world.store, JOB).await.unwrap().is_none());
         let mut alone = trainer(&wide(self.world.train_attempt(EPOCH)), &self.world);
         for step in 0..steps {
@@ -209,6 +210,49 @@ async fn a_replica_waits_for_the_next_lead_until_it_is_cancelled() {
     assert_eq!(stage.step(1).await, 2);
     let difference = stage.difference(2).await;
     assert!(difference < 1e-5, "{difference}");
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn replicas_hear_that_the_training_has_ended() {
+    let mut stage = Stage::full(2).await;
+    stage.step(0).await;
+    let Stage { lead, mut replicas, world, .. } = stage;
+    let began = tokio::time::Instant::now();
+    lead.close(true).await;
+    assert!(began.elapsed() < lead::FAREWELL, "the replica took its leave: {:?}", began.elapsed());
+    assert!(rendezvous::newest(&world.store, JOB).await.unwrap().is_none());
+    // It waits for the orchestrator's word, should the lead die before its last checkpoint is stored.
+    let (stop, running) = replicas.remove(0);
+    tokio::time::sleep(Duration::from_millis(50)).await;
+    assert!(!running.is_finished());
+    stop.stop(Stop::TrainingEnded);
+    assert_eq!(running.await.unwrap().unwrap_err().code, Code::TrainingEnded);
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn the_last_word_to_a_replica_says_why() {
+    for done in [true, false] {
+        let mut stage = Stage::new(2).await;
+        let (_, hello) = stage.hello().await;
+        let mut stranger = stage.call(Say::Hello(hello)).await.unwrap();
+        let (parameters_sha256, _) = stage.table().await;
+        stranger.say(Say::Ready(proto::ReplicaReady { parameters_sha256 })).await;
+        stage.lead.gather(1).await;
+        let close = stage.lead.close(done);
+        let last = async {
+            let mut last = None;
+            while let Ok(Some(message)) = stranger.messages.message().await {
+                match message.what {
+                    Some(follow_response::What::Over(why)) => last = Some(why.code),
+                    _ => assert!(last.is_none(), "nothing comes after the last word"),
+                }
+            }
+            last
+        };
+        let ((), last) =
+            tokio::time::timeout(Duration::from_secs(4), async { tokio::join!(close, last) }).await.unwrap();
+        assert_eq!(last.as_deref() == Some("training-ended"), done, "{last:?}");
+    }
 }
 
 /// A stranger's end of a stream.

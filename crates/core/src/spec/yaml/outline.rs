@@ -24,6 +24,14 @@ pub(super) fn field_at(text: &str, line: u64, column: u64) -> Option<Field> {
     Some(field)
 }
 
+/// Line and column of the value with this path; none where the text has no such key.
+pub(super) fn place_of(text: &str, path: &str) -> Option<(u64, u64)> {
+    let root: Spanned<Node> = serde_saphyr::from_str(text).ok()?;
+    let mut fields = Vec::new();
+    walk(String::new(), &root, &mut fields);
+    fields.into_iter().find(|(_, field)| field.path == path).map(|(place, _)| place)
+}
+
 enum Node {
     Scalar(String),
     List(Vec<Spanned<Node>>),
