@@ -46,7 +46,8 @@ impl Far {
         // Room for a whole segment of the largest size, or for a millisecond.
         let burst = (u64::from(mbit) * 125).max(128 << 10).to_string();
         let shape = |tc: &[&str], device: &str| {
-            let arguments = ["qdisc", "replace", "dev", device, "root", "tbf", "rate", &rate, "burst", &burst];
+            let arguments =
+                ["qdisc", "replace", "dev", device, "root", "tbf", "rate", rate.as_str(), "burst", burst.as_str()];
             run("tc", tc.iter().chain(&arguments).chain(&["latency", "50ms"]))
         };
         shape(&[], &self.near)?;

@@ -27,7 +27,7 @@ pub type Failure = Box<dyn std::error::Error + Send + Sync>;
 
 /// Trains with two students of one thread each: over loopback, 1 Gbit/s and 100 Mbit/s, synchronously and by DiLoCo.
 #[derive(Parser)]
-#[command(name = "parallel", after_help = EXAMPLES, args_conflicts_with_subcommands = true)]
+#[command(name = "parallel", after_help = EXAMPLES, subcommand_negates_reqs = true)]
 struct Options {
     /// Where figures go, and where the jobs are while they run
     #[arg(long, value_name = "DIR", required = true)]

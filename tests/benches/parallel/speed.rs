@@ -242,7 +242,7 @@ fn rows() -> String {
         let split = if row < TRAIN_ROWS { "train" } else { "held_out" };
         json!({
             "id": format!("row-{row}"), "split": split, "completion": words.join(" "),
-            "messages": [{ "role": "user", "content": format!("Say {} words, as in case {row}.", WORDS) }],
+            "messages": [{ "role": "user", "content": format!("Say {WORDS} words, as in case {row}.") }],
         })
         .to_string()
             + "\n"

@@ -167,7 +167,7 @@ async fn lie(world: &World, lies: &[&Lie]) {
     // However often it is found out: in all of these rounds, and in none after them.
     lead.say_ready(REPLICA, lies.len() as u32 - 1, None).await.unwrap();
     let folder = tempfile::tempdir().unwrap();
-    for (number, lie) in (0..).zip(lies) {
+    for (number, lie) in (0_u32..).zip(lies) {
         let round = loop {
             match lead.next_round(number.checked_sub(1)).await.unwrap() {
                 Some(round) => break round,
