@@ -3,7 +3,7 @@
 
 SHELL := /bin/bash
 .DEFAULT_GOAL := help
-.PHONY: help env setup build demo test test-rust test-parity ask-llama-cpp test-python fuzz fuzz-build fuzz-corpus bench-fidelity bench-teacher bench-student bench-quality rehearse-405b bench-shard-memory weights-quality lint fmt clippy deny layers clean-demo
+.PHONY: help env setup build demo test test-rust test-parity ask-llama-cpp test-python fuzz fuzz-build fuzz-corpus bench-fidelity bench-teacher bench-student bench-parallel bench-quality rehearse-405b bench-shard-memory weights-quality lint fmt clippy deny layers clean-demo
 
 # Everything that is downloaded or built lives here, outside the checkout.
 export RETORT_CACHE ?= $(HOME)/.cache/retort
@@ -128,6 +128,13 @@ bench-student: build $(TEACHER)/retort-import.json ## A distillation step beside
 	@$(FETCH) transformers
 	cargo build --workspace --locked --examples
 	$(BIN)/examples/student --model $(TEACHER) --cache $(RETORT_CACHE) $(BENCH_STUDENT)
+
+# As root, for a network namespace; under twenty minutes, with nothing else running. BENCH_PARALLEL=--quick is a trial.
+BENCH_PARALLEL ?=
+
+bench-parallel: build $(TEACHER)/retort-import.json ## Two students that train one model, over links of three rates: docs/parallel-training.md's tables
+	cargo build --workspace --locked --example parallel
+	$(BIN)/examples/parallel --cache $(RETORT_CACHE) $(BENCH_PARALLEL)
 
 # Kept between runs: a run that was stopped goes on. Some four hours on two cores; BENCH_QUALITY="--seeds 1" is a third of it.
 QUALITY_HOME ?= $(RETORT_CACHE)/quality

@@ -1,6 +1,8 @@
 //! Whole attempts against a real store and a stand-in orchestrator and broker: what a job would see.
 
+mod best;
 mod diloco;
+pub(crate) mod log;
 pub(crate) mod world;
 
 use std::{fs, time::Duration};

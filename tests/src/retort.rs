@@ -58,11 +58,16 @@ impl Up {
 
     /// As [`Up::start`], with workers that compute on this many cores each.
     pub fn start_on(home: &Path, threads: usize, more: &[&str]) -> Self {
+        Self::start_at(home, "127.0.0.1", threads, more)
+    }
+
+    /// As [`Up::start_on`]; orchestrator and broker listen at this address of the machine.
+    pub fn start_at(home: &Path, host: &str, threads: usize, more: &[&str]) -> Self {
         let machine = MACHINE.lock().unwrap_or_else(std::sync::PoisonError::into_inner);
         let printed = tempfile::NamedTempFile::new().expect("a log");
         let log = printed.reopen().expect("a handle");
         let child = retort()
-            .args(["up", "--listen", "127.0.0.1:0", "--broker-listen", "127.0.0.1:0", "--home"])
+            .args(["up", "--listen", &format!("{host}:0"), "--broker-listen", &format!("{host}:0"), "--home"])
             .arg(home)
             .args(more)
             .env("RETORT_THREADS", threads.to_string())

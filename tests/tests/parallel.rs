@@ -3,12 +3,17 @@
 
 #![allow(clippy::unwrap_used)] // helpers of tests unwrap as tests do
 
-use std::{fs, path::Path, time::Duration};
+use std::{
+    fs,
+    path::Path,
+    process::{Child, Command, Stdio},
+    time::Duration,
+};
 
 use retort_proto::{self as proto, job_event::What};
 use retort_tests::{
     prompts::{self, Shape},
-    retort::Up,
+    retort::{Up, programs},
     teacher,
 };
 use tch::{Kind, Tensor};
@@ -150,6 +155,84 @@ async fn two_students_exchange_weights_and_a_killed_one_costs_no_batch() {
 
 fn job_id(name: &str) -> &str {
     name.trim_start_matches("jobs/")
+}
+
+/// A replica is help: a training of another job goes before it, and when that is done it comes back.
+#[tokio::test(flavor = "multi_thread")]
+async fn a_replica_makes_room_for_another_jobs_training() {
+    let folder = tempfile::tempdir().unwrap();
+    teacher::tiny(&folder.path().join("teacher"), 4);
+    // Far longer than all else here: it is cancelled.
+    let shape = Shape { train: 40, held_out: 4, tokens: 24, passes: 3000, ..Shape::default() };
+    let spec = prompts::spec(folder.path(), &folder.path().join("teacher"), &shape);
+    let other = spec.with_file_name("other.yaml");
+    let text = fs::read_to_string(&spec).unwrap();
+    fs::write(&other, text.replace("passes: 3000", "passes: 1").replace("name: tiny", "name: other")).unwrap();
+    let mut up = Up::start(folder.path(), &["--students", "2"]);
+
+    let long = up.create(&with_workers(&spec, 2));
+    let id = long.trim_start_matches("jobs/").to_owned();
+    let replica = up.wait("a replica", PATIENCE, |up| replica_of(up, &id));
+    let short = up.create(&other);
+    up.follow(&short, PATIENCE, |_, _| false).await;
+    succeeded(&mut up, &short).await;
+    let state = async |up: &Up| {
+        let request = proto::GetJobRequest { name: long.clone() };
+        up.jobs().await.get_job(request).await.unwrap().into_inner().state
+    };
+    assert_eq!(state(&up).await, proto::JobState::Running as i32, "{}", up.log());
+    assert_eq!(said(&up, &id, "a replica makes room: another job's task waits"), Some(replica.clone()));
+    let of_short = short.trim_start_matches("jobs/");
+    assert_eq!(said(&up, of_short, "trained to the end"), Some(replica.clone()), "{}", up.log());
+    // Both students are free for it again.
+    up.wait("the replica again", PATIENCE, |up| {
+        let log = fs::read_to_string(up.home.join("logs").join(format!("{replica}.log"))).unwrap();
+        let room = log.find("a replica makes room")?;
+        log[room..].lines().any(|line| line.contains(&id) && line.contains("follows a lead")).then_some(())
+    });
+    assert_eq!(state(&up).await, proto::JobState::Running as i32, "{}", up.log());
+    up.jobs().await.cancel_job(proto::CancelJobRequest { name: long.clone() }).await.unwrap();
+}
+
+/// Of a pool whose students were not started alike.
+#[tokio::test(flavor = "multi_thread")]
+async fn a_replica_of_another_dtype_is_refused_and_the_job_succeeds() {
+    let folder = tempfile::tempdir().unwrap();
+    teacher::tiny(&folder.path().join("teacher"), 4);
+    let shape = Shape { train: 40, held_out: 4, tokens: 24, passes: 60, ..Shape::default() };
+    let spec = prompts::spec(folder.path(), &folder.path().join("teacher"), &shape);
+    let mut up = Up::start(folder.path(), &["--dtype", "f32"]);
+    let job = up.create(&with_workers(&spec, 2));
+    up.wait_for_log(&["student-1"], "leads a training", PATIENCE);
+
+    let (running, log) = (up.running(), folder.path().join("odd.log"));
+    let odd = Command::new(programs().join("retort-student"))
+        .args(["--orchestrator", &running.address, "--brokers", &running.brokers, "--store", &running.store])
+        .args(["--threads", "1", "--dtype", "bf16", "--die-with-parent"])
+        .stdin(Stdio::null())
+        .stdout(Stdio::null())
+        .stderr(fs::File::create(&log).unwrap())
+        .spawn()
+        .unwrap();
+    let _odd = Ended(odd);
+    let refused = up.wait("the refusal", PATIENCE, |_| {
+        let log = fs::read_to_string(&log).unwrap();
+        log.lines().find(|line| line.contains("failed: ")).map(str::to_owned)
+    });
+    let why = r#"dtype: replica 1 has "bf16" and the lead "f32"; start every student of the pool alike"#;
+    assert!(refused.contains("code=replica-mismatch") && refused.contains(why), "{refused}");
+    up.follow(&job, PATIENCE, |_, _| false).await;
+    succeeded(&mut up, &job).await;
+}
+
+/// Dropped, it is killed.
+struct Ended(Child);
+
+impl Drop for Ended {
+    fn drop(&mut self) {
+        let _ = self.0.kill();
+        let _ = self.0.wait();
+    }
 }
 
 /// The worker that follows the lead of this job.

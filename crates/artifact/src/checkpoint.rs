@@ -105,18 +105,41 @@ pub async fn fetch_below(store: &Store, prefix: &str, below: &str, into: &Path) 
         let key = format!("{prefix}{}", file.path);
         let target = into.join(&file.path);
         // The size is looked at first, so that a file grown large does not fill the disk.
-        let size = store.size(&key).await.map_err(|error| missing(&key, error))?;
-        if size != file.bytes {
-            return Err(corrupt(&key, format!("it takes {size} bytes, the manifest says {}", file.bytes)));
-        }
+        check_size(store, &key, file).await?;
         let (_, sha256) = store.download(&key, &target).await.map_err(|error| missing(&key, error))?;
-        if sha256 != file.sha256 {
+        if let Err(error) = check_sha256(&key, &sha256, file) {
             // What is wrong must not lie where a loader would find it.
             let _ = tokio::fs::remove_file(&target).await;
-            return Err(corrupt(&key, format!("it has sha256 {sha256}, the manifest says {:.64}", file.sha256)));
+            return Err(error);
         }
     }
     Ok(manifest)
+}
+
+/// Reads the files whose path begins with `below`, and keeps nothing: `CheckpointCorrupt` naming the first that is
+/// missing or is not what the manifest says.
+pub async fn verify(store: &Store, prefix: &str, manifest: &Manifest, below: &str) -> Result<()> {
+    for file in manifest.files.iter().filter(|file| file.path.starts_with(below)) {
+        let key = format!("{prefix}{}", file.path);
+        check_size(store, &key, file).await?;
+        let sha256 = store.sha256(&key).await.map_err(|error| missing(&key, error))?;
+        check_sha256(&key, &sha256, file)?;
+    }
+    Ok(())
+}
+
+async fn check_size(store: &Store, key: &str, file: &File) -> Result<()> {
+    match store.size(key).await.map_err(|error| missing(key, error))? {
+        size if size == file.bytes => Ok(()),
+        size => Err(corrupt(key, format!("it takes {size} bytes, the manifest says {}", file.bytes))),
+    }
+}
+
+fn check_sha256(key: &str, sha256: &str, file: &File) -> Result<()> {
+    if sha256 == file.sha256 {
+        return Ok(());
+    }
+    Err(corrupt(key, format!("it has sha256 {sha256}, the manifest says {:.64}", file.sha256)))
 }
 
 /// Reads and checks the manifest at `prefix`.

@@ -1,5 +1,5 @@
 use bytes::Bytes;
-use retort_core::id::TaskId;
+use retort_core::{id::TaskId, state::JobState};
 
 use super::*;
 use crate::{intake, promotion, testing::*};
@@ -23,6 +23,56 @@ async fn what_was_staged_and_never_published_goes_after_the_job() {
     let left = world.context.store.list(&paths::shards_prefix(job.as_str())).await.unwrap();
     assert_eq!(left.len(), 5);
     assert_eq!(tidy(&world.context).await.unwrap(), 0);
+}
+
+/// However a job ends, what its workers had left to each other goes; that of a job that trains stays.
+#[tokio::test]
+async fn what_workers_left_to_each_other_goes_with_the_end_of_the_job() {
+    let world = World::new().await;
+    let (succeeded, failed, cancelled, running) =
+        (world.job().await, world.job().await, world.job().await, world.job().await);
+    let of = |job: &JobId| {
+        let (job, lead) = (job.as_str(), 3);
+        [
+            paths::lead(job, lead),
+            paths::exchange_open(job, lead),
+            paths::exchange_replica(job, lead, (1, 2), 5),
+            paths::manifest(&paths::exchange_weights(job, lead, 5)),
+            // A difference whose manifest was never written.
+            format!("{}weights.safetensors", paths::exchange_delta(job, lead, 5, (1, 2))),
+        ]
+    };
+    for key in [&succeeded, &failed, &cancelled, &running].into_iter().flat_map(of) {
+        world.context.store.put_new(&key, Bytes::from_static(b"left")).await.unwrap();
+    }
+    world.complete(&succeeded, 0.1).await;
+    promotion::judge_ready(&world.context).await.unwrap();
+    let shard = TaskId::shard(&failed, 0);
+    let epoch = world.claim(&shard, "teacher-1").await;
+    world.emit(&shard, epoch, task_failed(Code::PromptTooLong, false)).await;
+    intake::cancel(&world.context, &cancelled).await.unwrap();
+    world.claim(&TaskId::train(&running), "student-1").await;
+    for (job, state) in [
+        (&succeeded, JobState::Succeeded),
+        (&failed, JobState::Failed),
+        (&cancelled, JobState::Cancelled),
+        (&running, JobState::Running),
+    ] {
+        assert_eq!(world.read_job(job).await.state, state);
+    }
+
+    // An attempt that has not heard of the end may still be writing.
+    assert_eq!(tidy(&world.context).await.unwrap(), 0);
+    world.clock.advance_ms(30_001);
+    assert_eq!(tidy(&world.context).await.unwrap(), 15);
+    for (job, stays) in [(&succeeded, false), (&failed, false), (&cancelled, false), (&running, true)] {
+        for key in of(job) {
+            assert_eq!(world.context.store.exists(&key).await.unwrap(), stays, "{key}");
+        }
+    }
+    // What the job is for is there still.
+    assert!(!world.context.store.list(&paths::checkpoints_prefix(succeeded.as_str())).await.unwrap().is_empty());
+    assert!(!world.context.store.list(&paths::shards_prefix(succeeded.as_str())).await.unwrap().is_empty());
 }
 
 #[tokio::test]

@@ -18,3 +18,6 @@ mod replica;
 
 pub(crate) use lead::lead;
 pub(crate) use replica::replica;
+
+#[cfg(test)]
+mod tests;

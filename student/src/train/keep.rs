@@ -11,7 +11,7 @@ use retort_artifact::{
     checkpoint::{HELD_OUT, HeldOut, Manifest},
     paths,
 };
-use retort_core::{Error, Result, spec::Promote};
+use retort_core::{Code, Error, Result, spec::Promote};
 use retort_export::Gguf;
 use serde_json::json;
 
@@ -118,7 +118,7 @@ impl Run<'_> {
         Ok(Some(held_out))
     }
 
-    /// Prefix of the checkpoint that is to be judged.
+    /// Prefix of the checkpoint that is to be judged: the last where the best cannot be.
     pub(super) async fn chosen(&self) -> Result<String> {
         if self.attempt.spec.train.promote == Promote::Best
             && let Some((prefix, manifest)) = checkpoint::best(&self.cx.store, self.attempt.job.as_str()).await?
@@ -131,6 +131,18 @@ impl Run<'_> {
                     "the best checkpoint lacks what a model needs: the last is judged"
                 );
                 return Ok(self.checkpoint_key.clone());
+            }
+            match checkpoint::verify(&self.cx.store, &prefix, &manifest, "model/").await {
+                Err(error) if error.code == Code::CheckpointCorrupt => {
+                    tracing::warn!(
+                        step = manifest.step,
+                        key = prefix,
+                        "the best checkpoint is damaged: the last is judged: {}",
+                        error.chain()
+                    );
+                    return Ok(self.checkpoint_key.clone());
+                }
+                outcome => outcome?,
             }
             tracing::info!(step = manifest.step, key = prefix, "the best checkpoint is to be judged");
             return Ok(prefix);

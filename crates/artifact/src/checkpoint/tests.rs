@@ -105,19 +105,26 @@ async fn damage_is_found_and_named() {
     let prefix = paths::checkpoint("j", 20, 3);
     let key = format!("{prefix}model/model.safetensors");
     let into = bench.folder.path().join("in");
+    let sound = manifest(&bench.store, &prefix).await.unwrap();
+    verify(&bench.store, &prefix, &sound, "").await.unwrap();
     let mut bytes = vec![7; 100_000];
     bytes[5] = 8;
     std::fs::write(bench.at(&key), &bytes).unwrap();
+    verify(&bench.store, &prefix, &sound, "state/").await.unwrap();
+    let verified = async || verify(&bench.store, &prefix, &sound, "model/").await.unwrap_err().message;
     let error = fetch(&bench.store, &prefix, &into).await.unwrap_err();
+    assert_eq!(verified().await, error.message);
     assert_eq!(error.code, Code::CheckpointCorrupt);
     assert!(error.message.starts_with(&format!("the checkpoint is corrupt: {key}: it has sha256 ")), "{error}");
     assert!(!into.join("model/model.safetensors").exists());
     std::fs::write(bench.at(&key), b"short").unwrap();
     let error = fetch(&bench.store, &prefix, &into).await.unwrap_err();
     assert_eq!(error.message, format!("the checkpoint is corrupt: {key}: it takes 5 bytes, the manifest says 100000"));
+    assert_eq!(verified().await, error.message);
     std::fs::remove_file(bench.at(&key)).unwrap();
     let error = fetch(&bench.store, &prefix, &into).await.unwrap_err();
     assert_eq!(error.message, format!("the checkpoint is corrupt: {key}: it is missing"));
+    assert_eq!(verified().await, error.message);
     assert_eq!(fetch(&bench.store, "jobs/j/none/", &into).await.unwrap_err().code, Code::ObjectNotFound);
 }
 

@@ -71,6 +71,7 @@ impl Outer {
 
 impl Trainer {
     /// A round begins: with the weights of `from`, or else with those that are there, which `into` gets.
+    /// [`Code::CheckpointCorrupt`] where `from` does not fit or is not finite.
     pub(super) fn begin_round(&mut self, from: Option<&Path>, into: Option<&Path>) -> Result<()> {
         let mut masters = self.optimizer.masters();
         if let Some(path) = from {
@@ -137,7 +138,7 @@ impl Trainer {
         no_grad(own).map_err(&failed)?;
         let mut counted = Vec::with_capacity(others.len());
         for path in others {
-            let added = read(path).map_err(|error| error.message).and_then(|way| add_finite(&way, &mut masters));
+            let added = read(path).map_err(|error| error.message).and_then(|way| add(&way, &mut masters));
             if let Err(why) = &added {
                 tracing::warn!(path = %path.display(), "what a replica sent does not count: {why}");
             }
@@ -197,21 +198,16 @@ fn copy_named(from: &[(String, Tensor)], to: &mut [(String, Tensor)]) -> Result<
     Ok(())
 }
 
-/// Adds `from` to `to`, once all of it is known to be finite.
-fn add_finite(from: &[(String, Tensor)], to: &mut [(String, Tensor)]) -> Result<(), String> {
+/// Adds `from` to `to`, all of it or nothing.
+fn add(from: &[(String, Tensor)], to: &mut [(String, Tensor)]) -> Result<(), String> {
     let from = matching(from, to)?;
-    let sum = |tensor: &&Tensor| tensor.f_sum(Kind::Double)?.f_double_value(&[]);
-    let sums: Result<Vec<f64>, TchError> = no_grad(|| from.iter().map(sum).collect());
-    if sums.map_err(|error| error.to_string())?.iter().any(|sum| !sum.is_finite()) {
-        return Err("it is not finite".to_owned());
-    }
     for ((name, to), from) in to.iter_mut().zip(from) {
         let _ = no_grad(|| to.f_add_(&from.f_to_device(to.device())?)).map_err(|error| format!("{name:?}: {error}"))?;
     }
     Ok(())
 }
 
-/// Of `from`, the tensors that `to` names, in its order.
+/// Of `from`, the tensors that `to` names, in its order, once all of them are known to be finite.
 fn matching<'a>(from: &'a [(String, Tensor)], to: &[(String, Tensor)]) -> Result<Vec<&'a Tensor>, String> {
     if from.len() != to.len() {
         return Err(format!("it holds {} tensors, the student trains {}", from.len(), to.len()));
@@ -223,7 +219,12 @@ fn matching<'a>(from: &'a [(String, Tensor)], to: &[(String, Tensor)]) -> Result
         if tensor.size() != to.size() || tensor.kind() != Kind::Float {
             return Err(format!("{name:?} is {:?} {:?}, not f32 {:?}", tensor.kind(), tensor.size(), to.size()));
         }
-        Ok(tensor)
+        // In f64 finite f32 values sum up to a finite one.
+        let sum = no_grad(|| tensor.f_sum(Kind::Double)?.f_double_value(&[]));
+        match sum.map_err(|error| format!("{name:?}: {error}"))?.is_finite() {
+            true => Ok(tensor),
+            false => Err(format!("{name:?} is not finite")),
+        }
     };
     to.iter().map(find).collect()
 }
@@ -355,6 +356,12 @@ mod tests {
         assert_eq!(counted, [false, false, true, false, false]);
         assert_eq!(furthest(&sound, &all), 0.0);
         assert!(max_bytes(&replica.optimizer.masters()) >= std::fs::metadata(path("sound")).unwrap().len());
-        assert_eq!(replica.begin_round(Some(&path("torn")), None).unwrap_err().code, Code::CheckpointCorrupt);
+        let before = weights(&replica);
+        for (name, why) in [("torn", ""), ("few", "it holds 3 tensors"), ("nan", "is not finite")] {
+            let refused = replica.begin_round(Some(&path(name)), None).unwrap_err();
+            assert_eq!(refused.code, Code::CheckpointCorrupt);
+            assert!(refused.message.contains(why), "{}", refused.message);
+        }
+        assert_eq!(furthest(&weights(&replica), &before), 0.0, "what is refused changes nothing");
     }
 }

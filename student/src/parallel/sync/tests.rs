@@ -35,6 +35,7 @@ use crate::{
 const VOCAB: u32 = 40;
 const TOGETHER: u32 = 6;
 const EPOCH: u64 = 4;
+const SOON: Duration = Duration::from_secs(20);
 
 /// Of different lengths, one without targets.
 fn rows(step: u32) -> Vec<Example> {
@@ -112,6 +113,15 @@ impl Stage {
         self.replicas.push((stop, tokio::spawn(follow)));
     }
 
+    /// How a replica ends that does not fit.
+    async fn refused(&self, attempt: &Attempt, kind: Kind) -> Error {
+        let cx = self.world.context(attempt, StopSwitch::default());
+        let settings = Settings { kind, ..self.settings.clone() };
+        let Task::Replica(task) = attempt.work.clone() else { unreachable!() };
+        let ended = tokio::time::timeout(SOON, follow(attempt, &task, &cx, &settings)).await;
+        ended.expect("it is refused").unwrap_err()
+    }
+
     /// Stops the replica that was the first to join of those that are left.
     async fn leave(&mut self) -> Error {
         let (stop, running) = self.replicas.remove(0);
@@ -180,6 +190,63 @@ async fn replicas_come_go_and_are_replaced_between_steps() {
     stage.lead.gather(2).await;
     assert_eq!(stage.step(4).await, 3);
     let difference = stage.difference(5).await;
+    assert!(difference < 1e-5, "{difference}");
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_replica_makes_room_for_another_task_and_comes_again() {
+    let mut stage = Stage::full(2).await;
+    assert_eq!(stage.step(0).await, 2);
+    let (stop, running) = stage.replicas.remove(0);
+    stop.set_others_wait(true);
+    let ended = tokio::time::timeout(SOON, running).await.expect("it makes room").unwrap();
+    assert_eq!(ended.unwrap_err().code, Code::AttemptYielded);
+    assert_eq!(stage.step(1).await, 1);
+    // While nobody leads as well.
+    let mut deaf = Stage::new(2).await;
+    rendezvous::remove(&deaf.world.store, JOB, EPOCH).await.unwrap();
+    deaf.join(1, 1);
+    let (stop, running) = deaf.replicas.remove(0);
+    stop.set_others_wait(true);
+    let ended = tokio::time::timeout(SOON, running).await.expect("it makes room").unwrap();
+    assert_eq!(ended.unwrap_err().code, Code::AttemptYielded);
+
+    stage.join(1, 2);
+    stage.lead.gather(1).await;
+    assert_eq!(stage.step(2).await, 2);
+    let difference = stage.difference(3).await;
+    assert!(difference < 1e-5, "{difference}");
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_replica_of_another_spec_or_dtype_or_model_ends_and_the_training_goes_on() {
+    let mut stage = Stage::new(2).await;
+    let attempt = wide(stage.world.replica_attempt(1, 1));
+    let mut of_another_spec = attempt.clone();
+    of_another_spec.spec.train.learning_rate *= 2.0;
+    for (attempt, kind, what) in [(&of_another_spec, Kind::Float, "spec"), (&attempt, Kind::BFloat16, "dtype")] {
+        let refused = stage.refused(attempt, kind).await;
+        assert_eq!(refused.code, Code::ReplicaMismatch);
+        assert!(refused.message.starts_with(&format!("{what}: replica 1 has ")), "{}", refused.message);
+    }
+    // The weights of another student where the lead's should be.
+    let prefix = paths::initial(JOB, EPOCH);
+    stage.world.store.delete(&paths::manifest(&prefix)).await.unwrap();
+    stage.world.store.delete_prefix(&prefix).await.unwrap();
+    let folder = tempfile::tempdir().unwrap();
+    let place = (Device::Cpu, Kind::Float);
+    let deeper = retort_core::spec::Init::Prune(retort_core::spec::Prune::to_layers(3));
+    let mut other = attempt.spec.clone();
+    other.student.init = deeper;
+    let (model, _) = init::initial_model(&other, &stage.world.teacher, &[], place, &|| Ok(())).unwrap();
+    resume::export(&model, &stage.world.teacher.folder, &folder.path().join("model")).unwrap();
+    checkpoint::publish(&stage.world.store, &prefix, folder.path(), Manifest::default()).await.unwrap();
+    let refused = stage.refused(&attempt, Kind::Float).await;
+    assert_eq!(refused.code, Code::ReplicaMismatch);
+    assert!(refused.message.starts_with("parameters: replica 1 has "), "{}", refused.message);
+
+    assert_eq!(stage.step(0).await, 1);
+    let difference = stage.difference(1).await;
     assert!(difference < 1e-5, "{difference}");
 }
 
