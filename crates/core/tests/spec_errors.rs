@@ -242,8 +242,8 @@ fn an_empty_key_is_as_one_that_is_not_there() {
     }
     check(
         &GOOD.replace("prune:\n      layers: 10", "prune: ~"),
-        Code::SpecInvalid,
-        "job.yaml: student.init.prune cuts nothing; give layers, or a size such as intermediate_size",
+        Code::SpecMalformed,
+        "job.yaml line 8 column 12: student.init.prune is empty; it must be a section of keys",
     );
 }
 

@@ -137,7 +137,7 @@ async fn run(cluster: &mut Cluster<'_>, how: How, passes: u32) -> Result<(proto:
         together: together.count() as f64 / told.len().max(1) as f64,
         kl: after.kl,
         top1_agreement: after.top1_agreement,
-        seconds: report.trained_tokens as f64 / report.student_tokens_per_second.max(1e-9),
+        seconds: report.processed_tokens as f64 / report.student_tokens_per_second.max(1e-9),
     };
     Ok((job, run))
 }

@@ -169,7 +169,7 @@ async fn prepare(cluster: &mut Cluster<'_>) -> Result<f64, Failure> {
     let end = cluster.up.jobs().await.get_job(proto::GetJobRequest { name: job }).await?.into_inner();
     match (end.state(), end.report) {
         (JobState::Succeeded, Some(report)) => {
-            Ok(report.trained_tokens as f64 / (TRAIN_ROWS as f64 / f64::from(BATCH_ROWS)))
+            Ok(report.processed_tokens as f64 / (TRAIN_ROWS as f64 / f64::from(BATCH_ROWS)))
         }
         (state, _) => Err(format!("the first job ended as {state:?}: {:?}", end.error).into()),
     }

@@ -4,7 +4,7 @@ use std::fmt;
 
 use serde::{
     Deserialize, Deserializer, Serialize,
-    de::{self, SeqAccess, Visitor, value::StrDeserializer},
+    de::{self, MapAccess, SeqAccess, Visitor, value::StrDeserializer},
 };
 
 use super::validate::invalid;
@@ -80,6 +80,26 @@ impl<'de> Visitor<'de> for TypeOrList {
         one_or_several(deserializer)
     }
 
+    fn visit_u64<E: de::Error>(self, value: u64) -> Result<Vec<GgufType>, E> {
+        Err(neither(value))
+    }
+
+    fn visit_i64<E: de::Error>(self, value: i64) -> Result<Vec<GgufType>, E> {
+        Err(neither(value))
+    }
+
+    fn visit_f64<E: de::Error>(self, value: f64) -> Result<Vec<GgufType>, E> {
+        Err(neither(value))
+    }
+
+    fn visit_bool<E: de::Error>(self, value: bool) -> Result<Vec<GgufType>, E> {
+        Err(neither(value))
+    }
+
+    fn visit_map<A: MapAccess<'de>>(self, _: A) -> Result<Vec<GgufType>, A::Error> {
+        Err(neither("a section of keys"))
+    }
+
     fn visit_str<E: de::Error>(self, name: &str) -> Result<Vec<GgufType>, E> {
         GgufType::deserialize(StrDeserializer::new(name)).map(|kind| vec![kind])
     }
@@ -91,4 +111,8 @@ impl<'de> Visitor<'de> for TypeOrList {
         }
         Ok(kinds)
     }
+}
+
+fn neither<E: de::Error>(value: impl fmt::Display) -> E {
+    E::custom(format!("export.gguf is {value}; it must be one of f32, f16, bf16 and q8_0, or a list of them"))
 }

@@ -69,7 +69,9 @@ fn explain(name: &str, text: &str, error: &Yaml) -> Error {
         }
         // Our own words, about keys that do not go together.
         Yaml::Message { msg, .. } | Yaml::ExternalMessage { msg, .. }
-            if msg.starts_with("teacher.soft_targets.") || msg.starts_with("student.init.prune.") =>
+            if ["teacher.soft_targets.", "student.init.prune.", "export.gguf "]
+                .iter()
+                .any(|field| msg.starts_with(field)) =>
         {
             new(Code::SpecInvalid, first_line(msg))
         }
@@ -131,7 +133,6 @@ fn expected(field: Option<&Field>, error: &Yaml) -> Option<String> {
         _ if named("student.init") => format!("one of {INITS}, as in {{prune: {{layers: 8}}}}"),
         _ if named("student.lora.targets") => "a list, as in [q_proj, v_proj]".to_owned(),
         _ if named("student.lora.base") => "model or int8".to_owned(),
-        _ if named("export.gguf") => "one of f32, f16, bf16 and q8_0, or a list of them".to_owned(),
         "u32" | "i32" => format!("a whole number from 0 to {}", u32::MAX),
         "u64" | "i64" => format!("a whole number from 0 to {}", u64::MAX),
         "floating point" => "a number".to_owned(),

@@ -194,7 +194,7 @@ async fn what_a_replica_should_not_have_sent_changes_nothing() {
     trained.unwrap();
     trained_alone.unwrap();
     let (ended, expected) = (finished(&world), finished(&alone));
-    assert_eq!((ended.steps, ended.trained_tokens), (STEPS, expected.trained_tokens));
+    assert_eq!((ended.steps, ended.processed_tokens), (STEPS, expected.processed_tokens));
     assert_eq!(final_weights(&world).await, final_weights(&alone).await);
 
     let work_dir = world.work_dir().display().to_string();
@@ -219,7 +219,7 @@ async fn initial(world: &World, folder: &Path) -> (String, PathBuf) {
     resume::export(&model, &world.teacher.folder, &folder.join("initial/model")).unwrap();
     let key = paths::initial(JOB, EPOCH);
     checkpoint::publish(&world.store, &key, &folder.join("initial"), Manifest::default()).await.unwrap();
-    let options = Options { train: attempt.spec.train.clone(), steps: STEPS, limits: world.settings().limits() };
+    let options = Options::of(&attempt.spec.train, STEPS, &world.settings());
     let (mut trainer, weights) = (Trainer::new(model, options).unwrap(), folder.join("weights.safetensors"));
     trainer.begin_round(None, Some(&weights)).unwrap();
     assert!(fs::metadata(&weights).unwrap().len() <= outer::max_bytes(&trainer.optimizer.masters()));
@@ -310,5 +310,5 @@ async fn a_replica_makes_room_for_another_task_and_comes_again() {
     assert_eq!(ended, [Err(Code::AttemptYielded), Err(Code::JobCancelled)]);
     // Every batch was trained once by someone who delivered.
     let (ended, expected) = (finished(&world), finished(&alone));
-    assert_eq!((ended.steps, ended.trained_tokens), (STEPS, expected.trained_tokens));
+    assert_eq!((ended.steps, ended.processed_tokens), (STEPS, expected.processed_tokens));
 }
