@@ -44,10 +44,11 @@ impl Example {
         Ok(example)
     }
 
-    /// With another weight of its target tokens; 0 leaves it none.
+    /// With another weight of its target tokens; 0, or what is 0 or nearly so in f32, leaves it none.
     pub fn weighing(self, weight: f64) -> Self {
-        if weight > 0.0 {
-            return Self { weight: weight as f32, ..self };
+        let weight = weight as f32;
+        if weight >= f32::MIN_POSITIVE {
+            return Self { weight, ..self };
         }
         let support = SparseTargets { offsets: vec![0], ..SparseTargets::default() };
         Self { targets: Vec::new(), support, ..self }
@@ -267,9 +268,14 @@ pub(crate) mod tests {
         let mut bad = sound.clone();
         bad.weight = f32::NAN;
         assert!(bad.check(100).unwrap_err().contains("weight"));
-        let none = sound.clone().weighing(0.0);
-        none.check(100).unwrap();
-        assert_eq!((none.targets.len(), none.input_len()), (0, 0));
+        for nothing in [0.0, 1e-50, 1e-40] {
+            let none = sound.clone().weighing(nothing);
+            none.check(100).unwrap();
+            assert_eq!((none.targets.len(), none.input_len()), (0, 0));
+        }
+        let little = sound.clone().weighing(1e-37);
+        little.check(100).unwrap();
+        assert_eq!(little.targets.len(), 3);
         let mut bad = sound;
         bad.support.offsets[1] = 999;
         assert!(bad.check(100).is_err());
