@@ -5,7 +5,7 @@
 //!                              the GGUF files that the spec asks for
 //! adapter/                     of a student with adapters: these as PEFT reads them, in the student's kind
 //! state/trainer.json           how far the run has come
-//! state/outer.safetensors      the outer optimiser's velocity, where workers exchange weights
+//! state/outer.safetensors      the outer optimiser's velocity, where workers exchange weights; empty before its first step
 //! state/optimizer.safetensors  moments, averages, and f32 masters where model/ does not hold them
 //! ```
 //!
@@ -213,7 +213,8 @@ fn restore(dir: &Path, state: &State, mut trainer: Trainer) -> Result<Trainer> {
     trainer.optimizer.restore(state.updates, &moments).map_err(|why| mismatch(OPTIMIZER, why))?;
     if let Some(outer) = &mut trainer.outer {
         let velocity = read_tensors(dir, OUTER)?;
-        outer.restore(state.rounds.clone().unwrap_or_default(), &velocity).map_err(|why| mismatch(OUTER, why))?;
+        let rounds = state.rounds.clone().unwrap_or_default();
+        outer.restore(rounds, &velocity, &trainer.optimizer.masters()).map_err(|why| mismatch(OUTER, why))?;
     }
     trainer.progress = state.progress;
     Ok(trainer)
