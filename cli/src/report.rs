@@ -265,7 +265,11 @@ fn gates(report: &proto::Report) -> String {
     }
     let mut rows = vec![["gate", "limit", "value", ""].map(str::to_owned).to_vec()];
     rows.extend(report.gates.iter().map(|gate| {
-        let verdict = if gate.passed { "passed" } else { "FAILED" };
+        let verdict = match gate.passed {
+            true => "passed",
+            false if gate.value.is_finite() => "FAILED",
+            false => "FAILED: its value is no finite number",
+        };
         vec![clean(&gate.gate), fixed(gate.limit), fixed(gate.value), verdict.to_owned()]
     }));
     table(&rows, &[1, 2])

@@ -34,9 +34,14 @@ pub fn promotes(results: &[GateResult], after: &Quality) -> bool {
     after.tokens > 0 && results.iter().all(|result| result.passed)
 }
 
-/// A student that was perfect before training has nothing to gain: 0 / 0 is 1.
+/// An estimate of something that is never negative may be, where it is nearly nothing. A student that was perfect
+/// before training has nothing to gain: 1 where it is so still, and without end where it is not.
 fn ratio(value: f64, of: f64) -> f64 {
-    if value == 0.0 && of == 0.0 { 1.0 } else { value / of }
+    match (value <= 0.0, of <= 0.0) {
+        (true, true) => 1.0,
+        (false, true) if !value.is_nan() => f64::INFINITY,
+        _ => value / of,
+    }
 }
 
 #[cfg(test)]
@@ -88,6 +93,26 @@ mod tests {
         };
         let nan = Quality { calibration_error: None, ..quality(f64::NAN, f64::NAN, f64::INFINITY, 10.0) };
         assert!(judge(&gates, &quality(2.0, 0.1, 90.0, 10.0), &nan).iter().all(|result| !result.passed));
+    }
+
+    /// The held-out KL is a mean over sampled entries: of a perfect student it lies on either side of 0.
+    #[test]
+    fn a_student_that_was_perfect_can_only_lose() {
+        let gates = Gates { max_kl_ratio: Some(1.5), ..Gates::default() };
+        let of = |before: f64, after: f64| {
+            let result = judge(&gates, &quality(before, 0.5, 10.0, 10.0), &quality(after, 0.5, 10.0, 10.0)).remove(0);
+            (result.value, result.passed)
+        };
+        for before in [-1e-4, 0.0] {
+            assert_eq!(of(before, 0.3), (f64::INFINITY, false));
+            assert_eq!(of(before, 1e-6), (f64::INFINITY, false));
+            for after in [0.0, -1e-4, -2e-4] {
+                assert_eq!(of(before, after), (1.0, true));
+            }
+            assert!(!of(before, f64::NAN).1);
+        }
+        assert_eq!(of(0.3, -3e-4), (-0.001, true));
+        assert!(!of(f64::NAN, 0.3).1);
     }
 
     #[test]

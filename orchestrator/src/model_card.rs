@@ -276,7 +276,11 @@ impl Card {
             self.row(&["gate", "limit", "value", ""]);
             self.row(&["---", "---:", "---:", "---"]);
             for gate in &facts.gates {
-                let verdict = if gate.passed { "passed" } else { "failed" };
+                let verdict = match gate.passed {
+                    true => "passed",
+                    false if gate.value.is_finite() => "failed",
+                    false => "failed: its value is no finite number",
+                };
                 self.row(&[&code(&gate.gate), &number(gate.limit), &number(gate.value), verdict]);
             }
         }

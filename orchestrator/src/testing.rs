@@ -234,6 +234,7 @@ pub fn shard_ready(job: &JobId, shard: u32, epoch: u64) -> What {
         fidelity: Some(proto::Fidelity { head_mass: 0.9, mean_abs_error: 0.01, argmax_agreement: 1.0, kl: 0.002 }),
         work_sha256: String::new(),
         reused: false,
+        teacher_sha256: "e".repeat(64),
     })
 }
 

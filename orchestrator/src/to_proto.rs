@@ -194,6 +194,7 @@ pub fn published_to_proto(shard: Published) -> proto::PublishedShard {
         target_tokens: shard.target_tokens,
         work_sha256: shard.work_sha256.unwrap_or_default(),
         reused: shard.reused,
+        teacher_sha256: shard.teacher_sha256.unwrap_or_default(),
     }
 }
 

@@ -12,6 +12,7 @@ use crate::{
     handler::Student,
     parallel::sync::PeerArgs,
     settings::{Settings, Threads},
+    workspace,
 };
 
 /// Threads of the async side: network and disk, next to the one thread that computes.
@@ -88,6 +89,7 @@ fn serve(args: WorkerArgs, compute: Compute, peers: &PeerArgs) -> Result<()> {
     let work_dir = compute.work_dir.unwrap_or_else(std::env::temp_dir);
     let threads = Threads { beside_teacher: compute.threads, alone: compute.threads_alone.or(compute.threads) };
     let settings = Settings { peers: peers.read()?, ..Settings::new(&args.device, &args.dtype, work_dir, threads)? };
+    workspace::sweep(&settings.work_dir);
     let runtime = tokio::runtime::Builder::new_multi_thread()
         .worker_threads(ASYNC_THREADS)
         .enable_all()

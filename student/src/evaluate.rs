@@ -16,6 +16,7 @@ use crate::{
     init::{self, Teacher},
     loss::ChunkedLoss,
     measure::{Tally, measure},
+    prune::evenly_spaced,
     settings::Settings,
     shards::ShardStream,
     workspace::Workspace,
@@ -194,16 +195,6 @@ fn question(prompts: &[prompts::Row], row: u64) -> String {
     row.and_then(|row| row.messages.last()).map(|message| message.content.clone()).unwrap_or_default()
 }
 
-/// `count` of `rows` rows, the first and the last among them; of one, the first.
-fn evenly_spaced(rows: usize, count: usize) -> Vec<usize> {
-    match count {
-        0 => Vec::new(),
-        1 => vec![0],
-        // In integers, so that every machine takes the same.
-        _ => (0..count).map(|i| i * (rows - 1) / (count - 1)).collect(),
-    }
-}
-
 fn finite(tally: Tally) -> Result<Quality> {
     let quality = tally.quality();
     if tally.tokens == 0 {
@@ -221,17 +212,4 @@ fn finite(tally: Tally) -> Result<Quality> {
 
 fn no_judge() -> Error {
     Error::internal("the model was lost when its thread failed; the attempt must start again")
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[test]
-    fn samples_are_spread_over_the_held_out_rows() {
-        assert_eq!(evenly_spaced(40, 3), [0, 19, 39]);
-        assert_eq!(evenly_spaced(5, 5), [0, 1, 2, 3, 4]);
-        assert_eq!(evenly_spaced(5, 1), [0]);
-        assert!(evenly_spaced(0, 0).is_empty());
-    }
 }

@@ -46,9 +46,9 @@ impl Example {
         Ok(example)
     }
 
-    /// With another weight of each target token, one for each; what weighs 0 is a target no more.
+    /// With another weight of each target token, one for each; what weighs 0, or nearly so in f32, is a target no more.
     pub fn weighing(mut self, weights: &[f64]) -> Self {
-        let weighty = |&p: &usize| weights.get(p).is_some_and(|&weight| weight as f32 > 0.0);
+        let weighty = |&p: &usize| weights.get(p).is_some_and(|&weight| weight as f32 >= f32::MIN_POSITIVE);
         let kept: Vec<usize> = (0..self.targets.len()).filter(weighty).collect();
         if kept.len() < self.targets.len() {
             self.targets = kept.iter().map(|&p| self.targets[p]).collect();
@@ -316,9 +316,14 @@ pub(crate) mod tests {
         let mut bad = sound.clone();
         bad.weights.pop();
         assert!(bad.check(100).unwrap_err().contains("3 target tokens, but weights of 2"));
-        let none = sound.clone().weighing(&[0.0; 3]);
-        none.check(100).unwrap();
-        assert_eq!((none.targets.len(), none.input_len()), (0, 0));
+        for nothing in [0.0, 1e-50, 1e-40] {
+            let none = sound.clone().weighing(&[nothing; 3]);
+            none.check(100).unwrap();
+            assert_eq!((none.targets.len(), none.input_len()), (0, 0));
+        }
+        let little = sound.clone().weighing(&[1e-37; 3]);
+        little.check(100).unwrap();
+        assert_eq!(little.targets.len(), 3);
         let mut bad = sound;
         bad.support.offsets[1] = 999;
         assert!(bad.check(100).is_err());

@@ -13,9 +13,13 @@ pub(crate) fn torch(what: &'static str) -> impl Fn(TchError) -> Error {
         {
             return Error::new(Code::DiskFull, format!("{what}: the disk is full; free some space"));
         }
-        let text = error.to_string();
-        Error::internal(format!("{what}: {}", text.lines().next().unwrap_or("libtorch gave no reason")))
+        Error::internal(format!("{what}: {}", first_line(&error)))
     }
+}
+
+/// Without the stack that libtorch writes below.
+pub(crate) fn first_line(error: &TchError) -> String {
+    error.to_string().lines().next().unwrap_or("libtorch gave no reason").to_owned()
 }
 
 /// What became of a model or tokenizer folder.

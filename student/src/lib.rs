@@ -4,8 +4,9 @@
 //! What holds:
 //!
 //! - The order of the rows is a pure function of the spec; the optimiser's step alone says which rows
-//!   come next. So an attempt that goes on from a checkpoint ends, on the same machine and number of
-//!   threads, with the same bytes as one that was never stopped.
+//!   come next. So an attempt that goes on from a checkpoint ends, on a CPU, the same machine and number of
+//!   threads, with the same bytes as one that was never stopped. On a GPU nothing of the kind is claimed: the
+//!   backward pass of attention sums in no fixed order there.
 //! - Nothing of size positions x vocabulary lives longer than one chunk of the loss.
 //! - A checkpoint exists once its manifest does; its `model/` is a Hugging Face folder.
 //! - A shard that is not what was published is never trained on: it is reported and waited for.

@@ -45,11 +45,11 @@ pub fn kept_layers(layers: usize, keep: usize) -> Vec<usize> {
     (0..front).chain(layers - (keep - front)..layers).collect()
 }
 
-/// `keep` of `layers` layers, as evenly spaced as whole numbers are; the first and the last among them, of one
+/// `keep` of the indices up to `of`, as evenly spaced as whole numbers are; the first and the last among them, of one
 /// the first.
-fn even_layers(layers: usize, keep: usize) -> Vec<usize> {
+pub(crate) fn evenly_spaced(of: usize, keep: usize) -> Vec<usize> {
     let gaps = keep.saturating_sub(1).max(1);
-    (0..keep).map(|at| (at * (layers - 1) + gaps / 2) / gaps).collect()
+    (0..keep).map(|at| (at * (of - 1) + gaps / 2) / gaps).collect()
 }
 
 /// The layers that need no texts to be chosen. `prune` fits the teacher.
@@ -57,7 +57,7 @@ fn ruled_layers(prune: &Prune, teacher: &Config) -> Vec<usize> {
     let layers = teacher.num_hidden_layers.unsigned_abs() as usize;
     match &prune.layers {
         Some(Layers::These(these)) => these.iter().map(|&layer| layer as usize).collect(),
-        Some(Layers::Count(keep)) if prune.choose == Choose::Even => even_layers(layers, *keep as usize),
+        Some(Layers::Count(keep)) if prune.choose == Choose::Even => evenly_spaced(layers, *keep as usize),
         Some(Layers::Count(keep)) => kept_layers(layers, *keep as usize),
         None => (0..layers).collect(),
     }

@@ -5,14 +5,14 @@
 //!                              the GGUF files that the spec asks for
 //! adapter/                     of a student with adapters: these as PEFT reads them, in the student's kind
 //! state/trainer.json           how far the run has come
-//! state/outer.safetensors      the outer optimiser's velocity, where workers exchange weights
+//! state/outer.safetensors      the outer optimiser's velocity, where workers exchange weights; empty before its first step
 //! state/optimizer.safetensors  moments, averages, and f32 masters where model/ does not hold them
 //! ```
 //!
 //! A student with adapters has its `model/`, adapters merged, at its last step alone: its base is the weights before
 //! training, which the store keeps.
 
-use std::{fs, path::Path};
+use std::{fs, io, path::Path};
 
 use retort_core::{Code, Error, Result, spec::Lora};
 use retort_llama::{Config, Model, Weights, copy_text_files, write_tensors};
@@ -21,15 +21,18 @@ use serde_json::json;
 use tch::{Device, Kind, TchError, Tensor};
 
 use crate::{
-    failure::{llama, torch},
+    failure::{first_line, llama, torch},
     optimizer::copy_of,
     parallel::diloco::outer::Rounds,
     trainer::{Options, Progress, Trainer},
 };
 
 const SCHEMA_VERSION: u32 = 1;
-/// Largest `trainer.json` that is read, bytes.
-const MAX_STATE_BYTES: u64 = 1 << 20;
+/// Largest `trainer.json` that is read, bytes: where workers exchange weights it lists the batches given back.
+const MAX_STATE_BYTES: u64 = 16 << 20;
+const STATE: &str = "state/trainer.json";
+const OPTIMIZER: &str = "state/optimizer.safetensors";
+const OUTER: &str = "state/outer.safetensors";
 
 #[derive(Serialize, Deserialize)]
 struct State {
@@ -118,20 +121,23 @@ impl Snapshot {
         let folder = dir.join("state");
         fs::create_dir_all(&folder).map_err(|error| Error::io(&folder, error))?;
         let json = serde_json::to_vec_pretty(&self.state).map_err(|error| Error::internal(error.to_string()))?;
-        let path = folder.join("trainer.json");
+        let path = dir.join(STATE);
         fs::write(&path, json).map_err(|error| Error::io(&path, error))?;
         let write = |tensors: &[(String, Tensor)], name: &str| {
-            write_tensors(&folder.join(name), tensors, Kind::Float).map_err(llama)
+            write_tensors(&dir.join(name), tensors, Kind::Float).map_err(llama)
         };
-        write(&self.optimizer, "optimizer.safetensors")?;
-        self.outer.iter().try_for_each(|outer| write(outer, "outer.safetensors"))
+        write(&self.optimizer, OPTIMIZER)?;
+        self.outer.iter().try_for_each(|outer| write(outer, OUTER))
     }
 }
 
-/// The trainer that [`Snapshot::write`] wrote, on `device`. The checkpoint must have been computed in `kind`.
+/// The trainer that [`Snapshot::write`] wrote, on `device`. The checkpoint must have been computed in `kind`, and the
+/// folder's bytes be those of its manifest: `checkpoint-corrupt` only where they cannot be a trainer's all the same,
+/// `checkpoint-mismatch` where they are another build's or another spec's, `checkpoint-unreadable` where this machine
+/// is at fault.
 pub fn load(dir: &Path, options: Options, device: Device, kind: Kind) -> Result<Trainer> {
     let state = read_state(dir, kind)?;
-    let model = Model::load(&dir.join("model"), device, kind).map_err(llama)?;
+    let model = Model::load(&dir.join("model"), device, kind).map_err(|error| of_model(dir, error))?;
     restore(dir, &state, Trainer::new(model, options)?)
 }
 
@@ -146,29 +152,47 @@ pub fn load_adapted(
     kind: Kind,
 ) -> Result<Trainer> {
     let state = read_state(dir, kind)?;
-    let model = Model::load_adapted(base, (device, kind), lora, seed).map_err(llama)?;
-    model.load_adapters(&dir.join("adapter")).map_err(llama)?;
+    let model = Model::load_adapted(base, (device, kind), lora, seed).map_err(|error| of_model(base, error))?;
+    model.load_adapters(&dir.join("adapter")).map_err(|error| of_model(dir, error))?;
     restore(dir, &state, Trainer::new(model, options)?)
 }
 
-fn corrupt(dir: &Path, what: &str, why: String) -> Error {
-    Error::new(Code::CheckpointCorrupt, format!("{what} of the checkpoint in {}: {why}", dir.display()))
+fn unfit(code: Code, dir: &Path, what: &str, why: impl std::fmt::Display) -> Error {
+    Error::new(code, format!("{what} of the checkpoint in {}: {why}", dir.display()))
+}
+
+fn of_model(dir: &Path, error: retort_llama::Error) -> Error {
+    let error = llama(error);
+    let code = match error.code {
+        Code::WeightsTruncated => Code::CheckpointCorrupt,
+        Code::ModelMalformed | Code::ModelUnsupported => Code::CheckpointMismatch,
+        Code::FileNotFound | Code::FileUnreadable | Code::Internal => Code::CheckpointUnreadable,
+        other => other,
+    };
+    unfit(code, dir, "the weights", error)
 }
 
 fn read_state(dir: &Path, kind: Kind) -> Result<State> {
-    let corrupt = |what, why| corrupt(dir, what, why);
-    let path = dir.join("state/trainer.json");
-    let size = fs::metadata(&path).map_err(|error| Error::io(&path, error))?.len();
+    let refused = |code, why: String| unfit(code, dir, STATE, why);
+    let unreadable = |error: io::Error| refused(Code::CheckpointUnreadable, error.to_string());
+    let corrupt = |why| refused(Code::CheckpointCorrupt, why);
+    let path = dir.join(STATE);
+    let size = fs::metadata(&path).map_err(unreadable)?.len();
     if size > MAX_STATE_BYTES {
-        return Err(corrupt("state/trainer.json", format!("{size} bytes are more than it may have")));
+        return Err(corrupt(format!("{size} bytes are more than it may have")));
     }
-    let json = fs::read(&path).map_err(|error| Error::io(&path, error))?;
+    let json = fs::read(&path).map_err(unreadable)?;
+    let json: serde_json::Value = serde_json::from_slice(&json).map_err(|error| corrupt(error.to_string()))?;
+    match json.get("schema_version").and_then(serde_json::Value::as_u64) {
+        Some(version) if version == u64::from(SCHEMA_VERSION) => {}
+        Some(version) => {
+            let why = format!("schema version {version}, this build reads {SCHEMA_VERSION}");
+            return Err(refused(Code::CheckpointMismatch, why));
+        }
+        None => return Err(corrupt("it has no schema version".to_owned())),
+    }
     let state: State =
-        serde_json::from_slice(&json).map_err(|error| corrupt("state/trainer.json", error.to_string()))?;
-    if state.schema_version != SCHEMA_VERSION {
-        let why = format!("schema version {}, this build reads {SCHEMA_VERSION}", state.schema_version);
-        return Err(corrupt("state/trainer.json", why));
-    }
+        serde_json::from_value(json).map_err(|error| refused(Code::CheckpointMismatch, error.to_string()))?;
     if state.dtype != dtype(kind) {
         return Err(Error::new(
             Code::DeviceUnavailable,
@@ -184,17 +208,29 @@ fn read_state(dir: &Path, kind: Kind) -> Result<State> {
 }
 
 fn restore(dir: &Path, state: &State, mut trainer: Trainer) -> Result<Trainer> {
-    let corrupt = |name: &str, why| corrupt(dir, &format!("state/{name}.safetensors"), why);
-    let moments = Tensor::read_safetensors(dir.join("state/optimizer.safetensors"))
-        .map_err(|error| corrupt("optimizer", error.to_string()))?;
-    trainer.optimizer.restore(state.updates, &moments).map_err(|why| corrupt("optimizer", why))?;
+    let mismatch = |name: &str, why: String| unfit(Code::CheckpointMismatch, dir, name, why);
+    let moments = read_tensors(dir, OPTIMIZER)?;
+    trainer.optimizer.restore(state.updates, &moments).map_err(|why| mismatch(OPTIMIZER, why))?;
     if let Some(outer) = &mut trainer.outer {
-        let velocity = Tensor::read_safetensors(dir.join("state/outer.safetensors"))
-            .map_err(|error| corrupt("outer", error.to_string()))?;
-        outer.restore(state.rounds.clone().unwrap_or_default(), &velocity).map_err(|why| corrupt("outer", why))?;
+        let velocity = read_tensors(dir, OUTER)?;
+        let rounds = state.rounds.clone().unwrap_or_default();
+        outer.restore(rounds, &velocity, &trainer.optimizer.masters()).map_err(|why| mismatch(OUTER, why))?;
     }
     trainer.progress = state.progress;
     Ok(trainer)
+}
+
+fn read_tensors(dir: &Path, name: &str) -> Result<Vec<(String, Tensor)>> {
+    Tensor::read_safetensors(dir.join(name)).map_err(|error| {
+        let code = match &error {
+            // tch does not export the type of `err`.
+            TchError::SafeTensorError { err, .. } if !format!("{err:?}").starts_with("IoError") => {
+                Code::CheckpointCorrupt
+            }
+            _ => Code::CheckpointUnreadable,
+        };
+        unfit(code, dir, name, first_line(&error))
+    })
 }
 
 pub(crate) fn dtype(kind: Kind) -> &'static str {

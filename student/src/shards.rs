@@ -192,6 +192,16 @@ impl ShardStream {
                 ),
             ));
         }
+        // Shards of several teachers do not come to be published in one job.
+        if !published.teacher_sha256.is_empty() && header.teacher_sha256 != published.teacher_sha256 {
+            return Err(Error::new(
+                Code::ShardCorrupt,
+                format!(
+                    "{} says it was computed with the teacher weights {}, and is published as of {}",
+                    published.key, header.teacher_sha256, published.teacher_sha256
+                ),
+            ));
+        }
         if header.tokenizer_sha256 != self.teacher.tokenizer_sha256 {
             return Err(tokenizer_mismatch(
                 &format!("the shard {}", published.key),

@@ -167,16 +167,27 @@ impl<'a> Run<'a> {
         Ok(run)
     }
 
-    /// Goes on from the newest checkpoint that is sound; false if there is none.
+    /// Goes on from the newest checkpoint that is sound; false if there is none. One whose bytes are damaged is
+    /// deleted; any other that cannot be used ends the attempt and stays.
     async fn resume(&mut self, options: &Options) -> Result<bool> {
         let store = &self.cx.store;
-        while let Some((prefix, _)) = checkpoint::latest(store, self.attempt.job.as_str()).await? {
+        while let Some((prefix, manifest)) = checkpoint::latest(store, self.attempt.job.as_str()).await? {
+            if manifest.spec_sha256 != self.spec_sha256 || manifest.step > self.steps {
+                return Err(Error::new(
+                    Code::CheckpointMismatch,
+                    format!(
+                        "the checkpoint {prefix} is at step {} of a spec with SHA-256 {:.64}, and this job has {} steps and \
+                         the spec {}; it stays: go on with the version of retort that wrote it",
+                        manifest.step, manifest.spec_sha256, self.steps, self.spec_sha256
+                    ),
+                ));
+            }
             let folder = self.workspace.path().join("resume");
-            let fetched = match self.fetch(&prefix, &folder).await {
-                Ok(manifest) => self.load(folder, options.clone()).await.map(|progress| (manifest, progress)),
+            let loaded = match self.fetch(&prefix, &manifest, &folder).await {
+                Ok(()) => self.load(folder, options.clone()).await,
                 Err(error) => Err(error),
             };
-            let (manifest, progress) = match fetched {
+            let progress = match loaded {
                 Err(error) if error.code == Code::CheckpointCorrupt => {
                     tracing::warn!(key = prefix, code = %error.code, "going back to an older checkpoint: {}", error.chain());
                     store.delete(&paths::manifest(&prefix)).await?;
@@ -185,9 +196,6 @@ impl<'a> Run<'a> {
                 }
                 other => other?,
             };
-            if manifest.spec_sha256 != self.spec_sha256 || progress.step > self.steps {
-                return Err(Error::internal(format!("the checkpoint {prefix} is not of this job's spec")));
-            }
             self.initial_key = initial_key(&manifest).to_owned();
             self.pruning = manifest.extra.get(PRUNING).and_then(|pruning| serde_json::from_value(pruning.clone()).ok());
             self.checkpoint_key = prefix;
@@ -200,21 +208,20 @@ impl<'a> Run<'a> {
     }
 
     /// A checkpoint's files, and below `base/` the weights before training where it holds adapters alone.
-    async fn fetch(&self, prefix: &str, folder: &Path) -> Result<Manifest> {
-        let store = &self.cx.store;
-        let manifest = checkpoint::fetch(store, prefix, folder).await?;
-        if self.attempt.spec.student.lora.is_some() {
-            let initial = initial_key(&manifest);
-            let fetched = checkpoint::fetch_below(store, initial, "model/", &folder.join("base")).await;
-            // Without them no checkpoint of the job is of use.
-            fetched.map_err(|error| match error.code {
-                Code::ObjectNotFound => {
-                    Error::new(Code::CheckpointCorrupt, format!("{prefix}: the weights before training are gone"))
-                }
-                _ => error,
-            })?;
-        }
-        Ok(manifest)
+    async fn fetch(&self, prefix: &str, manifest: &Manifest, folder: &Path) -> Result<()> {
+        let (store, initial) = (&self.cx.store, initial_key(manifest));
+        let before_training = match self.attempt.spec.student.lora {
+            Some(_) => checkpoint::fetch_below(store, initial, "model/", &folder.join("base")).await,
+            None => checkpoint::manifest(store, initial).await,
+        };
+        // Replicas and the evaluation read them; without them no checkpoint of the job is of use.
+        before_training.map_err(|error| match error.code {
+            Code::ObjectNotFound => {
+                Error::new(Code::CheckpointCorrupt, format!("{prefix}: the weights before training are gone"))
+            }
+            _ => error,
+        })?;
+        checkpoint::fetch(store, prefix, folder).await.map(drop)
     }
 
     async fn load(&self, folder: PathBuf, options: Options) -> Result<Progress> {

@@ -2,7 +2,7 @@
 //!
 //! Synchronous and alone: no store, no bus, no clock but the one that measures its own speed. What
 //! a step does is a function of the weights, the moments, the step's index and its rows, so a trainer
-//! that was saved and read back goes on bit for bit.
+//! that was saved and read back goes on as it was: on a CPU bit for bit.
 
 use std::time::Instant;
 
@@ -133,8 +133,7 @@ impl Trainer {
         let keeps_head = options.train.freeze_embeddings || model.lora().is_some();
         let head_grad_vh = if keeps_head { None } else { Some(optimizer.gradient(head)?) };
         let loss = ChunkedLoss::new(model.config().vocab_size, model.kind(), model.device())?;
-        let outer = options.train.diloco().map(|parallel| Outer::new(parallel, options.steps, &optimizer.masters()));
-        let outer = outer.transpose()?;
+        let outer = options.train.diloco().map(|parallel| Outer::new(parallel, options.steps));
         let schedule = Schedule::new(&options.train, options.steps);
         Ok(Self { model, loss, optimizer, options, progress: Progress::default(), outer, schedule, head_grad_vh })
     }

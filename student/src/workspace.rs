@@ -1,39 +1,44 @@
-//! A folder of one attempt on local disk.
+//! A folder of one attempt on local disk, locked for as long as the attempt's process lives: what a killed one left
+//! is told from what is in use by nobody holding the lock.
 
 use std::{
-    fs,
+    fs::{self, File},
+    io::{self, ErrorKind::NotFound},
     path::{Path, PathBuf},
 };
 
 use retort_core::{Error, Result};
 use retort_worker::Attempt;
 
-/// Removed with everything in it when dropped, and by the task's next attempt on this machine if a
-/// kill came first.
+/// Of the name of every such folder.
+const PREFIX: &str = "retort-student-";
+
+/// Removed with everything in it when dropped, and by whoever looks next on this machine if a kill came first.
 #[derive(Debug)]
 pub struct Workspace {
     path: PathBuf,
+    _lock: File,
 }
 
 impl Workspace {
     pub fn create(work_dir: &Path, attempt: &Attempt) -> Result<Self> {
-        let task = format!("retort-student-{}-{}-", attempt.job, attempt.task.short());
-        let left_behind = |name: &str| {
-            name.strip_prefix(&task)
-                .and_then(|epoch| epoch.parse::<u64>().ok())
-                .is_some_and(|epoch| epoch < attempt.epoch)
-        };
         fs::create_dir_all(work_dir).map_err(|error| Error::io(work_dir, error))?;
-        for entry in fs::read_dir(work_dir).map_err(|error| Error::io(work_dir, error))?.flatten() {
-            if entry.file_name().to_str().is_some_and(left_behind)
-                && let Err(error) = fs::remove_dir_all(entry.path())
-            {
-                tracing::warn!("cannot remove what an earlier attempt left in {}: {error}", entry.path().display());
-            }
+        let path = work_dir.join(format!("{PREFIX}{}-{}-{}", attempt.job, attempt.task.short(), attempt.epoch));
+        // Nobody sweeps between the folder's making and its lock.
+        let alone = alone(work_dir);
+        if alone.is_some() {
+            remove_unheld(work_dir);
         }
-        let path = work_dir.join(format!("{task}{}", attempt.epoch));
-        fs::create_dir_all(&path).map_err(|error| Error::io(&path, error))?;
-        Ok(Self { path })
+        let create = || -> io::Result<File> {
+            fs::create_dir_all(&path)?;
+            let folder = File::open(&path)?;
+            if let Err(error) = folder.try_lock() {
+                tracing::warn!("cannot lock {}: {error}", path.display());
+            }
+            Ok(folder)
+        };
+        let lock = create().map_err(|error| Error::io(&path, error))?;
+        Ok(Self { path, _lock: lock })
     }
 
     pub fn path(&self) -> &Path {
@@ -46,5 +51,79 @@ impl Drop for Workspace {
         if let Err(error) = fs::remove_dir_all(&self.path) {
             tracing::warn!("cannot remove {}: {error}", self.path.display());
         }
+    }
+}
+
+/// Removes what killed processes left in `work_dir`, if that is there.
+pub fn sweep(work_dir: &Path) {
+    if work_dir.exists() && alone(work_dir).is_some() {
+        remove_unheld(work_dir);
+    }
+}
+
+/// Holds the lock of all sweeping in `work_dir`; `None` on a file system without locks, where nothing is swept.
+fn alone(work_dir: &Path) -> Option<File> {
+    let lock = || -> io::Result<File> {
+        let folder = File::open(work_dir)?;
+        folder.lock()?;
+        Ok(folder)
+    };
+    lock().inspect_err(|error| tracing::warn!("cannot lock {}: {error}", work_dir.display())).ok()
+}
+
+fn remove_unheld(work_dir: &Path) {
+    let entries = fs::read_dir(work_dir).into_iter().flatten().flatten();
+    for entry in entries.filter(|entry| entry.file_name().to_str().is_some_and(|name| name.starts_with(PREFIX))) {
+        let path = entry.path();
+        // Another user's cannot be opened.
+        let Ok(folder) = File::open(&path) else { continue };
+        if folder.try_lock().is_err() {
+            continue;
+        }
+        match fs::remove_dir_all(&path) {
+            Ok(()) => tracing::info!("removed what a killed attempt left in {}", path.display()),
+            Err(error) if error.kind() == NotFound => {}
+            Err(error) => tracing::warn!("cannot remove what a killed attempt left in {}: {error}", path.display()),
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::attempt_tests::world::World;
+
+    #[test]
+    fn what_a_killed_process_left_goes_and_what_is_in_use_stays() {
+        let world = World::new();
+        let folder = tempfile::tempdir().unwrap();
+        let dir = folder.path().join("work");
+        sweep(&dir);
+        assert!(!dir.exists());
+        // As `kill -9` leaves them: of another job and of this one, which another machine has taken up since.
+        let left = |name: &str| {
+            fs::create_dir_all(dir.join(name)).unwrap();
+            fs::write(dir.join(name).join("model.safetensors"), "gigabytes").unwrap();
+        };
+        left("retort-student-0190a5b4c6d87e8fa0b1c2d3e4f5eeee-evaluate-3");
+        left("retort-student-0190a5b4c6d87e8fa0b1c2d3e4f50617-train-1");
+        left("somebody-elses");
+        let names = || {
+            let entries = fs::read_dir(&dir).unwrap().map(|entry| entry.unwrap().file_name().into_string().unwrap());
+            let mut names: Vec<String> = entries.collect();
+            names.sort();
+            names
+        };
+        let replica = Workspace::create(&dir, &world.replica_attempt(1, 2)).unwrap();
+        let of_replica = replica.path().file_name().unwrap().to_str().unwrap().to_owned();
+        assert_eq!(names(), [of_replica.as_str(), "somebody-elses"]);
+
+        left("retort-student-0190a5b4c6d87e8fa0b1c2d3e4f50617-train-2");
+        sweep(&dir);
+        assert_eq!(names(), [of_replica.as_str(), "somebody-elses"]);
+        let train = Workspace::create(&dir, &world.train_attempt(3)).unwrap();
+        assert_eq!(names().len(), 3, "what is in use stays");
+        drop((replica, train));
+        assert_eq!(names(), ["somebody-elses"]);
     }
 }

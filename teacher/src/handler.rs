@@ -158,6 +158,7 @@ async fn finish(
     seconds: f64,
     work_sha256: String,
 ) -> Result<()> {
+    let teacher_sha256 = captured.teacher_sha256().to_owned();
     let encoded = tokio::task::spawn_blocking(move || captured.encode());
     let encoded = encoded.await.map_err(|error| Error::internal(format!("encoding a shard failed: {error}")))??;
     if let Err(error) = faithful(&order, &encoded) {
@@ -189,6 +190,7 @@ async fn finish(
         }),
         work_sha256,
         reused: false,
+        teacher_sha256,
     }))
     .await
 }
@@ -214,6 +216,7 @@ async fn reuse(
         }
     };
     let Some(found) = answer.shard else { return Ok((order, None)) };
+    let teacher_sha256 = teacher.teacher_sha256.clone();
     let (order, checked) = verify(cx, order, teacher, &found).await?;
     match checked {
         Ok(()) => {}
@@ -238,6 +241,7 @@ async fn reuse(
         fidelity: answer.fidelity,
         work_sha256: work_sha256.to_owned(),
         reused: true,
+        teacher_sha256,
     };
     Ok((order, Some(ready)))
 }

@@ -161,6 +161,11 @@ pub struct Captured {
 }
 
 impl Captured {
+    /// Of the weights that said it.
+    pub fn teacher_sha256(&self) -> &str {
+        &self.header.teacher_sha256
+    }
+
     /// The same order and teacher give the same bytes.
     pub fn encode(&self) -> Result<Encoded> {
         soft_targets::encode(&self.header, &self.sequences)

@@ -5,6 +5,7 @@
 
 use std::time::Duration;
 
+use retort_artifact::paths;
 use retort_core::random::{Counter, Purpose};
 use retort_proto::{self as proto, job_event::What};
 use retort_tests::{
@@ -66,12 +67,17 @@ async fn the_student() {
 
 /// The weights of the job's last checkpoint, as they lie in the store.
 fn weights(up: &Up, job: &str) -> Vec<u8> {
+    let id = job.strip_prefix("jobs/").unwrap();
     let keys = up.objects(&format!("{job}/checkpoints"));
-    let last = keys.iter().filter(|key| key.ends_with("model/model.safetensors")).max().expect("a checkpoint");
+    let weights = keys.iter().filter(|key| key.ends_with("model/model.safetensors"));
+    let last = weights.max_by_key(|key| paths::parse_checkpoint(id, key).unwrap()).expect("a checkpoint");
     std::fs::read(up.home.join("store").join(last)).unwrap()
 }
 
-/// Three times, at steps drawn from a seed: `RETORT_TEST_SEED`, or else the clock's.
+const KILLS: usize = 3;
+
+/// Three times, at steps drawn from a seed (`RETORT_TEST_SEED`, or else the clock's) out of the first three quarters
+/// of the run, so that the last kill too finds it training.
 #[tokio::test(flavor = "multi_thread")]
 async fn a_student_killed_at_random_steps_ends_with_the_same_bytes() {
     let clock = || std::time::UNIX_EPOCH.elapsed().unwrap().as_nanos() as u64;
@@ -89,20 +95,25 @@ async fn a_student_killed_at_random_steps_ends_with_the_same_bytes() {
     assert_eq!(end.state, proto::JobState::Succeeded as i32, "{:?}\n{}", end.error, up.log());
     let steps = end.plan.unwrap().optimizer_steps;
     let mut random = Counter::new(seed, Purpose::Sample, 0, 0);
-    let mut at: Vec<u32> = (0..3).map(|_| 1 + random.below(u64::from(steps) - 2) as u32).collect();
+    let mut at: Vec<u32> = (0..KILLS).map(|_| 1 + random.below(u64::from(steps) * 3 / 4) as u32).collect();
     at.sort_unstable();
 
     // Its shards are those of the first job.
     let killed = up.create(&spec);
-    let mut kills = 0;
+    let mut at = at.into_iter().peekable();
+    let (mut kills, mut lost) = (0, 0);
     up.follow(&killed, PATIENCE, |up, event| {
         let step = match &event.what {
             Some(What::TrainStepped(stepped)) => stepped.step,
             Some(What::CheckpointSaved(saved)) => saved.step,
+            Some(What::AttemptLost(attempt)) => {
+                lost += usize::from(attempt.redone.as_ref().is_some_and(|redone| redone.task.ends_with("train")));
+                0
+            }
             _ => 0,
         };
-        if at.first().is_some_and(|&first| step >= first && step < steps) {
-            at.remove(0);
+        // What comes before the news of the last kill was said by who was killed.
+        if kills == lost && at.next_if(|&at| step >= at && step < steps).is_some() {
             kills += 1;
             up.kill("student-1");
         }
@@ -111,7 +122,8 @@ async fn a_student_killed_at_random_steps_ends_with_the_same_bytes() {
     .await;
     let end = up.jobs().await.get_job(proto::GetJobRequest { name: killed.clone() }).await.unwrap().into_inner();
     assert_eq!(end.state, proto::JobState::Succeeded as i32, "{:?}\n{}", end.error, up.log());
-    assert!(kills > 0 && !end.report.unwrap().redone.is_empty(), "{kills} kills\n{}", up.log());
+    let redone = end.report.unwrap().redone.into_iter().filter(|redone| redone.task.ends_with("train"));
+    assert_eq!((kills, lost, redone.count()), (KILLS, KILLS, KILLS), "seed {seed}\n{}", up.log());
     assert!(weights(&up, &killed) == weights(&up, &straight), "seed {seed}: {kills} kills changed the student");
 }
 

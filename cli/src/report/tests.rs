@@ -294,3 +294,14 @@ fn a_report_of_an_older_worker_has_no_calibration() {
     let text = render(&job, &Surroundings::default());
     assert!(!text.contains("calibration error") && !text.contains("forecast"), "{text}");
 }
+
+#[test]
+fn a_gate_whose_value_is_no_number_says_so() {
+    let gate = |value: f64| proto::GateResult { gate: "max_kl_ratio".to_owned(), limit: 0.5, value, passed: false };
+    for value in [f64::NAN, f64::INFINITY] {
+        let report = proto::Report { gates: vec![gate(value)], ..Default::default() };
+        assert!(gates(&report).contains("0.5000      -  FAILED: its value is no finite number"), "{}", gates(&report));
+    }
+    let report = proto::Report { gates: vec![gate(0.75)], ..Default::default() };
+    assert!(gates(&report).trim_end().ends_with("FAILED"), "{}", gates(&report));
+}

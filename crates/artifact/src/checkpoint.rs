@@ -142,17 +142,17 @@ fn check_sha256(key: &str, sha256: &str, file: &File) -> Result<()> {
     Err(corrupt(key, format!("it has sha256 {sha256}, the manifest says {:.64}", file.sha256)))
 }
 
-/// Reads and checks the manifest at `prefix`.
+/// Reads and checks the manifest at `prefix`; `CheckpointMismatch` if it is newer than this build.
 pub async fn manifest(store: &Store, prefix: &str) -> Result<Manifest> {
     let key = paths::manifest(prefix);
     let bytes = store.get(&key, MAX_MANIFEST_BYTES).await?;
     let manifest: Manifest =
         serde_json::from_slice(&bytes).map_err(|error| corrupt(&key, format!("it is no manifest: {error}")))?;
     if manifest.schema_version > SCHEMA_VERSION {
-        return Err(corrupt(
-            &key,
+        return Err(Error::new(
+            Code::CheckpointMismatch,
             format!(
-                "it has schema version {}, this build reads up to {SCHEMA_VERSION}; use a newer retort",
+                "{key}: it has schema version {}, this build reads up to {SCHEMA_VERSION}; use a newer retort",
                 manifest.schema_version
             ),
         ));
@@ -173,7 +173,7 @@ pub async fn manifest(store: &Store, prefix: &str) -> Result<Manifest> {
 }
 
 /// The job's newest checkpoint: highest step, then highest epoch. Uploads without a manifest do
-/// not count; a checkpoint whose manifest cannot be read is passed over with a warning.
+/// not count; a checkpoint whose manifest is damaged is passed over with a warning.
 pub async fn latest(store: &Store, job: &str) -> Result<Option<(String, Manifest)>> {
     for (step, epoch) in complete(store, job).await?.into_iter().rev() {
         let prefix = paths::checkpoint(job, step, epoch);

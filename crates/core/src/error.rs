@@ -74,10 +74,13 @@ codes! {
     GgufTruncated = "gguf-truncated", Invalid;
     VocabularyMismatch = "vocabulary-mismatch", Invalid;
     TokenizerMismatch = "tokenizer-mismatch", Invalid;
+    TeacherMismatch = "teacher-mismatch", Precondition;
     ShardCorrupt = "shard-corrupt", Corrupt;
     ShardUnfaithful = "shard-unfaithful", Corrupt;
     ShardTooNew = "shard-too-new", Precondition;
     CheckpointCorrupt = "checkpoint-corrupt", Corrupt;
+    CheckpointMismatch = "checkpoint-mismatch", Precondition;
+    CheckpointUnreadable = "checkpoint-unreadable", Unavailable;
     ObjectExists = "object-exists", Exists;
     ObjectNotFound = "object-not-found", NotFound;
     ObjectTooLarge = "object-too-large", Invalid;

@@ -19,6 +19,8 @@ pub struct Published {
     pub work_sha256: Option<String>,
     /// `key` was computed for another job.
     pub reused: bool,
+    /// SHA-256, in hexadecimal, of the weights of the teacher.
+    pub teacher_sha256: Option<String>,
 }
 
 /// What storing a shard cost, as `retort.v1.Fidelity` has it; what was not finite is absent.
@@ -50,8 +52,8 @@ pub async fn insert(
     let Fidelity { head_mass, mean_abs_error, argmax_agreement, kl } = measured.fidelity;
     let done = sqlx::query(
         "INSERT INTO shards (job_id, shard, split, epoch, object_key, sha256, bytes, row_count, target_tokens, seconds,
-             head_mass, mean_abs_error, argmax_agreement, publish_ms, work_sha256, reused, kl)
-         VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?) ON CONFLICT (job_id, shard) DO NOTHING",
+             head_mass, mean_abs_error, argmax_agreement, publish_ms, work_sha256, reused, kl, teacher_sha256)
+         VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?) ON CONFLICT (job_id, shard) DO NOTHING",
     )
     .bind(job.as_str())
     .bind(shard.shard)
@@ -70,6 +72,7 @@ pub async fn insert(
     .bind(&shard.work_sha256)
     .bind(shard.reused)
     .bind(kl.and_then(finite))
+    .bind(&shard.teacher_sha256)
     .execute(conn)
     .await
     .db()?;
@@ -79,6 +82,18 @@ pub async fn insert(
 pub async fn find(conn: &mut Connection, job: &JobId, shard: u32) -> Result<Option<Published>> {
     let row = sqlx::query("SELECT * FROM shards WHERE job_id = ? AND shard = ?").bind(job.as_str()).bind(shard);
     row.fetch_optional(conn).await.db()?.as_ref().map(read).transpose()
+}
+
+/// SHA-256 of the weights that the job's published shards were computed with, and one of these shards.
+pub async fn teacher(conn: &mut Connection, job: &JobId) -> Result<Option<(String, u32)>> {
+    let row: Option<(String, i64)> = sqlx::query_as(
+        "SELECT teacher_sha256, shard FROM shards WHERE job_id = ? AND teacher_sha256 IS NOT NULL LIMIT 1",
+    )
+    .bind(job.as_str())
+    .fetch_optional(conn)
+    .await
+    .db()?;
+    row.map(|(sha256, shard)| Ok((sha256, unsigned32("shard", shard)?))).transpose()
 }
 
 /// The newest shard of this work that nobody found corrupt, whichever job published it.
@@ -225,6 +240,7 @@ fn read(row: &SqliteRow) -> Result<Published> {
         target_tokens: unsigned("target_tokens", integer("target_tokens")?)?,
         work_sha256: row.try_get("work_sha256").db()?,
         reused: row.try_get("reused").db()?,
+        teacher_sha256: row.try_get("teacher_sha256").db()?,
     })
 }
 

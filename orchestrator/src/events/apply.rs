@@ -2,6 +2,7 @@
 
 use retort_core::{
     Code, Error, Kind, Result,
+    id::JobId,
     state::{Split, TaskKind, TaskState},
 };
 use retort_proto::{self as proto, job_event};
@@ -12,7 +13,9 @@ use crate::{
     database::{
         Connection,
         jobs::{self, Job},
-        journal, offsets, shards, signed,
+        journal, offsets,
+        shards::{self, Published},
+        signed,
         tasks::{self, Task},
     },
     leases,
@@ -84,6 +87,10 @@ pub(super) async fn apply(context: &Context, conn: &mut Connection, event: &Even
             Ok(Outcome::Applied)
         }
         What::ShardReady { published, measured } => {
+            if let Some(why) = another_teacher(&mut *conn, &job.id, published).await? {
+                failed(context, conn, &task, Code::TeacherMismatch.as_str(), &why, true).await?;
+                return Ok(Outcome::Applied);
+            }
             let split =
                 task.slice.map(|slice| slice.split).ok_or_else(|| Error::internal("a shard task without rows"))?;
             done(conn, &task).await?;
@@ -132,6 +139,20 @@ pub(super) async fn apply(context: &Context, conn: &mut Connection, event: &Even
 async fn done(conn: &mut Connection, task: &Task) -> Result<()> {
     tasks::set_state(&mut *conn, &task.id, TaskState::Done).await?;
     tasks::delete_redone(conn, &task.id, task.epoch).await
+}
+
+/// Why a shard is no part of the job, if its teacher had other weights than that of the others: models are named by
+/// path, and what lies there may differ between machines.
+async fn another_teacher(conn: &mut Connection, job: &JobId, published: &Published) -> Result<Option<String>> {
+    let Some(theirs) = &published.teacher_sha256 else { return Ok(None) };
+    let of_job = shards::teacher(conn, job).await?.filter(|(sha256, _)| sha256 != theirs);
+    Ok(of_job.map(|(sha256, shard)| {
+        format!(
+            "shard {} was computed with the teacher weights {theirs}, and shard {shard} of the same job with {sha256}; \
+             give every teacher of the pool the same model",
+            published.shard
+        )
+    }))
 }
 
 /// The job that had published the shard was deleted, or the shard withdrawn, after the teacher had asked

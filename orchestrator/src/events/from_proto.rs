@@ -74,10 +74,8 @@ fn what_from_proto(job: &JobId, task: &TaskId, epoch: u64, time_ms: i64, what: &
     Ok(match what {
         worker_event::What::ShardReady(ready) => {
             let shard = shard_index(task)?;
-            let work_sha256 = match ready.work_sha256.as_str() {
-                "" => None,
-                text => Some(sha256("shard_ready.work_sha256", text)?),
-            };
+            let optional = |field, text: &str| if text.is_empty() { Ok(None) } else { sha256(field, text).map(Some) };
+            let work_sha256 = optional("shard_ready.work_sha256", &ready.work_sha256)?;
             shard_key(job, shard, epoch, ready, work_sha256.is_some())?;
             What::ShardReady {
                 published: Published {
@@ -90,6 +88,7 @@ fn what_from_proto(job: &JobId, task: &TaskId, epoch: u64, time_ms: i64, what: &
                     target_tokens: bounded("shard_ready.target_tokens", ready.target_tokens)?,
                     work_sha256,
                     reused: ready.reused,
+                    teacher_sha256: optional("shard_ready.teacher_sha256", &ready.teacher_sha256)?,
                 },
                 measured: Measured {
                     seconds: not_negative(ready.seconds),

@@ -10,7 +10,11 @@ async fn what_was_staged_and_never_published_goes_after_the_job() {
     let job = world.job().await;
     let dead = world.claim(&TaskId::shard(&job, 0), "dies").await;
     let staged = paths::shard(job.as_str(), 0, dead);
-    world.context.store.put_new(&staged, Bytes::from_static(b"never published")).await.unwrap();
+    // A replica that had not heard of the training's end delivered once more.
+    let exchanged = format!("{}late", paths::exchange_delta(job.as_str(), 1, 3, (1, 1)));
+    for key in [&staged, &exchanged] {
+        world.context.store.put_new(key, Bytes::from_static(b"never published")).await.unwrap();
+    }
     world.clock.advance_ms(15_000);
     world.complete(&job, 0.1).await;
     promotion::judge_ready(&world.context).await.unwrap();
@@ -18,8 +22,10 @@ async fn what_was_staged_and_never_published_goes_after_the_job() {
     // Not yet: an attempt may still be running somewhere.
     assert_eq!(tidy(&world.context).await.unwrap(), 0);
     world.clock.advance_ms(30_001);
-    assert_eq!(tidy(&world.context).await.unwrap(), 1);
-    assert!(!world.context.store.exists(&staged).await.unwrap());
+    assert_eq!(tidy(&world.context).await.unwrap(), 2);
+    for key in [&staged, &exchanged] {
+        assert!(!world.context.store.exists(key).await.unwrap());
+    }
     let left = world.context.store.list(&paths::shards_prefix(job.as_str())).await.unwrap();
     assert_eq!(left.len(), 5);
     assert_eq!(tidy(&world.context).await.unwrap(), 0);

@@ -44,6 +44,8 @@ pub(crate) struct World {
     pub(crate) teacher: Teacher,
     /// Of the shards published from here on.
     pub(crate) header: Header,
+    /// What the orchestrator has of them instead of the header's, if anything.
+    pub(crate) published_teacher: Option<String>,
     /// They hold the rows that come this much later.
     pub(crate) shift: u64,
     /// Of the spec's section `train`.
@@ -121,6 +123,7 @@ impl World {
             store,
             teacher,
             header,
+            published_teacher: None,
             shift: 0,
             train,
             gguf: "",
@@ -154,7 +157,8 @@ impl World {
         };
         let sequences: Vec<Sequence> = rows.map(|row| sequence(row + self.shift)).collect();
         let encoded = soft_targets::encode(&header, &sequences).unwrap();
-        self.state.publish(shard, epoch, encoded.bytes).await;
+        let teacher = self.published_teacher.clone().unwrap_or(header.teacher_sha256);
+        self.state.publish(shard, epoch, encoded.bytes, teacher).await;
     }
 
     /// What is published from here on was computed for another job.
@@ -288,7 +292,7 @@ impl World {
 }
 
 impl State {
-    async fn publish(&self, shard: u32, epoch: u64, bytes: Bytes) {
+    async fn publish(&self, shard: u32, epoch: u64, bytes: Bytes, teacher_sha256: String) {
         let key = paths::shard(JOB, shard, epoch);
         self.store.put_new(&key, bytes.clone()).await.unwrap();
         let mut inner = self.inner.lock().unwrap();
@@ -305,6 +309,7 @@ impl State {
             target_tokens: 0,
             work_sha256: String::new(),
             reused: inner.reused,
+            teacher_sha256,
         };
         inner.published.insert(shard, published);
         inner.bytes.insert(shard, bytes);
@@ -341,14 +346,14 @@ impl Orchestrator for State {
     }
 
     async fn report_corrupt_shard(&self, request: proto::ReportCorruptShardRequest) -> Result<()> {
-        let bytes = {
+        let (bytes, withdrawn) = {
             let mut inner = self.inner.lock().unwrap();
             inner.reported.push((request.shard, request.epoch));
-            inner.published.remove(&request.shard);
-            inner.bytes[&request.shard].clone()
+            let withdrawn = inner.published.remove(&request.shard);
+            (inner.bytes[&request.shard].clone(), withdrawn.unwrap_or_default())
         };
         // A real teacher's second attempt differs in the header's epoch alone; the stand-in writes the same.
-        self.publish(request.shard, request.epoch + 1, bytes).await;
+        self.publish(request.shard, request.epoch + 1, bytes, withdrawn.teacher_sha256).await;
         Ok(())
     }
 }

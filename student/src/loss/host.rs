@@ -52,9 +52,9 @@ pub(super) fn gradient(
     vocab_size: usize,
 ) -> Sums {
     match logits_nv {
-        Rows::F32(numbers) => each_row(numbers, positions, vocab_size, |scratch, p, row| {
-            scratch.row(objective, targets, p, row)
-        }),
+        Rows::F32(numbers) => {
+            each_row(numbers, positions, vocab_size, |scratch, p, row| scratch.row(objective, targets, p, row))
+        }
         Rows::Bf16(numbers) => each_row(numbers, positions, vocab_size, |scratch, p, row| {
             let mut wide = std::mem::take(&mut scratch.wide);
             wide.resize(row.len(), 0.0);

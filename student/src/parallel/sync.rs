@@ -10,8 +10,8 @@
 //!
 //! A loss is a mean over the target tokens of the whole step, so each share is divided by their number and
 //! gradients add up. A replica that is lost, silent for [`SILENCE`](retort_worker::peer::SILENCE), far too slow, or
-//! that answers something else than a finite gradient of the right size leaves, and the lead computes its
-//! rows itself: who takes part changes the speed and nothing else.
+//! that answers something else than a gradient of the right size and of a plausible norm, leaves, and the lead
+//! computes its rows itself: who takes part changes the speed and nothing else.
 
 mod address;
 mod door;

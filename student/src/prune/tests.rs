@@ -38,11 +38,12 @@ fn kept_layers_are_those_of_both_ends() {
     assert_eq!(kept_layers(5, 5), [0, 1, 2, 3, 4]);
     assert_eq!(kept_layers(5, 2), [0, 4]);
     assert_eq!(kept_layers(5, 1), [0]);
-    assert_eq!(even_layers(30, 10), [0, 3, 6, 10, 13, 16, 19, 23, 26, 29]);
-    assert_eq!((even_layers(5, 1), even_layers(1, 1)), (vec![0], vec![0]));
+    assert_eq!(evenly_spaced(30, 10), [0, 3, 6, 10, 13, 16, 19, 23, 26, 29]);
+    assert_eq!((evenly_spaced(5, 1), evenly_spaced(1, 1)), (vec![0], vec![0]));
+    assert_eq!((evenly_spaced(40, 3), evenly_spaced(0, 0)), (vec![0, 20, 39], vec![]));
     for layers in 1..40 {
         for keep in 2..=layers {
-            for kept in [kept_layers(layers, keep), even_layers(layers, keep)] {
+            for kept in [kept_layers(layers, keep), evenly_spaced(layers, keep)] {
                 assert_eq!((kept.len(), kept[0], kept[keep - 1]), (keep, 0, layers - 1));
                 assert!(kept.windows(2).all(|pair| pair[0] < pair[1]), "{kept:?}");
             }

@@ -212,6 +212,7 @@ impl World {
             target_tokens: ready.target_tokens,
             work_sha256: ready.work_sha256.clone(),
             reused: false,
+            teacher_sha256: ready.teacher_sha256.clone(),
         };
         let answer = proto::FindShardResponse { shard: Some(shard), fidelity: ready.fidelity };
         self.published.0.lock().unwrap().push((ready.work_sha256.clone(), answer));

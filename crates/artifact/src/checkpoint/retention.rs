@@ -49,10 +49,7 @@ pub async fn best(store: &Store, job: &str) -> Result<Option<(String, Manifest)>
     let mut best: Option<(HeldOut, String, Manifest)> = None;
     for (step, epoch) in complete(store, job).await? {
         let prefix = paths::checkpoint(job, step, epoch);
-        let manifest = match manifest(store, &prefix).await {
-            Err(error) if matches!(error.code, Code::CheckpointCorrupt | Code::ObjectNotFound) => continue,
-            other => other?,
-        };
+        let Some(manifest) = readable(store, &prefix).await? else { continue };
         let Some(judged) = manifest.held_out() else { continue };
         let beats =
             |other: &HeldOut| judged.tokens > other.tokens || (judged.tokens == other.tokens && judged.kl <= other.kl);
@@ -64,12 +61,20 @@ pub async fn best(store: &Store, job: &str) -> Result<Option<(String, Manifest)>
 }
 
 /// Removes all checkpoints of a job but the newest `keep.last` and, if `keep.best`, the [`best`]; and
-/// uploads without a manifest that are older than the newest ones. The removed prefixes. A manifest goes before its
-/// files, and nothing that stays is touched, so a crash on the way loses nothing that should stay.
+/// uploads without a manifest that are older than the newest ones. One whose manifest cannot be read is none of the
+/// newest. The removed prefixes. A manifest goes before its files, and nothing that stays is touched, so a crash on
+/// the way loses nothing that should stay.
 pub async fn prune(store: &Store, job: &str, keep: Keep) -> Result<Vec<String>> {
     let best = if keep.best { best(store, job).await?.map(|(prefix, _)| prefix) } else { None };
-    let newest: BTreeSet<_> = complete(store, job).await?.into_iter().rev().take(keep.last.max(1) as usize).collect();
-    let Some(&oldest_kept) = newest.first() else { return Ok(Vec::new()) };
+    let mut left = keep.last.max(1);
+    let mut oldest_kept = None;
+    for of in complete(store, job).await?.into_iter().rev() {
+        if left > 0 && readable(store, &paths::checkpoint(job, of.0, of.1)).await?.is_some() {
+            left -= 1;
+            oldest_kept = Some(of);
+        }
+    }
+    let Some(oldest_kept) = oldest_kept else { return Ok(Vec::new()) };
     let all: BTreeSet<(u32, u64)> = store
         .list(&paths::checkpoints_prefix(job))
         .await?
@@ -87,4 +92,15 @@ pub async fn prune(store: &Store, job: &str, keep: Keep) -> Result<Vec<String>> 
         removed.push(prefix);
     }
     Ok(removed)
+}
+
+/// None where the manifest is damaged, gone or newer than this build.
+async fn readable(store: &Store, prefix: &str) -> Result<Option<Manifest>> {
+    match manifest(store, prefix).await {
+        Ok(manifest) => Ok(Some(manifest)),
+        Err(error) => match error.code {
+            Code::CheckpointCorrupt | Code::CheckpointMismatch | Code::ObjectNotFound => Ok(None),
+            _ => Err(error),
+        },
+    }
 }

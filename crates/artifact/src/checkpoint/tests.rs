@@ -159,10 +159,13 @@ async fn a_manifest_cannot_reach_outside_or_be_newer() {
     }
     std::fs::write(bench.at(&paths::manifest(&prefix)), manifest("a", 3)).unwrap();
     let error = fetch(&bench.store, &prefix, &into).await.unwrap_err();
+    assert_eq!(error.code, Code::CheckpointMismatch);
     assert!(
         error.message.ends_with("it has schema version 3, this build reads up to 2; use a newer retort"),
         "{error}"
     );
+    // To pass over what a newer build wrote would be to train it again.
+    assert_eq!(latest(&bench.store, "j").await.unwrap_err().code, Code::CheckpointMismatch);
     std::fs::write(bench.at(&paths::manifest(&prefix)), "{").unwrap();
     assert_eq!(fetch(&bench.store, &prefix, &into).await.unwrap_err().code, Code::CheckpointCorrupt);
 }
@@ -209,6 +212,21 @@ async fn pruning_keeps_the_newest_and_what_is_still_going_up() {
         .collect();
     assert_eq!(left, BTreeSet::from([(60, 1), (80, 1), (100, 1)]));
     assert_eq!(latest(&bench.store, "j").await.unwrap().unwrap().1.step, 80);
+}
+
+#[tokio::test]
+async fn what_cannot_be_read_keeps_no_place_among_the_newest() {
+    let bench = bench();
+    bench.publish(1000, 1).await.unwrap();
+    std::fs::write(bench.at(&paths::manifest(&paths::checkpoint("j", 1000, 1))), "{").unwrap();
+    let one = Keep { last: 1, best: false };
+    assert_eq!(prune(&bench.store, "j", one).await.unwrap(), Vec::<String>::new());
+    for step in [20, 40] {
+        bench.publish(step, 2).await.unwrap();
+        prune(&bench.store, "j", one).await.unwrap();
+        assert_eq!(latest(&bench.store, "j").await.unwrap().unwrap().1.step, step);
+    }
+    assert_eq!(steps(&bench).await, [40, 1000]);
 }
 
 /// Steps that are left.

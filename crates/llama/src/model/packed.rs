@@ -12,7 +12,6 @@ use crate::{
 
 /// Where documents begin and end, and what their positions need.
 pub(super) struct Documents {
-    lengths: Vec<i64>,
     /// Of each run of documents of one length: documents, tokens of each, and the window's bias where the
     /// causal mask does not say it all.
     runs: Vec<(i64, i64, Option<Tensor>)>,
@@ -111,7 +110,7 @@ impl Model {
         let runs = lengths.chunk_by(|a, b| a == b).map(run).collect::<Result<_>>()?;
         let positions: Vec<i64> = lengths.iter().flat_map(|&length| 0..length).collect();
         let angles = self.rope.angles(&Tensor::f_from_slice(&positions)?.f_to_device(self.device)?, self.kind)?;
-        Ok(Documents { lengths: lengths.to_vec(), runs, angles, masks })
+        Ok(Documents { runs, angles, masks })
     }
 
     /// Refuses ids that the embedding has no row for.
@@ -147,14 +146,10 @@ impl Documents {
             let (_, heads, _, size) = out_bqtd.size4()?;
             mixed.push(out_bqtd.f_transpose(0, 1)?.f_reshape([1, heads, count * tokens, size])?);
         }
-        match mixed.pop() {
-            Some(only) if mixed.is_empty() => Ok(only),
-            Some(last) => {
-                mixed.push(last);
-                Ok(Tensor::f_cat(&mixed, 2)?)
-            }
-            None => Err(Error::Invalid(format!("no documents in {:?}", self.lengths))),
+        if mixed.len() == 1 {
+            return Ok(mixed.remove(0));
         }
+        Ok(Tensor::f_cat(&mixed, 2)?)
     }
 }
 

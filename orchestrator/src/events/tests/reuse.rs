@@ -97,3 +97,45 @@ async fn a_reused_shard_whose_job_was_deleted_is_done_again_at_once() {
     let next = world.claim(&task, "teacher-1").await;
     assert_eq!(world.emit(&task, next, shard_ready(&second, 2, next)).await, Outcome::Applied);
 }
+
+#[tokio::test]
+async fn shards_of_a_job_have_one_teacher() {
+    let world = World::new().await;
+    let job = world.job().await;
+    let of = |shard: u32, epoch: u64, teacher: &str| {
+        let worker_event::What::ShardReady(ready) = shard_ready(&job, shard, epoch) else { unreachable!() };
+        worker_event::What::ShardReady(proto::ShardReady { teacher_sha256: teacher.to_owned(), ..ready })
+    };
+    world.publish(&job, 0).await;
+    let task = TaskId::shard(&job, 1);
+    let epoch = world.claim(&task, "teacher-2").await;
+    assert_eq!(world.emit(&task, epoch, of(1, epoch, &"f".repeat(64))).await, Outcome::Applied);
+    // The attempt has failed and is done again a little later, most often by another teacher.
+    let read = world.read_task(&task).await;
+    assert_eq!(read.state, TaskState::Ready);
+    assert!(read.not_before_ms > world.context.now_ms());
+    assert_eq!(world.read_job(&job).await.shards_published, 1);
+    let snapshot = &mut world.context.database.read().await.unwrap();
+    let redone = tasks::list_redone(snapshot, &job).await.unwrap();
+    let (theirs, of_job) = ("f".repeat(64), "e".repeat(64));
+    let expected = format!(
+        "teacher-mismatch: shard 1 was computed with the teacher weights {theirs}, and shard 0 of the same job with {of_job}; \
+         give every teacher of the pool the same model"
+    );
+    assert_eq!(redone[0].reason, expected);
+
+    // A teacher that does not say is believed, and another job may have another one.
+    let task = TaskId::shard(&job, 2);
+    let epoch = world.claim(&task, "teacher-1").await;
+    assert_eq!(world.emit(&task, epoch, of(2, epoch, "")).await, Outcome::Applied);
+    assert_eq!(world.read_job(&job).await.shards_published, 2);
+    let found = shards::find(&mut world.context.database.read().await.unwrap(), &job, 0).await.unwrap().unwrap();
+    assert_eq!(found.teacher_sha256, Some(of_job));
+    let other = world.job().await;
+    let task = TaskId::shard(&other, 0);
+    let epoch = world.claim(&task, "teacher-2").await;
+    let worker_event::What::ShardReady(ready) = shard_ready(&other, 0, epoch) else { unreachable!() };
+    let what = worker_event::What::ShardReady(proto::ShardReady { teacher_sha256: theirs, ..ready });
+    assert_eq!(world.emit(&task, epoch, what).await, Outcome::Applied);
+    assert_eq!(world.read_job(&other).await.shards_published, 1);
+}

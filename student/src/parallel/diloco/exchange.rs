@@ -12,8 +12,8 @@ use serde::{Deserialize, Serialize};
 use serde_json::json;
 use tokio_util::bytes::Bytes;
 
-/// Most batches that a round may name, so that what is read is bounded.
-const MAX_BATCHES: usize = 10_000_000;
+/// Most batches that a round may name: at 22 bytes each they fit in a manifest.
+pub const MAX_BATCHES: usize = 500_000;
 /// The one file of weights or of a difference.
 const FILE: &str = "weights.safetensors";
 /// Name in a manifest's extra fields.
@@ -50,7 +50,6 @@ pub struct Delivery {
     pub target_tokens: u64,
     /// That went through the student.
     pub tokens: u64,
-    pub seconds: f64,
 }
 
 /// The exchange under one lead's attempt.
@@ -191,8 +190,8 @@ impl Exchange {
     ) -> Result<(Delivery, PathBuf)> {
         let prefix = paths::exchange_delta(&self.job, self.epoch, round, replica);
         let delivery: Delivery = self.said(&prefix, &checkpoint::manifest(&self.store, &prefix).await?)?;
-        if !(delivery.loss.is_finite() && delivery.seconds.is_finite() && delivery.seconds >= 0.0) {
-            return Err(malformed(&prefix, "its loss or its time is no number"));
+        if !delivery.loss.is_finite() {
+            return Err(malformed(&prefix, "its loss is no number"));
         }
         Ok((delivery, self.fetch(&prefix, max_bytes, folder).await?))
     }
@@ -285,7 +284,7 @@ mod tests {
         assert_eq!(lead.replicas().await.unwrap(), BTreeMap::from([(1, (3, 4)), (2, (1, 0))]));
         let notes = lead.store.list(&paths::exchange_replicas("j", 4)).await.unwrap();
         assert_eq!(notes.len(), 3, "what was taken back is gone");
-        let delivery = Delivery { loss: 1.5, target_tokens: 3, tokens: 4, seconds: 0.5 };
+        let delivery = Delivery { loss: 1.5, target_tokens: 3, tokens: 4 };
         found.deliver(&round, (1, 3), &delivery, &written(folder.path(), "d", 50)).await.unwrap();
         assert_eq!(lead.delivered(3).await.unwrap(), [(1, 3)]);
         assert_eq!(lead.fetch_delta(3, (1, 3), 50, &folder.path().join("of-1")).await.unwrap().0, delivery);
@@ -296,6 +295,16 @@ mod tests {
         assert!(lead.next_round(None).await.unwrap().is_none());
         next.clear().await.unwrap();
         assert!(Exchange::newest(&lead.store, "j", "spec").await.unwrap().is_none());
+    }
+
+    #[tokio::test]
+    async fn a_round_that_names_all_it_may_can_be_read() {
+        let folder = tempfile::tempdir().unwrap();
+        let lead = exchange(folder.path(), 1);
+        let batches = (0..MAX_BATCHES as u32).map(|i| u32::MAX - i).collect();
+        let round = Round { parts: vec![Part { replica: (1, 1), batches }], ..Round::default() };
+        lead.publish_round(&round, &written(folder.path(), "w", 10)).await.unwrap();
+        assert_eq!(lead.next_round(None).await.unwrap().unwrap(), round);
     }
 
     #[tokio::test]

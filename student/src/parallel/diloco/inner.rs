@@ -1,6 +1,6 @@
 //! A worker's own steps between two exchanges.
 
-use std::time::Instant;
+use std::time::{Duration, Instant};
 
 use retort_core::Result;
 use retort_proto::worker_event::What;
@@ -33,7 +33,8 @@ impl Pace {
     }
 }
 
-/// Trains `batches` one after another, the next one's rows read beside it; what `told` says of each step is sent.
+/// Trains `batches` one after another, the next one's rows read beside it; what `told` says of each step is sent. What
+/// they came to, and the time it took.
 pub async fn train(
     thread: &ModelThread<Option<Trainer>>,
     data: &mut TrainingData,
@@ -42,7 +43,7 @@ pub async fn train(
     batches: &[u32],
     pace: Pace,
     told: impl Fn(&StepReport) -> Option<What>,
-) -> Result<Delivery> {
+) -> Result<(Delivery, Duration)> {
     let started = Instant::now();
     let mut sum = Delivery::default();
     let mut rows = match batches.first() {
@@ -75,6 +76,5 @@ pub async fn train(
             cx.emit_lossy(what).await;
         }
     }
-    sum.seconds = started.elapsed().as_secs_f64();
-    Ok(sum)
+    Ok((sum, started.elapsed()))
 }

@@ -10,12 +10,13 @@ use retort_core::{Code, Error, Kind, Result};
 
 use super::{
     crew::Crew,
-    exchange::{Delivery, Exchange, Part, Replica, Round},
+    exchange::{Delivery, Exchange, MAX_BATCHES, Part, Replica, Round},
     inner::{self, Pace},
     outer::{self, Rounds},
 };
 use crate::{
     data::{Order, TrainingData},
+    parallel::implausible,
     train::{Run, no_trainer},
     trainer::Trainer,
 };
@@ -102,8 +103,7 @@ impl Lead<'_, '_> {
         let done_before = ledger.total() - ledger.left();
         self.crew.hear(&self.exchange.replicas().await?);
         let present = self.crew.present();
-        let wanted: Vec<u32> = [self.inner_steps].into_iter().chain(present.iter().map(|(_, steps)| *steps)).collect();
-        let mut batches = ledger.take(&wanted).into_iter();
+        let mut batches = ledger.take(&wanted(self.inner_steps, &present)).into_iter();
         let own = batches.next().unwrap_or_default();
         let parts = present.iter().zip(batches).filter(|(_, batches)| !batches.is_empty());
         let parts: Vec<Part> = parts.map(|((replica, _), batches)| Part { replica: *replica, batches }).collect();
@@ -125,8 +125,8 @@ impl Lead<'_, '_> {
             self.exchange.clear_round(old).await?;
         }
 
-        let own = self.train(&round, &own).await?;
-        let deliveries = self.collect(&round, max_bytes, &folder, Duration::from_secs_f64(own.seconds)).await?;
+        let (own, took) = self.train(&round, &own).await?;
+        let deliveries = self.collect(&round, max_bytes, &folder, (&own, took)).await?;
         for part in &round.parts {
             if !deliveries.contains_key(&part.replica) {
                 tracing::warn!(round = round.round, replica = part.replica.0, "a replica did not deliver in time");
@@ -166,7 +166,7 @@ impl Lead<'_, '_> {
             progress.processed_tokens += whole.tokens - own.tokens;
             progress.target_tokens += whole.target_tokens - own.target_tokens;
             // While the others' parts are waited for, time goes by as well.
-            progress.seconds += (seconds - own.seconds).max(0.0);
+            progress.seconds += (seconds - took.as_secs_f64()).max(0.0);
             progress.loss = whole.loss / whole.target_tokens.max(1) as f64;
             progress.workers = progress.workers.max(together);
             Ok(*progress)
@@ -186,24 +186,25 @@ impl Lead<'_, '_> {
         Ok(true)
     }
 
-    async fn train(&mut self, round: &Round, batches: &[u32]) -> Result<Delivery> {
+    async fn train(&mut self, round: &Round, batches: &[u32]) -> Result<(Delivery, Duration)> {
         let pace = Pace { step: round.step, stride: round.workers, steps: self.run.steps, first_pass: self.first_pass };
         let (run, workers) = (&*self.run, f64::from(round.workers));
         let told = |report: &crate::trainer::StepReport| Some(run.step_event(report, workers));
         inner::train(&run.thread, &mut self.data, run.cx, run.settings.threads, batches, pace, told).await
     }
 
-    /// Waits for what the replicas of the round deliver, and fetches it.
+    /// Waits for what the replicas of the round deliver, and fetches it; `own` is what the lead's own part came to, and
+    /// how long it took.
     async fn collect(
         &self,
         round: &Round,
         max_bytes: u64,
         folder: &std::path::Path,
-        own: Duration,
+        own: (&Delivery, Duration),
     ) -> Result<BTreeMap<Replica, (Delivery, PathBuf)>> {
         let mut waiting: Vec<Replica> = round.parts.iter().map(|part| part.replica).collect();
         let mut deliveries = BTreeMap::new();
-        let until = Instant::now() + own.max(PATIENCE);
+        let until = Instant::now() + own.1.max(PATIENCE);
         while !waiting.is_empty() {
             self.run.cx.check()?;
             for replica in self.exchange.delivered(round.round).await? {
@@ -216,7 +217,7 @@ impl Lead<'_, '_> {
                     .exchange
                     .fetch_delta(round.round, replica, max_bytes, &into)
                     .await
-                    .and_then(|found| self.plausible(found, batches))
+                    .and_then(|found| self.plausible(found, batches, own.0))
                 {
                     Ok(delivery) => drop(deliveries.insert(replica, delivery)),
                     // What this worker can do nothing about without the store or a disk ends the attempt.
@@ -240,14 +241,16 @@ impl Lead<'_, '_> {
     }
 
     /// What a replica says of its own work, as far as it can be.
-    fn plausible(&self, found: (Delivery, PathBuf), batches: usize) -> Result<(Delivery, PathBuf)> {
+    fn plausible(&self, found: (Delivery, PathBuf), batches: usize, own: &Delivery) -> Result<(Delivery, PathBuf)> {
         let rows = batches as u64 * u64::from(self.run.attempt.spec.train.batch_rows);
         let Delivery { tokens, target_tokens, .. } = found.0;
-        if target_tokens > tokens || tokens > rows.saturating_mul(MAX_ROW_TOKENS) {
-            let message = format!("{target_tokens} target tokens of {tokens} in {rows} rows");
-            return Err(Error::new(Code::CheckpointCorrupt, message));
-        }
-        Ok(found)
+        let per_token = |delivery: &Delivery| delivery.loss / delivery.target_tokens.max(1) as f64;
+        let why = if target_tokens > tokens || tokens > rows.saturating_mul(MAX_ROW_TOKENS) {
+            Some(format!("{target_tokens} target tokens of {tokens} in {rows} rows"))
+        } else {
+            implausible("loss a target token", per_token(&found.0), per_token(own))
+        };
+        why.map_or(Ok(found), |why| Err(Error::new(Code::CheckpointCorrupt, why)))
     }
 
     async fn pause(&self) {
@@ -258,7 +261,29 @@ impl Lead<'_, '_> {
     }
 }
 
+/// Batches that the lead and each of `present` want, the replicas' together no more than a round may name.
+fn wanted(inner_steps: u32, present: &[(Replica, u32)]) -> Vec<u32> {
+    let most = (MAX_BATCHES / present.len().max(1)) as u32;
+    [inner_steps].into_iter().chain(present.iter().map(|(_, steps)| (*steps).min(most))).collect()
+}
+
 /// Whether an error is of the store as a whole, this machine's disk or this attempt, and not of one object.
 fn is_an_outage(error: &Error) -> bool {
     error.code == Code::DiskFull || matches!(error.kind(), Kind::Unavailable | Kind::Cancelled | Kind::Fenced)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn many_long_rounds_together_are_no_more_than_one_may_name() {
+        let present: Vec<(Replica, u32)> = (1..64).map(|number| ((number, 1), 100_000)).collect();
+        let wanted = wanted(100_000, &present);
+        assert_eq!((wanted.len(), wanted[0]), (64, 100_000));
+        let named = wanted[1..].iter().map(|&steps| steps as usize).sum::<usize>();
+        assert!(named <= MAX_BATCHES && named > MAX_BATCHES - 64, "{named}");
+        assert_eq!(super::wanted(20, &[((1, 1), 20), ((2, 1), 10)]), [20, 20, 10]);
+        assert_eq!(super::wanted(20, &[]), [20]);
+    }
 }

@@ -10,6 +10,7 @@ use super::ledger::Ledger;
 use crate::{
     failure::torch,
     optimizer::copy_of,
+    parallel::{implausible, norm_f64},
     trainer::{Progress, Trainer},
 };
 
@@ -31,7 +32,7 @@ pub struct Outer {
     pub rounds: Rounds,
     learning_rate: f64,
     momentum: f64,
-    /// f32, in the order of the optimiser's parameters.
+    /// f32, in the order of the optimiser's parameters; none before the first outer step, which replicas never take.
     velocity: Named,
     /// Weights that the round began with; none between rounds.
     start: Vec<Tensor>,
@@ -40,17 +41,15 @@ pub struct Outer {
 }
 
 impl Outer {
-    pub fn new(parallel: &Parallel, batches: u32, masters: &[(String, Tensor)]) -> Result<Self> {
-        let zeros = |(name, master): &(String, Tensor)| Ok((name.clone(), master.f_zeros_like()?));
-        let velocity: Result<Named, TchError> = no_grad(|| masters.iter().map(zeros).collect());
-        Ok(Self {
+    pub fn new(parallel: &Parallel, batches: u32) -> Self {
+        Self {
             rounds: Rounds { round: 0, ledger: Ledger::new(batches) },
             learning_rate: parallel.outer_learning_rate,
             momentum: parallel.outer_momentum,
-            velocity: velocity.map_err(torch("cannot set the outer optimiser up"))?,
+            velocity: Vec::new(),
             start: Vec::new(),
             begun: Progress::default(),
-        })
+        }
     }
 
     /// Tensors of a checkpoint, sharing memory.
@@ -58,13 +57,31 @@ impl Outer {
         &self.velocity
     }
 
-    /// Takes over what [`Outer::state`] gave; the text of an error says what does not fit.
-    pub fn restore(&mut self, rounds: Rounds, state: &[(String, Tensor)]) -> Result<(), String> {
+    /// Takes over what [`Outer::state`] gave, where the optimiser's weights are `masters`; the text of an error says
+    /// what does not fit.
+    pub fn restore(
+        &mut self,
+        rounds: Rounds,
+        state: &[(String, Tensor)],
+        masters: &[(String, Tensor)],
+    ) -> Result<(), String> {
         if !rounds.ledger.is_sound(self.rounds.ledger.total()) {
             return Err("its batches are not those of this run".to_owned());
         }
-        copy_named(state, &mut self.velocity)?;
+        if !state.is_empty() {
+            self.set_velocity_up(masters).map_err(|error| error.to_string())?;
+            copy_named(state, &mut self.velocity)?;
+        }
         self.rounds = rounds;
+        Ok(())
+    }
+
+    /// Zero, where there is none yet.
+    fn set_velocity_up(&mut self, masters: &[(String, Tensor)]) -> Result<(), TchError> {
+        if self.velocity.is_empty() {
+            let zeros = |(name, master): &(String, Tensor)| Ok((name.clone(), master.f_zeros_like()?));
+            self.velocity = no_grad(|| masters.iter().map(zeros).collect::<Result<_, TchError>>())?;
+        }
         Ok(())
     }
 }
@@ -119,7 +136,7 @@ impl Trainer {
     }
 
     /// A round ends: the mean of this worker's way and of those in `others` is one outer step from where the
-    /// round began. One that does not fit, or is not finite, is left out; which of `others` counted.
+    /// round began. One that does not fit, or of a norm that cannot be, is left out; which of `others` counted.
     pub(super) fn end_round(&mut self, others: &[std::path::PathBuf]) -> Result<Vec<bool>> {
         let mut masters = self.optimizer.masters();
         let outer = self.outer_mut()?;
@@ -127,6 +144,7 @@ impl Trainer {
             return Err(Error::internal("no round has begun"));
         }
         let failed = torch("cannot take the outer step");
+        outer.set_velocity_up(&masters).map_err(&failed)?;
         // The sum of ways is formed where this worker's weights are: its own way first.
         let own = || -> Result<(), TchError> {
             for ((_, master), start) in masters.iter_mut().zip(&outer.start) {
@@ -136,9 +154,10 @@ impl Trainer {
             Ok(())
         };
         no_grad(own).map_err(&failed)?;
+        let own = if others.is_empty() { 0.0 } else { norm(masters.iter().map(|(_, way)| way)).map_err(&failed)? };
         let mut counted = Vec::with_capacity(others.len());
         for path in others {
-            let added = read(path).map_err(|error| error.message).and_then(|way| add(&way, &mut masters));
+            let added = read(path).map_err(|error| error.message).and_then(|way| add(&way, &mut masters, own));
             if let Err(why) = &added {
                 tracing::warn!(path = %path.display(), "what a replica sent does not count: {why}");
             }
@@ -198,13 +217,22 @@ fn copy_named(from: &[(String, Tensor)], to: &mut [(String, Tensor)]) -> Result<
     Ok(())
 }
 
-/// Adds `from` to `to`, all of it or nothing.
-fn add(from: &[(String, Tensor)], to: &mut [(String, Tensor)]) -> Result<(), String> {
+/// Adds `from` to `to`, once its norm is known to be plausible where the lead's own way has the norm `own`.
+fn add(from: &[(String, Tensor)], to: &mut [(String, Tensor)], own: f64) -> Result<(), String> {
     let from = matching(from, to)?;
+    let theirs = norm(from.iter().copied()).map_err(|error| error.to_string())?;
+    if let Some(why) = implausible("way's norm", theirs, own) {
+        return Err(why);
+    }
     for ((name, to), from) in to.iter_mut().zip(from) {
         let _ = no_grad(|| to.f_add_(&from.f_to_device(to.device())?)).map_err(|error| format!("{name:?}: {error}"))?;
     }
     Ok(())
+}
+
+fn norm<'a>(tensors: impl Iterator<Item = &'a Tensor>) -> Result<f64, TchError> {
+    let squares: Result<Vec<f64>, TchError> = no_grad(|| tensors.map(|tensor| Ok(norm_f64(tensor)?.powi(2))).collect());
+    Ok(squares?.iter().sum::<f64>().sqrt())
 }
 
 /// Of `from`, the tensors that `to` names, in its order, once all of them are known to be finite.
@@ -302,6 +330,7 @@ mod tests {
                 step(&mut replica, 100 * round + 50 + i);
             }
             replica.write_delta(&delta).unwrap();
+            assert!(replica.outer.as_ref().unwrap().state().is_empty(), "it takes no outer steps");
             for (i, (a, b)) in weights(&lead).iter().zip(weights(&replica)).enumerate() {
                 let mean = (&expected[i] * 2.0 - a - b) / 2.0;
                 velocity[i] = &velocity[i] * momentum + &mean;
@@ -309,6 +338,29 @@ mod tests {
             }
             assert_eq!(lead.end_round(&[delta]).unwrap(), [true]);
             assert!(furthest(&weights(&lead), &expected) < 1e-5);
+        }
+    }
+
+    #[test]
+    fn a_velocity_survives_its_file_also_before_there_is_one() {
+        let folder = tempfile::tempdir().unwrap();
+        let path = folder.path().join("outer.safetensors");
+        let mut lead = trainer(parallel(0.7, 0.9));
+        for round in 0..2 {
+            let outer = lead.outer.as_ref().unwrap();
+            assert_eq!(outer.state().is_empty(), round == 0);
+            Tensor::write_safetensors(outer.state(), &path).unwrap();
+            let mut other = trainer(parallel(0.7, 0.9));
+            let masters = other.optimizer.masters();
+            let restored = other.outer.as_mut().unwrap();
+            restored.restore(outer.rounds.clone(), &read(&path).unwrap(), &masters).unwrap();
+            assert_eq!((restored.rounds.round, restored.state().len()), (round, outer.state().len()));
+            for ((name, tensor), (_, of_other)) in outer.state().iter().zip(restored.state()) {
+                assert!(tensor.equal(of_other), "{name}");
+            }
+            lead.begin_round(None, None).unwrap();
+            step(&mut lead, 1);
+            lead.end_round(&[]).unwrap();
         }
     }
 
@@ -329,7 +381,7 @@ mod tests {
     }
 
     #[test]
-    fn what_does_not_fit_or_is_not_finite_does_not_count() {
+    fn what_does_not_fit_or_cannot_be_does_not_count() {
         let folder = tempfile::tempdir().unwrap();
         let path = |name: &str| folder.path().join(name);
         let mut replica = trainer(parallel(0.7, 0.9));
@@ -337,8 +389,10 @@ mod tests {
         step(&mut replica, 1);
         replica.write_delta(&path("sound")).unwrap();
         let mut broken = Tensor::read_safetensors(path("sound")).unwrap();
-        let _ = broken[1].1.fill_(f64::NAN);
-        Tensor::write_safetensors(&broken, path("nan")).unwrap();
+        for (name, value) in [("huge", 3e38), ("large", 1e5), ("nan", f64::NAN)] {
+            let _ = broken[1].1.get(0).fill_(value);
+            Tensor::write_safetensors(&broken, path(name)).unwrap();
+        }
         broken.truncate(3);
         Tensor::write_safetensors(&broken, path("few")).unwrap();
         std::fs::write(path("torn"), &std::fs::read(path("sound")).unwrap()[..1000]).unwrap();
@@ -352,8 +406,8 @@ mod tests {
             (counted, weights(&lead))
         };
         let (_, sound) = with(&["sound"]);
-        let (counted, all) = with(&["nan", "few", "sound", "torn", "missing"]);
-        assert_eq!(counted, [false, false, true, false, false]);
+        let (counted, all) = with(&["nan", "huge", "few", "sound", "torn", "large", "missing"]);
+        assert_eq!(counted, [false, false, false, true, false, false, false]);
         assert_eq!(furthest(&sound, &all), 0.0);
         assert!(max_bytes(&replica.optimizer.masters()) >= std::fs::metadata(path("sound")).unwrap().len());
         let before = weights(&replica);

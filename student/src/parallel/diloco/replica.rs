@@ -15,7 +15,7 @@ use super::{
 use crate::{
     data::{Order, TrainingData},
     init,
-    parallel::initial_model,
+    parallel::{Said, initial_model, replica_options},
     settings::Settings,
     shards::ShardStream,
     train::{no_trainer, spec_sha256},
@@ -44,7 +44,7 @@ pub(crate) async fn replica(
     let (temperature, prompts) = (attempt.spec.loss_temperature(), cx.prompt_set(attempt).await?);
     let weights = RowWeights::new(prompts, attempt.spec.teacher.mode, &teacher);
     let data = TrainingData::new(stream, order, teacher.vocab_size, temperature, weights, &folder)?;
-    let options = Options::of(&attempt.spec.train, task.steps, settings);
+    let options = replica_options(&attempt.spec, task.steps, settings);
     let mut follower = Follower {
         attempt,
         cx,
@@ -80,7 +80,7 @@ impl Follower<'_> {
     async fn follow(&mut self) -> Result<()> {
         let (mut lead, mut done): (Option<Exchange>, Option<u32>) = (None, None);
         let mut ready = None;
-        let mut wait = POLL.0;
+        let (mut wait, mut said) = (POLL.0, Said::default());
         loop {
             self.cx.check()?;
             if self.cx.others_wait() {
@@ -97,16 +97,26 @@ impl Follower<'_> {
                     lead.say_ready(self.replica, next, None).await?;
                     ready = Some(next);
                 }
-                round = lead.next_round(done).await?;
+                round = match lead.next_round(done).await {
+                    Err(error) if went_on(&error) => {
+                        if said.is_new(lead.epoch, error.chain()) {
+                            tracing::warn!(code = %error.code, "a round cannot be read: {}", error.chain());
+                        }
+                        None
+                    }
+                    outcome => outcome?,
+                };
             }
             match (&lead, round) {
                 (Some(lead), Some(round)) => {
                     wait = POLL.0;
                     let named = round.parts.iter().any(|part| part.replica == self.replica);
                     match self.take_part(lead, &round).await {
-                        // The lead went on meanwhile.
-                        Err(error) if error.code == Code::ObjectNotFound => {
-                            tracing::warn!(round = round.round, "too late for a round: {}", error.chain());
+                        Err(error) if went_on(&error) => {
+                            tracing::warn!(
+                                round = round.round, code = %error.code,
+                                "takes no part in a round: {}", error.chain()
+                            );
                         }
                         outcome => outcome?,
                     }
@@ -138,7 +148,8 @@ impl Follower<'_> {
             .thread
             .call(|slot| Ok::<_, Error>(outer::max_bytes(&slot.as_ref().ok_or_else(no_trainer)?.optimizer.masters())))
             .await??;
-        let folder = self.workspace.path().join(format!("round-{}", round.round));
+        // What a round left that was given up is overwritten.
+        let folder = self.workspace.path().join("round");
         let weights = lead.fetch_weights(round.round, max_bytes, &folder.join("weights")).await?;
         let begin =
             move |slot: &mut Option<Trainer>| slot.as_mut().ok_or_else(no_trainer)?.begin_round(Some(&weights), None);
@@ -147,7 +158,8 @@ impl Follower<'_> {
         let pace =
             Pace { step: round.step, stride: round.workers, steps: self.options.steps, first_pass: self.first_pass };
         let (threads, cx) = (self.settings.threads, self.cx);
-        let delivery = inner::train(&self.thread, &mut self.data, cx, threads, &part.batches, pace, |_| None).await?;
+        let (delivery, took) =
+            inner::train(&self.thread, &mut self.data, cx, threads, &part.batches, pace, |_| None).await?;
 
         let target = folder.join("delta");
         let file = Exchange::file(&target);
@@ -159,7 +171,7 @@ impl Follower<'_> {
             round = round.round,
             steps = part.batches.len(),
             loss = delivery.loss / delivery.target_tokens.max(1) as f64,
-            tokens_per_second = (delivery.tokens as f64 / delivery.seconds.max(1e-9)) as u64,
+            tokens_per_second = (delivery.tokens as f64 / took.as_secs_f64().max(1e-9)) as u64,
             "a round's part is done"
         );
         Ok(())
@@ -183,5 +195,85 @@ impl Follower<'_> {
         self.thread.call(make).await??;
         self.initial_key = Some(initial_key.to_owned());
         Ok(())
+    }
+}
+
+/// What a lead clears away while a replica reads it: a manifest that is gone, or one whose files are.
+fn went_on(error: &Error) -> bool {
+    matches!(error.code, Code::ObjectNotFound | Code::CheckpointCorrupt)
+}
+
+#[cfg(test)]
+mod tests {
+    use std::path::PathBuf;
+
+    use retort_artifact::{checkpoint::Manifest, paths};
+    use retort_worker::{Stop, StopSwitch};
+
+    use super::{super::exchange::Part, *};
+    use crate::{
+        attempt_tests::world::{JOB, STEPS, World},
+        resume,
+    };
+
+    /// A lead that clears a round away while it is read, one way or the other, costs the replica that round alone.
+    #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+    async fn a_round_that_goes_while_it_is_read_is_passed_over() {
+        let mut world = World::published().await;
+        world.train = "learning_rate: 0.02, parallel: {workers: 2, mode: diloco, inner_steps: 4}".to_owned();
+        let attempt = world.replica_attempt(1, 1);
+        let lead = Exchange::new(world.store.clone(), JOB, 1, &spec_sha256(&attempt.spec).unwrap());
+        let initial_key = paths::initial(JOB, 1);
+        let folder = tempfile::tempdir().unwrap();
+        let trainer = initial_trainer(&world, &attempt);
+        resume::export(trainer.model(), &world.teacher.folder, &folder.path().join("initial/model")).unwrap();
+        let initial = folder.path().join("initial");
+        checkpoint::publish(&world.store, &initial_key, &initial, Manifest::default()).await.unwrap();
+        let weights = folder.path().join("weights");
+        let publish = async |number: u32, damage: &dyn Fn(PathBuf)| {
+            let mut trainer = initial_trainer(&world, &attempt);
+            trainer.begin_round(None, Some(&Exchange::file(&weights))).unwrap();
+            let part = Part { replica: (1, 1), batches: vec![number] };
+            let round =
+                Round { round: number, initial_key: initial_key.clone(), step: 0, parts: vec![part], workers: 2 };
+            // Whole before the replica can see it.
+            let aside = Exchange::new(world.store.clone(), "aside", 1, &spec_sha256(&attempt.spec).unwrap());
+            aside.publish_round(&round, &weights).await.unwrap();
+            damage(world.object(&paths::exchange_weights("aside", 1, number)));
+            let target = world.object(&paths::exchange_round(JOB, 1, number));
+            std::fs::create_dir_all(target.parent().unwrap()).unwrap();
+            std::fs::rename(world.object(&paths::exchange_round("aside", 1, number)), target).unwrap();
+        };
+        publish(0, &|weights| std::fs::remove_file(weights.join("weights.safetensors")).unwrap()).await;
+        lead.open().await.unwrap();
+
+        let stop = StopSwitch::default();
+        let judge = async {
+            heard(&world, 1).await;
+            // A manifest that is gone, or no more than begun, by the time it is read.
+            publish(1, &|weights| std::fs::write(weights.join("manifest.json"), "").unwrap()).await;
+            tokio::time::sleep(POLL.0 * 3).await;
+            publish(2, &|_| {}).await;
+            heard(&world, 3).await;
+            assert_eq!(lead.delivered(2).await.unwrap(), [(1, 1)]);
+            stop.stop(Stop::JobCancelled);
+        };
+        let (ended, ()) = tokio::join!(world.run_until(&attempt, stop.clone()), async {
+            tokio::time::timeout(Duration::from_secs(60), judge).await.expect("it takes part in the last round");
+        });
+        assert_eq!(ended.unwrap_err().code, Code::JobCancelled);
+    }
+
+    fn initial_trainer(world: &World, attempt: &Attempt) -> Trainer {
+        let place = (tch::Device::Cpu, tch::Kind::Float);
+        let (model, _) = init::initial_model(&attempt.spec, &world.teacher, &[], place, &|| Ok(())).unwrap();
+        Trainer::new(model, replica_options(&attempt.spec, STEPS, &world.settings())).unwrap()
+    }
+
+    /// Waits until the replica says that it can take part in this round.
+    async fn heard(world: &World, round: u32) {
+        while !world.store.exists(&paths::exchange_replica(JOB, 1, (1, 1), round)).await.unwrap() {
+            tokio::time::sleep(Duration::from_millis(20)).await;
+        }
     }
 }

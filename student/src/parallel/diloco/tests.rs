@@ -176,7 +176,7 @@ async fn lie(world: &World, lies: &[&Lie]) {
         };
         assert_eq!((round.round, round.parts.len()), (number, 1), "the replica was given a part");
         let start = lead.fetch_weights(number, u64::MAX, folder.path()).await.unwrap();
-        let delivery = Delivery { loss: 1.0, target_tokens: 1, tokens: 1, seconds: 0.1 };
+        let delivery = Delivery { loss: 1.0, target_tokens: 1, tokens: 1 };
         let prefix = paths::exchange_delta(JOB, EPOCH, number, REPLICA);
         place(&world.store, &prefix, &start, manifest(&spec, json!(delivery)), lie).await;
     }

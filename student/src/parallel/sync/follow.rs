@@ -28,7 +28,7 @@ use super::{
 };
 use crate::{
     init::{self, Teacher},
-    parallel::initial_model,
+    parallel::{Said, initial_model, replica_options},
     resume,
     settings::Settings,
     train::{no_trainer, spec_sha256},
@@ -51,13 +51,13 @@ pub(crate) async fn follow(attempt: &Attempt, task: &ReplicaTask, cx: &TaskConte
         cx,
         settings,
         number: task.number,
-        options: Options::of(&attempt.spec.train, steps, settings),
+        options: replica_options(&attempt.spec, steps, settings),
         spec_sha256: spec_sha256(&attempt.spec)?,
         teacher: init::open_teacher(&attempt.spec.teacher.model).await?,
         thread: ModelThread::spawn("replica", || None)?,
         workspace: Workspace::create(&settings.work_dir, attempt)?,
     };
-    let mut wait = POLL.0;
+    let (mut wait, mut said) = (POLL.0, Said::default());
     loop {
         cx.check()?;
         if let Some(lead) = rendezvous::newest(&cx.store, attempt.job.as_str()).await? {
@@ -73,7 +73,10 @@ pub(crate) async fn follow(attempt: &Attempt, task: &ReplicaTask, cx: &TaskConte
                     replica.thread.call(|slot| *slot = None).await?;
                     wait = POLL.0;
                 }
-                Err(why) => tracing::debug!(code = %why.code, "no lead to follow yet: {}", why.chain()),
+                Err(why) if said.is_new(lead.epoch, why.chain()) => {
+                    tracing::warn!(code = %why.code, address = lead.address, "no lead to follow yet: {}", why.chain());
+                }
+                Err(_) => {}
             }
         }
         replica.make_room()?;

@@ -23,6 +23,8 @@ use super::{
 };
 use crate::{
     example::Example,
+    optimizer::AdamW,
+    parallel::implausible,
     resume,
     settings::Settings,
     train::no_trainer,
@@ -151,19 +153,22 @@ impl Lead {
         self.collect(&mut parts, PATIENCE.max(took * TIMES_SLOWER)).await?;
 
         let cx = self.cx.clone();
-        let finish = move |slot: &mut Option<Trainer>| -> Result<(StepReport, Progress, Vec<u32>, u32)> {
+        let finish = move |slot: &mut Option<Trainer>| -> Result<(StepReport, Progress, Vec<(u32, String)>, u32)> {
             let trainer = slot.as_mut().ok_or_else(no_trainer)?;
             let mut whole = share;
             let mut unsound = Vec::new();
             let mut workers = 1;
+            let own = if parts.is_empty() { 0.0 } else { exchange::norm(&trainer.optimizer)? };
             for Part { number, rows, computed } in parts {
-                if let Some(Computed { share, gradient }) = computed {
-                    if exchange::add_gradient(&trainer.optimizer, &gradient)? {
-                        whole.add(share);
-                        workers += 1;
-                        continue;
+                if let Some(computed) = computed {
+                    match add(&trainer.optimizer, &computed, (&share, own))? {
+                        Ok(()) => {
+                            whole.add(computed.share);
+                            workers += 1;
+                            continue;
+                        }
+                        Err(why) => unsound.push((number, why)),
                     }
-                    unsound.push(number);
                 }
                 whole.add(trainer.share(&rows, weight, &|| cx.check())?);
             }
@@ -172,12 +177,8 @@ impl Lead {
             Ok((report, trainer.progress(), unsound, workers))
         };
         let (report, progress, unsound, workers) = thread.call(finish).await??;
-        for number in unsound {
-            tracing::warn!(
-                replica = number,
-                step = report.step,
-                "its gradient was not finite: the lead computed its rows"
-            );
+        for (number, why) in unsound {
+            tracing::warn!(replica = number, step = report.step, "the lead computed a replica's rows: {why}");
             self.members.remove(&number);
         }
         self.workers = workers;
@@ -293,6 +294,15 @@ impl Lead {
             let member = self.newcomers.recv().await.unwrap();
             self.take_in(member);
         }
+    }
+}
+
+/// Adds a replica's gradient, or says why it does not count; `own` is the lead's share and its gradient's norm.
+fn add(optimizer: &AdamW, computed: &Computed, own: (&Share, f64)) -> Result<Result<(), String>> {
+    let per_token = |share: &Share| share.loss / share.positions.max(1) as f64;
+    match implausible("loss a target token", per_token(&computed.share), per_token(own.0)) {
+        Some(why) => Ok(Err(why)),
+        None => exchange::add_gradient(optimizer, &computed.gradient, own.1),
     }
 }
 

@@ -452,8 +452,12 @@ fn chunk(bytes: u64, value: f32) -> Say {
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn what_is_no_share_is_computed_by_the_lead() {
-    let answers: [Answer; 10] = [
+    let answers: [Answer; 13] = [
         |order, bytes| vec![Say::Share(share(order, bytes)), chunk(bytes, f32::NAN)],
+        // Finite, and their squares are not in f32.
+        |order, bytes| vec![Say::Share(share(order, bytes)), chunk(bytes, 3e38)],
+        |order, bytes| vec![Say::Share(share(order, bytes)), chunk(bytes, 1e5)],
+        |order, bytes| vec![Say::Share(proto::ReplicaShare { loss: 1e300, ..share(order, bytes) }), chunk(bytes, 0.0)],
         |order, bytes| vec![Say::Share(share(order, bytes + 4)), chunk(bytes + 4, 1.0)],
         |order, bytes| vec![Say::Share(share(order, bytes)), chunk(bytes + 4, 1.0)],
         |order, bytes| vec![Say::Share(proto::ReplicaShare { loss: f64::INFINITY, ..share(order, bytes) })],
@@ -484,7 +488,7 @@ async fn what_is_no_share_is_computed_by_the_lead() {
         let (took_part, _stranger) = tokio::join!(stage.step(step), lie);
         assert_eq!(took_part, 1, "step {step}");
     }
-    let difference = stage.difference(10).await;
+    let difference = stage.difference(13).await;
     assert!(difference < 1e-5, "{difference}");
 }
 
