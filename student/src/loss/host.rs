@@ -6,7 +6,7 @@ use std::ops::Range;
 use half::bf16;
 use rayon::prelude::*;
 use retort_kernels::{exponentiate, narrow_bf16, scale, widen_bf16};
-use tch::{Device, Kind, Tensor, kind::Element};
+use tch::{Device, Kind, Tensor};
 
 use super::{
     Sums,
@@ -14,9 +14,9 @@ use super::{
 };
 use crate::batch::Targets;
 
-/// Where the numbers of a contiguous tensor lie that is on the CPU and of this kind, row after row.
-pub(super) fn numbers<T: Element>(tensor: &Tensor) -> Option<*mut T> {
-    let plain = tensor.device() == Device::Cpu && tensor.kind() == T::KIND && tensor.is_contiguous();
+/// Where the numbers of a contiguous tensor lie that is on the CPU and of this kind, which is `T`'s, row after row.
+pub(super) fn numbers<T>(tensor: &Tensor, kind: Kind) -> Option<*mut T> {
+    let plain = tensor.device() == Device::Cpu && tensor.kind() == kind && tensor.is_contiguous();
     plain.then(|| tensor.data_ptr().cast())
 }
 
@@ -33,10 +33,10 @@ impl Rows<'_> {
         // SAFETY: so many numbers of the kind lie at the tensor's address, and it is borrowed as long as they are.
         unsafe {
             match tensor.kind() {
-                Kind::BFloat16 => {
-                    numbers::<bf16>(tensor).map(|at| Rows::Bf16(std::slice::from_raw_parts_mut(at, count)))
+                kind @ Kind::BFloat16 => {
+                    numbers(tensor, kind).map(|at| Rows::Bf16(std::slice::from_raw_parts_mut(at, count)))
                 }
-                _ => numbers::<f32>(tensor).map(|at| Rows::F32(std::slice::from_raw_parts_mut(at, count))),
+                _ => numbers(tensor, Kind::Float).map(|at| Rows::F32(std::slice::from_raw_parts_mut(at, count))),
             }
         }
     }
@@ -151,5 +151,19 @@ impl Scratch {
             row[label] -= label_ce as f32;
         }
         sums
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn both_kinds_are_taken_where_they_lie_in_rows_on_the_cpu() {
+        let of = |kind: Kind| Tensor::ones([3, 4], (kind, Device::Cpu));
+        assert!(matches!(Rows::of(&of(Kind::Float)), Some(Rows::F32(numbers)) if numbers == [1.0; 12]));
+        assert!(matches!(Rows::of(&of(Kind::BFloat16)), Some(Rows::Bf16(numbers)) if numbers == [bf16::ONE; 12]));
+        assert!(Rows::of(&of(Kind::Half)).is_none());
+        assert!(Rows::of(&of(Kind::Float).tr()).is_none());
     }
 }

@@ -37,12 +37,14 @@ pub(super) fn hidden_gradient(
     Ok(())
 }
 
-/// `into_vh += scale * grad_nv^T hidden_nh`; `into_vh` is f32, the others have one kind.
+/// `into_vh += scale * grad_nv^T hidden_nh`; `into_vh` is f32, the others have one kind. What is computed in another
+/// kind is computed in `scratch_vh`, kept from call to call: new memory of that size costs more than adding it up.
 pub(super) fn add_head_gradient(
     grad_nv: &Tensor,
     hidden_nh: &Tensor,
     scale: f64,
     into_vh: &mut Tensor,
+    scratch_vh: &mut Option<Tensor>,
 ) -> Result<(), TchError> {
     if let [Some(into), Some(grad), Some(hidden)] = [matrix(into_vh), matrix(grad_nv), matrix(hidden_nh)] {
         product(into, 1.0, scale as f32, grad.transposed(), hidden);
@@ -53,7 +55,11 @@ pub(super) fn add_head_gradient(
     let _ = if kind == Kind::Float {
         into_vh.f_addmm_(&grad_vn, &scaled_nh)?
     } else {
-        into_vh.f_add_(&grad_vn.f_matmul(&scaled_nh)?)?
+        let scratch_vh = match scratch_vh {
+            Some(scratch_vh) => scratch_vh,
+            None => scratch_vh.insert(Tensor::f_empty(into_vh.size(), (kind, into_vh.device()))?),
+        };
+        into_vh.f_add_(&grad_vn.f_matmul_out(scratch_vh, &scaled_nh)?)?
     };
     Ok(())
 }
@@ -83,7 +89,7 @@ impl Matrix {
 /// That of a contiguous f32 tensor of two dimensions that lies on the CPU.
 fn matrix(tensor: &Tensor) -> Option<Matrix> {
     let &[rows, columns] = &tensor.size()[..] else { return None };
-    let at = numbers::<f32>(tensor)?;
+    let at = numbers(tensor, Kind::Float)?;
     Some(Matrix { at, rows: rows as usize, columns: columns as usize, row_stride: columns as isize, column_stride: 1 })
 }
 
@@ -163,7 +169,7 @@ mod tests {
                 assert!(far(&into_nh, wide(&grad_nv).matmul(&wide(&weight_vh)) * 0.3) < rounding);
 
                 let mut into_vh = Tensor::ones([v, h], (Kind::Float, Device::Cpu));
-                add_head_gradient(&grad_nv, &hidden_nh, 0.3, &mut into_vh).unwrap();
+                add_head_gradient(&grad_nv, &hidden_nh, 0.3, &mut into_vh, &mut None).unwrap();
                 assert!(far(&into_vh, wide(&grad_nv).tr().matmul(&wide(&hidden_nh)) * 0.3 + 1.0) < rounding);
             }
         }
