@@ -35,10 +35,15 @@ fn cache() -> PathBuf {
     cache.unwrap_or_else(|| std::env::home_dir().expect("a home").join(".cache").join("retort"))
 }
 
-fn python() -> PathBuf {
-    let python = cache().join("venv-transformers").join("bin").join("python");
-    assert!(python.exists(), "{} is not there: run `make test-parity`", python.display());
-    python
+/// With transformers, and what PEFT brings: transformers reads GGUF files through accelerate.
+fn python() -> Command {
+    let (python, peft) = (cache().join("venv-transformers").join("bin").join("python"), cache().join("peft"));
+    for place in [&python, &peft] {
+        assert!(place.exists(), "{} is not there: run `make test-parity`", place.display());
+    }
+    let mut command = Command::new(python);
+    command.env("PYTHONPATH", peft);
+    command
 }
 
 fn script(name: &str) -> PathBuf {
@@ -83,9 +88,9 @@ fn an_exported_student_answers_alike_in_transformers() {
     let ours = common(Command::new(student).args(["generate", "--json", "--dtype", "f32"]));
     fs::write(folder.path().join("ours.jsonl"), succeeded("retort-student generate", ours)).unwrap();
     let script = script("check_export.py");
-    let theirs = common(Command::new(python()).arg(&script));
+    let theirs = common(python().arg(&script));
     fs::write(folder.path().join("theirs.jsonl"), succeeded("transformers", theirs)).unwrap();
-    let compare = Command::new(python())
+    let compare = python()
         .arg(&script)
         .arg("--compare")
         .arg(folder.path().join("ours.jsonl"))
@@ -108,7 +113,7 @@ fn checked_as_gguf(model: &Path, kinds: &[&str]) {
             .output()
             .unwrap();
         succeeded("retort model export", export);
-        let check = Command::new(python())
+        let check = python()
             .arg(script("check_gguf.py"))
             .arg("--model")
             .arg(model)
@@ -132,7 +137,7 @@ fn a_qwen2_and_a_llama_with_scaled_frequencies_too() {
     let folder = tempfile::tempdir().unwrap();
     for kind in ["qwen2", "llama3"] {
         let model = folder.path().join(kind);
-        let make = Command::new(python())
+        let make = python()
             .arg(script("check_gguf.py"))
             .args(["--make", kind, "--tokenizer"])
             .arg(teacher::smollm2())
@@ -167,8 +172,8 @@ fn adapters_are_adapters_in_peft() {
     Tensor::write_safetensors(&[("ids", &ids), ("logits", &logits)], place("ours.safetensors")).unwrap();
 
     let script = Path::new(env!("CARGO_MANIFEST_DIR")).join("parity").join("check_adapter.py");
-    let mut check = Command::new(python());
-    check.env("PYTHONPATH", cache().join("peft")).arg(script);
+    let mut check = python();
+    check.arg(script);
     for (option, name) in
         [("--base", "base"), ("--adapter", "adapter"), ("--merged", "merged"), ("--ours", "ours.safetensors")]
     {
