@@ -129,7 +129,7 @@ bench-student: build $(TEACHER)/retort-import.json ## A distillation step beside
 	cargo build --workspace --locked --examples
 	$(BIN)/examples/student --model $(TEACHER) --cache $(RETORT_CACHE) $(BENCH_STUDENT)
 
-# As root, for a network namespace; under twenty minutes, with nothing else running. BENCH_PARALLEL=--quick is a trial.
+# As root, for a network namespace; some twenty minutes are expected, with nothing else running. BENCH_PARALLEL=--quick is a trial.
 BENCH_PARALLEL ?=
 
 bench-parallel: build $(TEACHER)/retort-import.json ## Two students that train one model, over links of three rates: docs/parallel-training.md's tables
