@@ -39,6 +39,12 @@ impl Order {
         self.rows.div_ceil(self.batch_rows)
     }
 
+    /// Those of a whole run: every pass reads every row once, and its last step takes what is left.
+    pub fn steps(&self, passes: u32) -> Result<u32> {
+        u32::try_from(self.steps_per_pass().saturating_mul(u64::from(passes)))
+            .map_err(|_| Error::new(Code::SpecInvalid, format!("{passes} passes make more steps than can be counted")))
+    }
+
     /// Rows of the step with this index, counted from 0 over all passes.
     pub fn rows_of(&mut self, step: u32) -> Vec<u64> {
         let per_pass = self.steps_per_pass().max(1);

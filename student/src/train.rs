@@ -53,7 +53,7 @@ const PRUNING: &str = "pruning";
 /// Trains, writes checkpoints, and emits `TrainFinished`.
 pub async fn run(attempt: &Attempt, task: &TrainTask, cx: &TaskContext, settings: &Settings) -> Result<()> {
     let order = Order::new(attempt.spec.seed, task.rows, attempt.spec.train.batch_rows);
-    let steps = planned_steps(&order, attempt.spec.train.passes)?;
+    let steps = order.steps(attempt.spec.train.passes)?;
     if steps != task.steps {
         return Err(Error::internal(format!(
             "the plan has {} optimiser steps and {} rows in {} passes make {steps}",
@@ -71,13 +71,6 @@ pub async fn run(attempt: &Attempt, task: &TrainTask, cx: &TaskContext, settings
     }
     trained?;
     run.finish().await
-}
-
-/// Optimiser steps of a whole run: every pass reads every row once, and its last step takes what is
-/// left.
-fn planned_steps(order: &Order, passes: u32) -> Result<u32> {
-    u32::try_from(order.steps_per_pass().saturating_mul(u64::from(passes)))
-        .map_err(|_| Error::new(Code::SpecInvalid, format!("{passes} passes make more steps than can be counted")))
 }
 
 /// Time of this attempt that was spent otherwise than in steps.
