@@ -73,6 +73,7 @@ struct Args {
 }
 
 fn main() -> Result<(), Box<dyn std::error::Error>> {
+    retort_process::keep_freed_memory();
     let args = Args::parse();
     if let Some(threads) = args.threads {
         tch::set_num_threads(threads);

@@ -4,7 +4,7 @@ use std::{path::PathBuf, process::ExitCode};
 
 use clap::{Args, CommandFactory as _, FromArgMatches as _, Parser, Subcommand};
 use retort_core::{Code, Error, Result};
-use retort_process::{LogArgs, exit_with};
+use retort_process::{LogArgs, exit_with, keep_freed_memory};
 use retort_worker::WorkerArgs;
 
 use crate::{
@@ -62,6 +62,7 @@ struct Compute {
 
 /// Runs the process named by the command line.
 pub fn run() -> ExitCode {
+    keep_freed_memory();
     let matches = Cli::command().get_matches();
     let parsed = Cli::from_arg_matches(&matches).and_then(|cli| Ok((cli, LogArgs::from_arg_matches(&matches)?)));
     let (cli, log) = match parsed {

@@ -22,14 +22,14 @@ impl Student {
 #[async_trait]
 impl Handler for Student {
     async fn run(&mut self, attempt: Attempt, cx: &TaskContext) -> Result<Rest> {
-        match &attempt.work {
-            Task::Train(task) => train::run(&attempt, task, cx, &self.settings).await?,
-            Task::Evaluate(task) => evaluate::run(&attempt, task, cx, &self.settings).await?,
-            Task::Replica(task) => parallel::replica(&attempt, task, cx, &self.settings).await?,
-            Task::Shard(_) => {
-                return Err(Error::internal(format!("{} is a teacher's task, on a student's topic", attempt.task)));
-            }
-        }
-        Ok(Rest::Nothing)
+        let done = match &attempt.work {
+            Task::Train(task) => train::run(&attempt, task, cx, &self.settings).await,
+            Task::Evaluate(task) => evaluate::run(&attempt, task, cx, &self.settings).await,
+            Task::Replica(task) => parallel::replica(&attempt, task, cx, &self.settings).await,
+            Task::Shard(_) => Err(Error::internal(format!("{} is a teacher's task, on a student's topic", attempt.task))),
+        };
+        // The next training may be hours away, and of a smaller student.
+        retort_process::return_freed_memory();
+        done.map(|()| Rest::Nothing)
     }
 }

@@ -71,8 +71,6 @@ pub struct ChunkedLoss {
     /// In the head's kind.
     logits_nv: Tensor,
     logprobs_nv: Tensor,
-    /// A chunk's gradient of a head that is not f32, once there was one.
-    head_grad_vh: Option<Tensor>,
 }
 
 impl ChunkedLoss {
@@ -94,7 +92,6 @@ impl ChunkedLoss {
             fused: device == Device::Cpu,
             logits_nv: Tensor::f_empty(shape, (kind, device)).map_err(&failed)?,
             logprobs_nv: Tensor::f_empty(shape, (Kind::Float, device)).map_err(&failed)?,
-            head_grad_vh: None,
         })
     }
 
@@ -117,7 +114,6 @@ impl ChunkedLoss {
             let (hidden_nh, weight_vh) = (hidden_nh.detach(), weight_vh.detach());
             let grad_nh = hidden_nh.f_zeros_like().map_err(&failed)?;
             let mut sums = Sums::default();
-            let mut scratch_vh = self.head_grad_vh.take();
             for start in (0..targets.len()).step_by(self.chunk) {
                 let chunk = Chunk::new(targets, start, self.chunk, self.vocab_size, hidden_nh.device())?;
                 let part_nh = hidden_nh.narrow(0, start as i64, chunk.n);
@@ -127,13 +123,12 @@ impl ChunkedLoss {
                     let (sums, grad_nv) = self.gradient(objective, targets, &chunk, logits_nv)?;
                     product::hidden_gradient(&grad_nv, &weight_vh, scale, &mut into_nh)?;
                     if let Some(weight_grad_vh) = weight_grad_vh.as_deref_mut() {
-                        product::add_head_gradient(&grad_nv, &part_nh, scale, weight_grad_vh, &mut scratch_vh)?;
+                        product::add_head_gradient(&grad_nv, &part_nh, scale, weight_grad_vh)?;
                     }
                     Ok(sums)
                 };
                 sums.add(part().map_err(&failed)?);
             }
-            self.head_grad_vh = scratch_vh;
             Ok((sums, grad_nh))
         })
     }

@@ -64,7 +64,7 @@ pub fn measure(
     let mut tallies = vec![Tally::default(); examples.len()];
     for micro in batch::cut(examples, limits) {
         check()?;
-        let hidden_nh = tch::no_grad(|| target_hidden(model, &micro, None))?;
+        let hidden_nh = tch::no_grad(|| target_hidden(model, &micro))?;
         let measured = loss.measure(&hidden_nh, &model.head_weight(), &micro.targets)?;
         let mut n = 0;
         let targets = &micro.targets;

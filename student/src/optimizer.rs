@@ -46,8 +46,10 @@ struct Slot {
     parameter: Tensor,
     /// f32. The parameter itself where that is f32.
     master: Tensor,
-    /// f32, summed over micro-batches. The parameter's own gradient where that is f32.
+    /// f32, summed over micro-batches. The parameter's own gradient where that is f32 and autograd's.
     gradient: Tensor,
+    /// Whether autograd computes the gradient: in the parameter's kind, into the parameter's own.
+    is_autograds: bool,
     first: Tensor,
     second: Tensor,
     /// f32; the running average of the master.
@@ -56,7 +58,8 @@ struct Slot {
 }
 
 impl AdamW {
-    /// For `parameters` (name and tensor sharing the model's memory) that require gradients.
+    /// For `parameters` (name and tensor sharing the model's memory). Of those that do not require gradients autograd
+    /// has none: what trains them is added to [`AdamW::gradient`].
     pub fn new(parameters: Vec<(String, Tensor)>, hyper: Hyper) -> Result<Self> {
         let slots = parameters.into_iter().map(|(name, parameter)| Slot::new(name, parameter, &hyper));
         Ok(Self { hyper, slots: slots.collect::<Result<_>>()?, step: 0, shows_averages: false })
@@ -72,7 +75,7 @@ impl AdamW {
     /// To be called after each backward pass: moves what a model in another kind than f32 computed.
     pub fn collect(&mut self) -> Result<()> {
         let collect = |slot: &mut Slot| -> Result<(), TchError> {
-            if !slot.is_f32() {
+            if slot.is_autograds && !slot.is_f32() {
                 let mut fresh = slot.parameter.f_grad()?;
                 let _ = slot.gradient.f_add_(&fresh)?;
                 let _ = fresh.f_zero_()?;
@@ -231,18 +234,19 @@ struct Rates {
 impl Slot {
     fn new(name: String, parameter: Tensor, hyper: &Hyper) -> Result<Self> {
         let failed = torch("cannot set the optimiser up");
+        let is_autograds = parameter.requires_grad();
         let parts = || -> Result<_, TchError> {
-            // Autograd adds in place to a gradient that is there, so that it stays where it is and
-            // head, body and this optimiser can share it.
-            (parameter.f_sum(Kind::Float)? * 0.0).f_backward()?;
-            let own = parameter.f_grad()?;
+            if is_autograds {
+                // Autograd adds in place to a gradient that is there, so that it stays where it is and this
+                // optimiser can share it.
+                (parameter.f_sum(Kind::Float)? * 0.0).f_backward()?;
+            }
             let flat = parameter.f_detach()?;
             no_grad(|| {
-                let zeros = || flat.f_to_kind(Kind::Float)?.f_zeros_like();
-                let (master, gradient) = match parameter.kind() {
-                    Kind::Float => (flat.shallow_clone(), own.f_detach()?),
-                    _ => (flat.f_to_kind(Kind::Float)?, zeros()?),
-                };
+                let zeros = || Tensor::f_zeros(flat.size(), (Kind::Float, flat.device()));
+                let is_f32 = parameter.kind() == Kind::Float;
+                let master = if is_f32 { flat.shallow_clone() } else { flat.f_to_kind(Kind::Float)? };
+                let gradient = if is_f32 && is_autograds { parameter.f_grad()?.f_detach()? } else { zeros()? };
                 let average = if hyper.average_decay > 0.0 { Some(copy_of(&master)?) } else { None };
                 Ok((master, gradient, zeros()?, zeros()?, average))
             })
@@ -252,7 +256,7 @@ impl Slot {
             return Err(Error::internal(format!("the parameter {name:?} is not contiguous")));
         }
         let decays = parameter.dim() > 1;
-        Ok(Self { name, parameter, master, gradient, first, second, average, decays })
+        Ok(Self { name, parameter, master, gradient, is_autograds, first, second, average, decays })
     }
 
     fn is_f32(&self) -> bool {

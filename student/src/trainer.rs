@@ -9,7 +9,7 @@ use std::time::Instant;
 use retort_core::{Code, Error, Result, spec::Train};
 use retort_llama::{Masks, Model};
 use serde::{Deserialize, Serialize};
-use tch::{Kind, TchError, Tensor};
+use tch::{Kind, TchError, Tensor, no_grad};
 
 use crate::{
     batch::{self, MicroBatch},
@@ -119,8 +119,10 @@ pub struct Trainer {
     /// Where weights are exchanged with other workers.
     pub(crate) outer: Option<Outer>,
     schedule: Schedule,
-    /// The head's gradient, shared with the optimiser; `None` where the head stays as it is.
+    /// Gradients that are not autograd's, shared with the optimiser; of a tied head one and the same. `None` where
+    /// they stay as they are.
     head_grad_vh: Option<Tensor>,
+    embedding_grad_vh: Option<Tensor>,
 }
 
 impl Trainer {
@@ -130,12 +132,14 @@ impl Trainer {
         let hyper = Hyper { average_decay, ..Hyper::new(options.train.weight_decay) };
         let optimizer = AdamW::new(trained(&model, &options.train), hyper)?;
         let head = if model.config().tie_word_embeddings { EMBEDDINGS } else { HEAD };
-        let keeps_head = options.train.freeze_embeddings || model.lora().is_some();
-        let head_grad_vh = if keeps_head { None } else { Some(optimizer.gradient(head)?) };
+        let keeps_both = options.train.freeze_embeddings || model.lora().is_some();
+        let gradient = |name| if keeps_both { Ok(None) } else { optimizer.gradient(name).map(Some) };
+        let (head_grad_vh, embedding_grad_vh) = (gradient(head)?, gradient(EMBEDDINGS)?);
         let loss = ChunkedLoss::new(model.config().vocab_size, model.kind(), model.device())?;
         let outer = options.train.diloco().map(|parallel| Outer::new(parallel, options.steps));
         let schedule = Schedule::new(&options.train, options.steps);
-        Ok(Self { model, loss, optimizer, options, progress: Progress::default(), outer, schedule, head_grad_vh })
+        let progress = Progress::default();
+        Ok(Self { model, loss, optimizer, options, progress, outer, schedule, head_grad_vh, embedding_grad_vh })
     }
 
     pub fn model(&self) -> &Model {
@@ -239,32 +243,44 @@ impl Trainer {
         Ok(StepReport { step: self.progress.step, loss, gradient_norm, learning_rate, tokens, seconds })
     }
 
-    /// Adds one micro-batch's gradients: the head's by its closed form, then one backward pass
-    /// through the body from the hidden states' gradient. A graph over a whole narrow model would hold its weights
-    /// wide, so there each block is computed twice.
+    /// Adds one micro-batch's gradients: the head's by its closed form, then one backward pass through the body from
+    /// the hidden states' gradient, then the embedding's, row by row: autograd would make it whole, of all the
+    /// vocabulary. A graph over a whole narrow model would hold its weights wide, so there each block is computed twice.
     fn accumulate(&mut self, micro: &MicroBatch, masks: Masks, objective: &Objective, scale: f64) -> Result<Sums> {
         let failed = torch("cannot run the student");
+        let Inputs { ids_n, positions_m } = Inputs::of(&self.model, micro)?;
+        let embedded_nh = no_grad(|| self.model.embedded(&ids_n)).map_err(llama)?;
         let weight_vh = self.model.head_weight();
         let head_grad_vh = self.head_grad_vh.as_mut();
-        if self.options.train.activation_checkpointing || self.model.is_narrow() {
-            let Inputs { ids_n, positions_m } = Inputs::of(&self.model, micro)?;
-            let (hidden_nh, tape) = self.model.hidden_taped(&ids_n, &micro.lengths, Some(masks)).map_err(llama)?;
-            let hidden_mh = hidden_nh.f_index_select(0, &positions_m).map_err(&failed)?;
-            let (sums, grad_mh) =
-                self.loss.backward(objective, &hidden_mh, &weight_vh, head_grad_vh, &micro.targets, scale)?;
-            let grad_nh = hidden_nh.f_zeros_like().and_then(|mut grad| grad.f_index_add_(0, &positions_m, &grad_mh));
-            self.model.backward(tape, &grad_nh.map_err(&failed)?).map_err(llama)?;
-            self.optimizer.collect()?;
-            return Ok(sums);
+        let (hidden_nh, tape) = if self.options.train.activation_checkpointing || self.model.is_narrow() {
+            let taped = self.model.hidden_taped(&embedded_nh, &micro.lengths, Some(masks));
+            taped.map(|(hidden_nh, tape)| (hidden_nh, Some(tape)))
+        } else {
+            let _ = embedded_nh.set_requires_grad(self.embedding_grad_vh.is_some());
+            self.model.hidden_masked(&embedded_nh, &micro.lengths, Some(masks)).map(|hidden_nh| (hidden_nh, None))
         }
-        let hidden_mh = target_hidden(&self.model, micro, Some(masks))?;
+        .map_err(llama)?;
+        let hidden_mh = hidden_nh.f_index_select(0, &positions_m).map_err(&failed)?;
         let (sums, grad_mh) =
             self.loss.backward(objective, &hidden_mh, &weight_vh, head_grad_vh, &micro.targets, scale)?;
-        let through_body = || -> Result<(), TchError> {
-            // The gradient of this sum with respect to hidden_mh is grad_mh; its value means nothing.
-            hidden_mh.f_mul(&grad_mh)?.f_sum(Kind::Float)?.f_backward()
+        let grad_nh = if let Some(tape) = tape {
+            let whole_nh = hidden_nh.f_zeros_like().and_then(|mut grad| grad.f_index_add_(0, &positions_m, &grad_mh));
+            self.model.backward(tape, &whole_nh.map_err(&failed)?).map_err(llama)?
+        } else {
+            let through_body = || -> Result<Tensor, TchError> {
+                // The gradient of this sum with respect to hidden_mh is grad_mh; its value means nothing.
+                hidden_mh.f_mul(&grad_mh)?.f_sum(Kind::Float)?.f_backward()?;
+                embedded_nh.f_grad()
+            };
+            through_body().map_err(&failed)?
         };
-        through_body().map_err(failed)?;
+        if let Some(embedding_grad_vh) = &mut self.embedding_grad_vh {
+            let mut add = || -> Result<Tensor, TchError> {
+                let ids_n = ids_n.f_to(grad_nh.device())?;
+                embedding_grad_vh.f_index_add_(0, &ids_n, &grad_nh.f_to_kind(Kind::Float)?)
+            };
+            let _ = no_grad(&mut add).map_err(&failed)?;
+        }
         self.optimizer.collect()?;
         Ok(sums)
     }
@@ -298,28 +314,26 @@ impl Inputs {
     }
 }
 
-/// The model's weights that train, by name; they alone require gradients.
+/// The model's weights that train, by name. Those that autograd has the gradients of require them; the head's and the
+/// embedding's are computed without it.
 fn trained(model: &Model, train: &Train) -> Vec<(String, Tensor)> {
     if model.lora().is_some() {
         return model.adapters();
     }
     model.set_trainable(true);
     let mut parameters = model.parameters();
-    if train.freeze_embeddings {
-        let is_frozen = |name: &str| [EMBEDDINGS, HEAD].contains(&name);
-        for (_, tensor) in parameters.iter().filter(|(name, _)| is_frozen(name)) {
-            let _ = tensor.set_requires_grad(false);
-        }
-        parameters.retain(|(name, _)| !is_frozen(name));
+    let is_apart = |name: &str| [EMBEDDINGS, HEAD].contains(&name);
+    for (_, tensor) in parameters.iter().filter(|(name, _)| is_apart(name)) {
+        let _ = tensor.set_requires_grad(false);
     }
+    parameters.retain(|(name, _)| !(train.freeze_embeddings && is_apart(name)));
     parameters
 }
 
-/// Hidden states `[m, h]` that predict the micro-batch's targets; `masks` are for a step of training. Records a
-/// graph unless inside [`tch::no_grad`].
-pub(crate) fn target_hidden(model: &Model, micro: &MicroBatch, masks: Option<Masks>) -> Result<Tensor> {
+/// Hidden states `[m, h]` that predict the micro-batch's targets. Records a graph unless inside [`tch::no_grad`].
+pub(crate) fn target_hidden(model: &Model, micro: &MicroBatch) -> Result<Tensor> {
     let Inputs { ids_n, positions_m } = Inputs::of(model, micro)?;
-    let hidden_nh = model.hidden_masked(&ids_n, &micro.lengths, masks).map_err(llama)?;
+    let hidden_nh = model.hidden_packed(&ids_n, &micro.lengths).map_err(llama)?;
     hidden_nh.f_index_select(0, &positions_m).map_err(torch("cannot run the student"))
 }
 

@@ -4,7 +4,7 @@ use clap::{CommandFactory as _, FromArgMatches as _, Parser, Subcommand};
 use retort_artifact::Store;
 use retort_core::{Code, Error, Result};
 use retort_llama::Keep;
-use retort_process::{LogArgs, exit_with};
+use retort_process::{LogArgs, exit_with, keep_freed_memory};
 use retort_teacher::{
     Teacher, chat,
     group::{self, Formed, GroupArgs, Layers, LeaderWorkerSet, Place, StatsArgs},
@@ -80,6 +80,7 @@ struct ChatArgs {
 }
 
 fn main() -> ExitCode {
+    keep_freed_memory();
     let matches = Cli::command().get_matches();
     let parsed = Cli::from_arg_matches(&matches).and_then(|cli| Ok((cli, LogArgs::from_arg_matches(&matches)?)));
     let (cli, log) = match parsed {

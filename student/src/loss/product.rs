@@ -3,7 +3,7 @@
 
 use gemm_common::Parallelism;
 use gemm_f32::gemm::f32::get_gemm_fn;
-use tch::{Kind, TchError, Tensor};
+use tch::{Device, Kind, TchError, Tensor};
 
 use super::host::numbers;
 
@@ -37,14 +37,16 @@ pub(super) fn hidden_gradient(
     Ok(())
 }
 
+/// What a product in another kind than f32 may take until it is added to its sum, bytes: as much as stays near.
+const PIECE_BYTES: i64 = 4 << 20;
+
 /// `into_vh += scale * grad_nv^T hidden_nh`; `into_vh` is f32, the others have one kind. What is computed in another
-/// kind is computed in `scratch_vh`, kept from call to call: new memory of that size costs more than adding it up.
+/// kind is computed some rows of the vocabulary at a time: whole it would be a second array of that size.
 pub(super) fn add_head_gradient(
     grad_nv: &Tensor,
     hidden_nh: &Tensor,
     scale: f64,
     into_vh: &mut Tensor,
-    scratch_vh: &mut Option<Tensor>,
 ) -> Result<(), TchError> {
     if let [Some(into), Some(grad), Some(hidden)] = [matrix(into_vh), matrix(grad_nv), matrix(hidden_nh)] {
         product(into, 1.0, scale as f32, grad.transposed(), hidden);
@@ -52,15 +54,18 @@ pub(super) fn add_head_gradient(
     }
     let (kind, grad_vn) = (hidden_nh.kind(), grad_nv.f_tr()?);
     let scaled_nh = hidden_nh.f_to_kind(Kind::Float)?.f_mul_scalar(scale)?.f_to_kind(kind)?;
-    let _ = if kind == Kind::Float {
-        into_vh.f_addmm_(&grad_vn, &scaled_nh)?
-    } else {
-        let scratch_vh = match scratch_vh {
-            Some(scratch_vh) => scratch_vh,
-            None => scratch_vh.insert(Tensor::f_empty(into_vh.size(), (kind, into_vh.device()))?),
-        };
-        into_vh.f_add_(&grad_vn.f_matmul_out(scratch_vh, &scaled_nh)?)?
-    };
+    if kind == Kind::Float {
+        let _ = into_vh.f_addmm_(&grad_vn, &scaled_nh)?;
+        return Ok(());
+    }
+    let (vocab, hidden) = into_vh.size2()?;
+    let most =
+        if into_vh.device() == Device::Cpu { (PIECE_BYTES / (2 * hidden.max(1))).max(256) } else { vocab.max(1) };
+    for start in (0..vocab).step_by(most as usize) {
+        let rows = most.min(vocab - start);
+        let piece = grad_vn.f_narrow(0, start, rows)?.f_matmul(&scaled_nh)?;
+        let _ = into_vh.f_narrow(0, start, rows)?.f_add_(&piece)?;
+    }
     Ok(())
 }
 
@@ -135,8 +140,6 @@ fn product(out: Matrix, keep: f32, scale: f32, left: Matrix, right: Matrix) {
 
 #[cfg(test)]
 mod tests {
-    use tch::Device;
-
     use super::*;
     use crate::example::tests::alone;
 
@@ -169,7 +172,7 @@ mod tests {
                 assert!(far(&into_nh, wide(&grad_nv).matmul(&wide(&weight_vh)) * 0.3) < rounding);
 
                 let mut into_vh = Tensor::ones([v, h], (Kind::Float, Device::Cpu));
-                add_head_gradient(&grad_nv, &hidden_nh, 0.3, &mut into_vh, &mut None).unwrap();
+                add_head_gradient(&grad_nv, &hidden_nh, 0.3, &mut into_vh).unwrap();
                 assert!(far(&into_vh, wide(&grad_nv).tr().matmul(&wide(&hidden_nh)) * 0.3 + 1.0) < rounding);
             }
         }

@@ -93,8 +93,9 @@ impl<'a> Observer<'a> {
     fn observe(&mut self, ids: &[i64]) -> Result<()> {
         let model = self.model;
         let ids_n = Tensor::f_from_slice(ids)?;
-        let documents = model.documents(&ids_n, &[ids.len() as i64], None)?;
-        let mut hidden_1nh = model.embed(&ids_n)?.f_unsqueeze(0)?;
+        let mut hidden_1nh = model.embedded(&ids_n)?.f_unsqueeze(0)?;
+        let tokens = ids.len() as i64;
+        let documents = model.documents(tokens, &[tokens], None)?;
         for (block, sums) in model.blocks.iter().zip(&mut self.layers) {
             let attend = |query: &Tensor, key: &Tensor, value: &Tensor| documents.attend(query, key, value);
             let see = |seen: Seen| match seen {

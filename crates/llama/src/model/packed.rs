@@ -23,22 +23,33 @@ pub(super) struct Documents {
 /// What [`Model::backward`] computes the blocks again from: their inputs, `[1, n, h]` each, and the last one's
 /// output.
 pub struct Tape {
-    ids_n: Tensor,
     documents: Documents,
     inputs: Vec<Tensor>,
 }
 
 impl Model {
+    /// Embeddings `[n, h]` of token ids int64 `[n]` on any device.
+    pub fn embedded(&self, ids_n: &Tensor) -> Result<Tensor> {
+        let shape = ids_n.size();
+        if shape.len() != 1 || shape[0] < 1 {
+            return Err(Error::Invalid(format!(
+                "token ids of shape {shape:?}; packed documents lie one after another"
+            )));
+        }
+        self.check_vocabulary(ids_n)?;
+        self.embed(ids_n)
+    }
+
     /// Hidden states after the final norm, `[n, h]`, of token ids int64 `[n]` on any device: documents of
     /// `lengths` tokens one after another. Causal. Differentiable; wrap it in [`tch::no_grad`] for inference.
     pub fn hidden_packed(&self, ids_n: &Tensor, lengths: &[i64]) -> Result<Tensor> {
-        self.hidden_masked(ids_n, lengths, None)
+        self.hidden_masked(&self.embedded(ids_n)?, lengths, None)
     }
 
-    /// As [`Model::hidden_packed`], with `masks` over what goes into adapters.
-    pub fn hidden_masked(&self, ids_n: &Tensor, lengths: &[i64], masks: Option<Masks>) -> Result<Tensor> {
-        let documents = self.documents(ids_n, lengths, masks)?;
-        let mut hidden_1nh = self.embed(ids_n)?.f_unsqueeze(0)?;
+    /// As [`Model::hidden_packed`] of what [`Model::embedded`] gave, with `masks` over what goes into adapters.
+    pub fn hidden_masked(&self, embedded_nh: &Tensor, lengths: &[i64], masks: Option<Masks>) -> Result<Tensor> {
+        let documents = self.documents(embedded_nh.size2()?.0, lengths, masks)?;
+        let mut hidden_1nh = embedded_nh.f_unsqueeze(0)?;
         for layer in 0..self.blocks.len() {
             hidden_1nh = self.block(layer, &hidden_1nh, &documents)?;
         }
@@ -47,36 +58,33 @@ impl Model {
 
     /// As [`Model::hidden_masked`] without a graph, and what a backward pass starts from: one input a block
     /// instead of all that happens in it (Chen et al., "Training Deep Nets with Sublinear Memory Cost", 2016).
-    pub fn hidden_taped(&self, ids_n: &Tensor, lengths: &[i64], masks: Option<Masks>) -> Result<(Tensor, Tape)> {
+    pub fn hidden_taped(&self, embedded_nh: &Tensor, lengths: &[i64], masks: Option<Masks>) -> Result<(Tensor, Tape)> {
         tch::no_grad(|| {
-            let documents = self.documents(ids_n, lengths, masks)?;
+            let documents = self.documents(embedded_nh.size2()?.0, lengths, masks)?;
             let mut inputs = Vec::with_capacity(self.blocks.len() + 1);
-            let mut hidden_1nh = self.embed(ids_n)?.f_unsqueeze(0)?;
+            let mut hidden_1nh = embedded_nh.f_unsqueeze(0)?;
             for layer in 0..self.blocks.len() {
                 let next = self.block(layer, &hidden_1nh, &documents)?;
                 inputs.push(std::mem::replace(&mut hidden_1nh, next));
             }
             let hidden_nh = self.final_norm(&hidden_1nh.f_squeeze_dim(0)?)?;
             inputs.push(hidden_1nh);
-            Ok((hidden_nh, Tape { ids_n: ids_n.shallow_clone(), documents, inputs }))
+            Ok((hidden_nh, Tape { documents, inputs }))
         })
     }
 
     /// Adds to the weights' gradients those of a loss whose gradient in [`Model::hidden_taped`]'s hidden states is
-    /// `grad_nh`: block after block from the last, each computed once more.
-    pub fn backward(&self, tape: Tape, grad_nh: &Tensor) -> Result<()> {
-        let Tape { ids_n, documents, mut inputs } = tape;
+    /// `grad_nh`: block after block from the last, each computed once more. Gives the gradient in the embeddings,
+    /// `[n, h]`.
+    pub fn backward(&self, tape: Tape, grad_nh: &Tensor) -> Result<Tensor> {
+        let Tape { documents, mut inputs } = tape;
         let last = inputs.pop().ok_or_else(|| Error::Invalid("a tape without inputs".into()))?;
         let mut grad_1nh = through(&last, &grad_nh.f_unsqueeze(0)?, |input| self.final_norm(input))?;
         for layer in (0..self.blocks.len()).rev() {
             let input = inputs.pop().ok_or_else(|| Error::Invalid("a tape of fewer blocks".into()))?;
             grad_1nh = through(&input, &grad_1nh, |input| self.block(layer, input, &documents))?;
         }
-        let embedded_1nh = self.embed(&ids_n)?.f_unsqueeze(0)?;
-        if embedded_1nh.requires_grad() {
-            embedded_1nh.f_mul(&grad_1nh)?.f_sum(Kind::Float)?.f_backward()?;
-        }
-        Ok(())
+        Ok(grad_1nh.f_squeeze_dim(0)?)
     }
 
     fn block(&self, layer: usize, hidden_1nh: &Tensor, documents: &Documents) -> Result<Tensor> {
@@ -85,17 +93,15 @@ impl Model {
         })
     }
 
-    pub(super) fn documents(&self, ids_n: &Tensor, lengths: &[i64], masks: Option<Masks>) -> Result<Documents> {
-        let tokens: i64 = lengths.iter().sum();
-        let shape = ids_n.size();
-        if shape != [tokens] || lengths.iter().any(|&length| length < 1) || tokens < 1 {
-            return Err(Error::Invalid(format!("token ids of shape {shape:?} for documents of {lengths:?} tokens")));
+    /// Of `lengths` tokens each, `tokens` together.
+    pub(super) fn documents(&self, tokens: i64, lengths: &[i64], masks: Option<Masks>) -> Result<Documents> {
+        if lengths.iter().sum::<i64>() != tokens || lengths.iter().any(|&length| length < 1) || tokens < 1 {
+            return Err(Error::Invalid(format!("{tokens} token ids for documents of {lengths:?} tokens")));
         }
         let context = self.config.max_position_embeddings;
         if let Some(length) = lengths.iter().find(|&&length| length > context) {
             return Err(Error::TooLong(format!("{length} positions are more than the model's context of {context}")));
         }
-        self.check_vocabulary(ids_n)?;
         let run = |run: &[i64]| -> Result<(i64, i64, Option<Tensor>)> {
             let tokens = run[0];
             let bias = match self.config.sliding_window {

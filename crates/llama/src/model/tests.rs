@@ -376,10 +376,12 @@ fn a_tape_gives_the_gradients_of_autograd() {
         let parameters = model.parameters().into_iter().filter(|(name, _)| name != "lm_head.weight");
         parameters.map(|(_, tensor)| (tensor.grad().copy(), tensor.grad().zero_()).0).collect()
     };
-    let (hidden_nh, tape) = model.hidden_taped(&all, &lengths, None).unwrap();
+    let embedded_nh = model.embedded(&all).unwrap();
+    let (hidden_nh, tape) = model.hidden_taped(&embedded_nh, &lengths, None).unwrap();
     assert!(!hidden_nh.requires_grad());
     // Of the sum of cubes.
-    model.backward(tape, &(hidden_nh.square() * 3.0)).unwrap();
+    let grad_nh = model.backward(tape, &(hidden_nh.square() * 3.0)).unwrap();
+    (embedded_nh * grad_nh).sum(Kind::Float).backward();
     let taped = take();
     model.hidden_packed(&all, &lengths).unwrap().pow_tensor_scalar(3).sum(Kind::Float).backward();
     for (taped, whole) in taped.iter().zip(take()) {

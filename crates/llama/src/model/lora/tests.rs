@@ -107,7 +107,7 @@ fn gradients_are_those_of_the_merged_weights_by_the_chain_rule() {
 fn a_base_in_bytes_is_near_and_its_gradients_are_those_of_the_rounded_weights() {
     let (plain, adapted) = pair(&Lora { base: LoraBase::Int8, ..lora() });
     assert!(adapted.is_narrow());
-    let (hidden_nh, tape) = adapted.hidden_taped(&ids_n(), &LENGTHS, None).unwrap();
+    let (hidden_nh, tape) = adapted.hidden_taped(&adapted.embedded(&ids_n()).unwrap(), &LENGTHS, None).unwrap();
     adapted.backward(tape, &(hidden_nh.square() * 3.0)).unwrap();
     let held: i64 = adapted.parameters().iter().map(|(_, tensor)| tensor.numel() as i64).sum();
     assert!(held < 4000, "{held} numbers are held wide");
@@ -153,7 +153,8 @@ fn a_base_read_in_bytes_is_the_one_made_of_it() {
 #[test]
 fn nothing_is_dropped_where_nobody_trains() {
     let (_, adapted) = pair(&Lora { dropout: 0.25, ..all() });
-    let hidden = |masks| adapted.hidden_masked(&ids_n(), &LENGTHS, masks).unwrap().detach();
+    let embedded_nh = adapted.embedded(&ids_n()).unwrap();
+    let hidden = |masks| adapted.hidden_masked(&embedded_nh, &LENGTHS, masks).unwrap().detach();
     assert!(hidden(None).equal(&adapted.hidden_packed(&ids_n(), &LENGTHS).unwrap().detach()));
     assert!(hidden(Some(MASKS)).equal(&hidden(Some(MASKS))));
     assert!(difference(&hidden(Some(MASKS)), &hidden(None)) > 0.01);
@@ -166,11 +167,12 @@ fn a_block_computed_twice_has_the_same_masks() {
     let take = || -> Vec<Tensor> {
         adapted.adapters().iter().map(|(_, tensor)| (tensor.grad().copy(), tensor.grad().zero_()).0).collect()
     };
-    let (hidden_nh, tape) = adapted.hidden_taped(&ids_n(), &LENGTHS, Some(MASKS)).unwrap();
+    let embedded_nh = adapted.embedded(&ids_n()).unwrap();
+    let (hidden_nh, tape) = adapted.hidden_taped(&embedded_nh, &LENGTHS, Some(MASKS)).unwrap();
     let grad_nh = hidden_nh.square() * 3.0;
     adapted.backward(tape, &grad_nh).unwrap();
     let taped = take();
-    (adapted.hidden_masked(&ids_n(), &LENGTHS, Some(MASKS)).unwrap() * grad_nh).sum(Kind::Float).backward();
+    (adapted.hidden_masked(&embedded_nh, &LENGTHS, Some(MASKS)).unwrap() * grad_nh).sum(Kind::Float).backward();
     for (taped, whole) in taped.iter().zip(take()) {
         assert!(taped.equal(&whole));
     }
