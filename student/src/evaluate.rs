@@ -29,7 +29,7 @@ const MAX_SAMPLES: u32 = 32;
 pub async fn run(attempt: &Attempt, task: &EvaluateTask, cx: &TaskContext, settings: &Settings) -> Result<()> {
     let teacher = init::open_teacher(&attempt.spec.teacher.model).await?;
     let judging =
-        Judging { attempt, task, cx, settings, teacher, workspace: Workspace::create(&settings.work_dir, attempt)? };
+        Judging { attempt, task, cx, settings, teacher, workspace: Workspace::create(&settings.work_dir, attempt).await? };
     let before = judging.judge(&task.initial_key, "before").await?;
     let after = judging.judge(&task.checkpoint_key, "after").await?;
     let prompts = cx.prompt_set(attempt).await?;

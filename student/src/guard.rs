@@ -21,6 +21,11 @@ pub struct Watched {
 }
 
 impl Watched {
+    /// Gradient's norm and loss as they were in the steps before; `None` before the first.
+    pub fn usual(&self) -> Option<(f64, f64)> {
+        (self.seen > 0).then_some((self.gradient_norm, self.loss))
+    }
+
     /// Why the step is to be left out; `None` takes it and counts it. Both numbers are finite.
     pub fn objection(&mut self, guard: &Guard, gradient_norm: f64, loss: f64) -> Option<String> {
         let leaps = |value: f64, mean: f64, ratio: f64| ratio > 0.0 && mean > 0.0 && value > ratio * mean;

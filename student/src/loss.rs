@@ -95,6 +95,11 @@ impl ChunkedLoss {
         })
     }
 
+    /// Positions whose logits lie in memory at a time.
+    pub fn positions(&self) -> usize {
+        self.chunk
+    }
+
     /// Sums over all positions, and the gradient `[n, h]` of `scale * loss` with respect to
     /// `hidden_nh`; the head's own is added to `weight_grad_vh` (f32, contiguous) where it is given.
     ///
@@ -191,9 +196,9 @@ impl ChunkedLoss {
         objective: &Objective,
         targets: &Targets,
         chunk: &Chunk,
-        logits_nv: Tensor,
+        mut logits_nv: Tensor,
     ) -> Result<(Sums, Tensor), TchError> {
-        let on_host = host::Rows::of(&logits_nv).filter(|_| self.fused);
+        let on_host = host::Rows::of(&mut logits_nv).filter(|_| self.fused);
         let Some(rows) = on_host else {
             let (sums, grad_nv) = self.gradient_by_torch(objective, targets, chunk, &logits_nv)?;
             return Ok((sums, grad_nv.f_to_kind(logits_nv.kind())?));

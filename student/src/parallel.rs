@@ -11,7 +11,7 @@ use retort_core::{
 use retort_llama::Model;
 use retort_proto::ReplicaTask;
 use retort_worker::{Attempt, TaskContext};
-use tch::{Device, Kind, TchError, Tensor};
+use tch::{Device, Kind, TchError, Tensor, no_grad};
 
 use crate::{failure::llama, settings::Settings, trainer::Options};
 
@@ -36,23 +36,25 @@ impl Said {
     }
 }
 
-/// A replica's part may be so many times the lead's own. Parts of one step or round have a few hundredfold between
-/// them where their rows have little in common; what comes of a fault of memory or of arithmetic has far more.
+/// A replica's part may be so many times what such a part is: those of one round have a few hundredfold between them
+/// where their rows have little in common; what comes of a fault of memory or of arithmetic has far more.
 const MOST_TIMES: f64 = 1e4;
-/// Where the lead's own part is nothing: the square of what is larger is hardly an f32.
+/// Where nothing is known of such a part: the square of what is larger is hardly an f32.
 const MOST: f64 = 1e18;
 
-/// Why a replica's part cannot be one, by a norm or a loss per token of it and of the lead's own part; `None` if it
-/// can.
-fn implausible(what: &str, theirs: f64, own: f64) -> Option<String> {
-    let most = if own > 0.0 { MOST_TIMES * own } else { MOST };
+/// Why a replica's part cannot be one, by a norm or a loss of it and of what such a part is here; `None` if it can.
+fn implausible(what: &str, theirs: f64, here: f64) -> Option<String> {
+    let most = if here > 0.0 { MOST_TIMES * here } else { MOST };
     (theirs.is_nan() || theirs.abs() > most)
-        .then(|| format!("its {what} is {theirs:.3e}, of the lead's own part {own:.3e}"))
+        .then(|| format!("its {what} is {theirs:.3e}, where {most:.3e} would be too much already"))
 }
 
-/// Euclidean norm, computed in f64.
-fn norm_f64(tensor: &Tensor) -> Result<f64, TchError> {
-    tensor.f_norm_scalaropt_dtype(2, Kind::Double)?.f_double_value(&[])
+/// Euclidean norm of all numbers of these together, in f64: squares of large numbers leave f32.
+fn norm<'a>(mut tensors: impl Iterator<Item = &'a Tensor>) -> Result<f64, TchError> {
+    let square = |tensor: &Tensor| -> Result<f64, TchError> {
+        Ok(tensor.f_norm_scalaropt_dtype(2, Kind::Double)?.f_double_value(&[])?.powi(2))
+    };
+    no_grad(|| tensors.try_fold(0.0, |sum, tensor| Ok(sum + square(tensor)?))).map(f64::sqrt)
 }
 
 /// The student before training, from its folder: what of it is trained, a replica's lead sets anew.
@@ -96,6 +98,7 @@ mod tests {
         for (theirs, own) in [(f64::NAN, 1.0), (f64::INFINITY, 1.0), (1e6, 1.0), (-1e300, 1.0), (1e19, 0.0)] {
             assert!(implausible("norm", theirs, own).is_some(), "{theirs} beside {own}");
         }
-        assert_eq!(implausible("norm", 3e38, 2.0).unwrap(), "its norm is 3.000e38, of the lead's own part 2.000e0");
+        let why = implausible("norm", 3e38, 2.0).unwrap();
+        assert_eq!(why, "its norm is 3.000e38, where 2.000e4 would be too much already");
     }
 }

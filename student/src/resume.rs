@@ -137,7 +137,7 @@ impl Snapshot {
 /// is at fault.
 pub fn load(dir: &Path, options: Options, device: Device, kind: Kind) -> Result<Trainer> {
     let state = read_state(dir, kind)?;
-    let model = Model::load(&dir.join("model"), device, kind).map_err(|error| of_model(dir, error))?;
+    let model = Model::load(&dir.join("model"), device, kind).map_err(of_model)?;
     restore(dir, &state, Trainer::new(model, options)?)
 }
 
@@ -152,16 +152,17 @@ pub fn load_adapted(
     kind: Kind,
 ) -> Result<Trainer> {
     let state = read_state(dir, kind)?;
-    let model = Model::load_adapted(base, (device, kind), lora, seed).map_err(|error| of_model(base, error))?;
-    model.load_adapters(&dir.join("adapter")).map_err(|error| of_model(dir, error))?;
+    let model = Model::load_adapted(base, (device, kind), lora, seed).map_err(of_model)?;
+    model.load_adapters(&dir.join("adapter")).map_err(of_model)?;
     restore(dir, &state, Trainer::new(model, options)?)
 }
 
-fn unfit(code: Code, dir: &Path, what: &str, why: impl std::fmt::Display) -> Error {
-    Error::new(code, format!("{what} of the checkpoint in {}: {why}", dir.display()))
+/// Whoever knows the checkpoint's key says it: the folder is gone by the time that somebody reads this.
+fn unfit(code: Code, what: &str, why: impl std::fmt::Display) -> Error {
+    Error::new(code, format!("{what} of the checkpoint: {why}"))
 }
 
-fn of_model(dir: &Path, error: retort_llama::Error) -> Error {
+fn of_model(error: retort_llama::Error) -> Error {
     let error = llama(error);
     let code = match error.code {
         Code::WeightsTruncated => Code::CheckpointCorrupt,
@@ -169,11 +170,11 @@ fn of_model(dir: &Path, error: retort_llama::Error) -> Error {
         Code::FileNotFound | Code::FileUnreadable | Code::Internal => Code::CheckpointUnreadable,
         other => other,
     };
-    unfit(code, dir, "the weights", error)
+    unfit(code, "the weights", error)
 }
 
 fn read_state(dir: &Path, kind: Kind) -> Result<State> {
-    let refused = |code, why: String| unfit(code, dir, STATE, why);
+    let refused = |code, why: String| unfit(code, STATE, why);
     let unreadable = |error: io::Error| refused(Code::CheckpointUnreadable, error.to_string());
     let corrupt = |why| refused(Code::CheckpointCorrupt, why);
     let path = dir.join(STATE);
@@ -208,7 +209,7 @@ fn read_state(dir: &Path, kind: Kind) -> Result<State> {
 }
 
 fn restore(dir: &Path, state: &State, mut trainer: Trainer) -> Result<Trainer> {
-    let mismatch = |name: &str, why: String| unfit(Code::CheckpointMismatch, dir, name, why);
+    let mismatch = |name: &str, why: String| unfit(Code::CheckpointMismatch, name, why);
     let moments = read_tensors(dir, OPTIMIZER)?;
     trainer.optimizer.restore(state.updates, &moments).map_err(|why| mismatch(OPTIMIZER, why))?;
     if let Some(outer) = &mut trainer.outer {
@@ -229,7 +230,7 @@ fn read_tensors(dir: &Path, name: &str) -> Result<Vec<(String, Tensor)>> {
             }
             _ => Code::CheckpointUnreadable,
         };
-        unfit(code, dir, name, first_line(&error))
+        unfit(code, name, first_line(&error))
     })
 }
 

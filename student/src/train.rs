@@ -127,7 +127,7 @@ impl<'a> Run<'a> {
     ) -> Result<Self> {
         let teacher = init::open_teacher(&attempt.spec.teacher.model).await?;
         let job = attempt.job.as_str().to_owned();
-        let workspace = Arc::new(Workspace::create(&settings.work_dir, attempt)?);
+        let workspace = Arc::new(Workspace::create(&settings.work_dir, attempt).await?);
         let folder = workspace.path().to_owned();
         let stream = ShardStream::new(cx.clone(), attempt.clone(), Split::HeldOut, Teacher::clone(&teacher), folder);
         let mut run = Self {
@@ -177,7 +177,10 @@ impl<'a> Run<'a> {
             }
             let folder = self.workspace.path().join("resume");
             let loaded = match self.fetch(&prefix, &manifest, &folder).await {
-                Ok(()) => self.load(folder, options.clone()).await,
+                Ok(()) => {
+                    let of = |error: Error| Error::new(error.code, format!("{prefix}: {}", error.chain()));
+                    self.load(folder, options.clone()).await.map_err(of)
+                }
                 Err(error) => Err(error),
             };
             let progress = match loaded {
@@ -204,8 +207,11 @@ impl<'a> Run<'a> {
     async fn fetch(&self, prefix: &str, manifest: &Manifest, folder: &Path) -> Result<()> {
         let (store, initial) = (&self.cx.store, initial_key(manifest));
         let before_training = match self.attempt.spec.student.lora {
-            Some(_) => checkpoint::fetch_below(store, initial, "model/", &folder.join("base")).await,
-            None => checkpoint::manifest(store, initial).await,
+            Some(_) => checkpoint::fetch_below(store, initial, "model/", &folder.join("base")).await.map(drop),
+            None => match checkpoint::manifest(store, initial).await {
+                Ok(initial_manifest) => checkpoint::verify(store, initial, &initial_manifest, "model/").await,
+                Err(error) => Err(error),
+            },
         };
         // Replicas and the evaluation read them; without them no checkpoint of the job is of use.
         before_training.map_err(|error| match error.code {
@@ -323,6 +329,13 @@ impl<'a> Run<'a> {
             self.shards.extend(shards);
             let beside_checkpoint = self.uploader.is_busy();
             let report = self.step(examples, u64::from(step) >= first_pass).await?;
+            tracing::debug!(
+                step = report.step,
+                seconds = report.seconds,
+                waited_for_rows_s = waited.as_secs_f64(),
+                beside_checkpoint,
+                "stepped"
+            );
             let every = self.attempt.spec.train.checkpoint_steps;
             let last = report.step == self.steps;
             let mut held_out = None;
@@ -340,9 +353,6 @@ impl<'a> Run<'a> {
                     gradient_norm = report.gradient_norm,
                     learning_rate = report.learning_rate,
                     tokens_per_second = rate as u64,
-                    seconds = report.seconds,
-                    waited_for_rows_s = waited.as_secs_f64(),
-                    beside_checkpoint,
                     workers = self.lead.as_ref().map_or(1, Lead::workers),
                     held_out_kl,
                     held_out_top1 = held_out.map(|held_out| held_out.top1_agreement),

@@ -1,6 +1,7 @@
 //! The job spec: what a user writes in YAML, with defaults and the checks that need no file.
 
 mod export;
+mod idle;
 mod lora;
 mod loss;
 mod prune;
@@ -251,15 +252,6 @@ impl Parallel {
             outer_momentum: default_outer_momentum(),
         }
     }
-
-    /// Keys that only mode `diloco` reads, and whether each has another value than its default.
-    fn of_diloco(&self) -> [(&'static str, bool); 3] {
-        [
-            ("train.parallel.inner_steps", self.inner_steps != default_inner_steps()),
-            ("train.parallel.outer_learning_rate", self.outer_learning_rate != default_outer_learning_rate()),
-            ("train.parallel.outer_momentum", self.outer_momentum != default_outer_momentum()),
-        ]
-    }
 }
 
 /// What workers that train one model exchange.
@@ -272,13 +264,6 @@ pub enum Sharing {
     /// How far the weights have come after many steps, through the object store (Douillard et al., "DiLoCo:
     /// Distributed Low-Communication Training of Language Models", 2023).
     Diloco,
-}
-
-impl Sharing {
-    /// What is said of a key of mode `diloco` where the mode is `synchronous`.
-    fn does_nothing(key: &str) -> String {
-        format!("{key} does nothing with train.parallel.mode synchronous; say mode: diloco, or leave the key out")
-    }
 }
 
 /// Checkpoints that stay in the store while the job trains.

@@ -135,7 +135,7 @@ impl Student<'_> {
         let step_tokens = self.longest_row.saturating_mul(self.train.batch_rows.into());
         // A row longer than a micro-batch goes alone.
         let tokens = self.longest_row.max(step_tokens.min(micro_batch_tokens.into()));
-        let memory = self.memory(&numbers, tokens, head_positions, dtype);
+        let memory = self.memory(&numbers, tokens, head_positions, (device, dtype));
         Place { device, dtype, micro_batch_tokens, head_positions: head_positions as u32, memory }
     }
 
@@ -148,7 +148,13 @@ impl Student<'_> {
         self.lora.is_some_and(|lora| lora.base == LoraBase::Int8)
     }
 
-    fn memory(&self, numbers: &Numbers, tokens: u64, head_positions: u64, dtype: Dtype) -> Memory {
+    fn memory(
+        &self,
+        numbers: &Numbers,
+        tokens: u64,
+        head_positions: u64,
+        (device, dtype): (Device, Dtype),
+    ) -> Memory {
         let wide = dtype.bytes();
         let is_f32 = dtype == Dtype::F32;
         let trained = numbers.trained;
@@ -160,8 +166,8 @@ impl Student<'_> {
             wide * numbers.projections
         };
         let weights = projections + wide * (numbers.all - numbers.projections + adapted);
-        // Those of another kind than f32 are computed in it, and summed up in f32.
-        let gradients = if is_f32 { 4 * trained } else { (4 + wide) * trained };
+        // Those of another kind than f32 that autograd computes are computed in it, and summed up in f32.
+        let gradients = if is_f32 { 4 * trained } else { 4 * trained + wide * (trained - numbers.apart) };
         let masters = if is_f32 { 0 } else { 4 * trained };
         let average = if self.train.ema_decay > 0.0 { 4 * trained } else { 0 };
         let optimizer = 8 * trained + masters + average;
@@ -172,9 +178,7 @@ impl Student<'_> {
             // Weights on their way out, and a gradient from each of the others.
             (None, workers) => 4 * trained * u64::from(workers),
         };
-        // Logits and their gradient, or log-probabilities, in f32; of another kind also as the head gives and takes them.
-        let logit = if is_f32 { 8 } else { 8 + 2 * wide };
-        let head = head_positions * numbers.vocab * logit;
+        let head = head_positions * numbers.vocab * logit_bytes(device, dtype);
         let activations = Activations::of(self, numbers, wide);
         let kept = activations.kept(numbers, tokens);
         let checkpointed = activations.checkpointed(numbers, tokens);
@@ -201,6 +205,15 @@ pub fn head_positions(vocab: u64) -> u64 {
     (HEAD_BYTES / (4 * vocab.max(1))).clamp(HEAD_POSITIONS.0, HEAD_POSITIONS.1)
 }
 
+/// What the head's loss holds of each logit: itself and a log-probability in f32, on a CPU that of judging. On a GPU
+/// logits and gradients of another kind are also there in f32, one after another.
+fn logit_bytes(device: Device, dtype: Dtype) -> u64 {
+    match (device, dtype) {
+        (Device::Gpu, Dtype::Bf16) => 4 + 4 + 2 * dtype.bytes(),
+        _ => 4 + dtype.bytes(),
+    }
+}
+
 /// How many numbers a student has of each kind.
 #[derive(Clone, Copy, Debug)]
 struct Numbers {
@@ -215,8 +228,8 @@ struct Numbers {
     /// In matrices of blocks, and rows of these.
     projections: u64,
     projection_rows: u64,
-    /// Whether the embedding itself trains.
-    embedding_trains: bool,
+    /// Of embedding and head where they train: their gradients are not autograd's.
+    apart: u64,
 }
 
 impl Numbers {
@@ -248,7 +261,7 @@ impl Numbers {
             trained,
             projections: layers * shapes.iter().map(|[outputs, inputs]| outputs * inputs).sum::<u64>(),
             projection_rows: layers * shapes.iter().map(|[outputs, _]| outputs).sum::<u64>(),
-            embedding_trains: student.lora.is_none() && !frozen,
+            apart: if student.lora.is_none() && !frozen { embeddings } else { 0 },
         }
     }
 }
@@ -286,13 +299,11 @@ struct Activations {
     input: u64,
     /// Not a token's: a block's widened matrices.
     widened: u64,
-    /// Not a token's: the embedding's gradient, made whole before it is added.
-    embedding: u64,
 }
 
 impl Activations {
     fn of(student: &Student, numbers: &Numbers, wide: u64) -> Self {
-        let &Numbers { hidden, inner, queries, vocab, .. } = numbers;
+        let &Numbers { hidden, inner, queries, .. } = numbers;
         let block = match student.lora {
             // A norm keeps its input in f32, what it is scaled to, and what goes into the products after it. Attention
             // keeps queries, keys and values of each query head, and what comes of them; the feed-forward block gate,
@@ -319,18 +330,17 @@ impl Activations {
             end: hidden * (4 + 2 * wide) + 4 * wide * hidden,
             input: wide * hidden,
             widened: if student.is_narrow() { wide * numbers.projections / numbers.layers.max(1) } else { 0 },
-            embedding: if numbers.embedding_trains { wide * vocab * hidden } else { 0 },
         }
     }
 
     fn kept(&self, numbers: &Numbers, tokens: u64) -> u64 {
         let a_token = numbers.layers * self.block + self.passing + self.end;
-        self.embedding.max(tokens * a_token + numbers.layers * self.widened)
+        tokens * a_token + numbers.layers * self.widened
     }
 
     fn checkpointed(&self, numbers: &Numbers, tokens: u64) -> u64 {
         let a_token = (numbers.layers + 1) * self.input + self.block + self.passing + self.end;
-        self.embedding.max(tokens * a_token + self.widened)
+        tokens * a_token + self.widened
     }
 }
 

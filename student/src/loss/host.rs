@@ -27,8 +27,9 @@ pub(super) enum Rows<'a> {
 }
 
 impl Rows<'_> {
-    /// Those of a tensor that nobody else reads or writes meanwhile; `None` where it is elsewhere or of another kind.
-    pub(super) fn of(tensor: &Tensor) -> Option<Rows<'_>> {
+    /// Those of a tensor whose memory no other tensor shares that is used meanwhile; `None` where it is elsewhere or of
+    /// another kind.
+    pub(super) fn of(tensor: &mut Tensor) -> Option<Rows<'_>> {
         let count = tensor.numel();
         // SAFETY: so many numbers of the kind lie at the tensor's address, and it is borrowed as long as they are.
         unsafe {
@@ -161,9 +162,9 @@ mod tests {
     #[test]
     fn both_kinds_are_taken_where_they_lie_in_rows_on_the_cpu() {
         let of = |kind: Kind| Tensor::ones([3, 4], (kind, Device::Cpu));
-        assert!(matches!(Rows::of(&of(Kind::Float)), Some(Rows::F32(numbers)) if numbers == [1.0; 12]));
-        assert!(matches!(Rows::of(&of(Kind::BFloat16)), Some(Rows::Bf16(numbers)) if numbers == [bf16::ONE; 12]));
-        assert!(Rows::of(&of(Kind::Half)).is_none());
-        assert!(Rows::of(&of(Kind::Float).tr()).is_none());
+        assert!(matches!(Rows::of(&mut of(Kind::Float)), Some(Rows::F32(numbers)) if numbers == [1.0; 12]));
+        assert!(matches!(Rows::of(&mut of(Kind::BFloat16)), Some(Rows::Bf16(numbers)) if numbers == [bf16::ONE; 12]));
+        assert!(Rows::of(&mut of(Kind::Half)).is_none());
+        assert!(Rows::of(&mut of(Kind::Float).tr()).is_none());
     }
 }

@@ -13,7 +13,6 @@
 
 use retort_core::spec::Loss;
 
-use super::ChunkedLoss;
 use crate::batch::Targets;
 
 /// Least mass that either side is taken to have in a bucket; what it has beside a sure head is rounding.
@@ -61,13 +60,6 @@ pub struct Judged {
     /// Forward KL as it is.
     pub kl: f64,
     pub spread: f64,
-}
-
-impl ChunkedLoss {
-    /// Whose logits lie in memory at a time.
-    pub fn positions(&self) -> usize {
-        self.chunk
-    }
 }
 
 impl Objective {

@@ -233,6 +233,38 @@ fn the_cut_changes_nothing_tied_or_not() {
     }
 }
 
+/// The obvious twin: all logits, and autograd from the loss to the embedding.
+#[test]
+fn gradients_are_those_of_autograd_through_the_whole_student() {
+    let label_ce = Loss { forward_kl: Weight::default(), label_ce: Weight::constant(1.0), ..Loss::default() };
+    let micros = batch::cut(&rows(0), options().limits);
+    for (tied, kind) in [(true, Kind::Float), (false, Kind::Float), (true, Kind::BFloat16), (false, Kind::BFloat16)] {
+        let model = || {
+            let config = retort_llama::Config { tie_word_embeddings: tied, ..tiny_config(2, VOCAB.into()) };
+            alone(|| Model::init(config, Device::Cpu, kind, 5)).unwrap()
+        };
+        let twin = model();
+        twin.set_trainable(true);
+        for micro in &micros {
+            let (ids_n, positions_m) = (Tensor::from_slice(&micro.ids_n), Tensor::from_slice(&micro.positions_m));
+            let hidden_mh = twin.hidden_packed(&ids_n, &micro.lengths).unwrap().index_select(0, &positions_m);
+            let logprobs_mv = twin.head(&hidden_mh).unwrap().log_softmax(-1, Kind::Float);
+            let labels_m1 = Tensor::from_slice(&micro.targets.labels).unsqueeze(1);
+            (-logprobs_mv.gather(1, &labels_m1, false).sum(Kind::Float) / 42.0).backward();
+        }
+        for activation_checkpointing in [false, true] {
+            let train = Train { loss: label_ce, activation_checkpointing, ..options().train };
+            let mut trainer = Trainer::new(model(), Options { train, ..options() }).unwrap();
+            trainer.share(&rows(0), 42.0, &|| Ok(())).unwrap();
+            for ((name, parameter), (_, _, gradient)) in twin.parameters().iter().zip(trainer.optimizer.trained()) {
+                let difference = difference(&parameter.grad().to_kind(Kind::Float), gradient);
+                let rounding = if kind == Kind::Float { 1e-5 } else { 3e-2 };
+                assert!(difference < rounding, "{name}, tied {tied}, {kind:?}: {difference}");
+            }
+        }
+    }
+}
+
 #[test]
 fn a_loss_that_is_not_finite_stops_before_the_weights_change() {
     let mut trainer = Trainer::new(model(true), options()).unwrap();

@@ -42,7 +42,7 @@ impl Journal {
     pub fn read(log: &str) -> Result<Self, Failure> {
         let mut journal = Self::default();
         for line in log.lines() {
-            if let Some(fields) = Fields::of(line, "trained") {
+            if let Some(fields) = Fields::of(line, "stepped") {
                 journal.steps.push(Step {
                     step: fields.get("step")?,
                     seconds: fields.get("seconds")?,

@@ -75,7 +75,8 @@ async fn journals(options: &Options, folder: &Path, threads: usize) -> Result<Ve
     let home = folder.join("home");
     std::fs::create_dir_all(&home)?;
     let default = Train::default().checkpoint_steps;
-    let mut up = Up::start_on(&home, threads, &["--dtype", "f32"]);
+    // Every step is told at this level.
+    let mut up = Up::start_on(&home, threads, &["--dtype", "f32", "--log", "info,retort_student=debug"]);
     let mut journals = Vec::new();
     for (every, passes) in [(default, PASSES.0), (OFTEN, PASSES.1)] {
         let job = Job::write(&folder.join("job"), &options.model, every, passes)?;
@@ -96,9 +97,10 @@ fn window(journal: &Journal, every: u32) -> (Vec<Step>, Vec<Checkpoint>) {
     (steps.copied().collect(), checkpoints.copied().collect())
 }
 
-fn median(mut numbers: Vec<f64>) -> Option<f64> {
+pub fn median(mut numbers: Vec<f64>) -> Option<f64> {
     numbers.sort_by(f64::total_cmp);
-    numbers.get(numbers.len() / 2).copied()
+    let (below, above) = (numbers.get(numbers.len().checked_sub(1)? / 2)?, numbers.get(numbers.len() / 2)?);
+    Some(f64::midpoint(*below, *above))
 }
 
 impl Run {

@@ -6,7 +6,7 @@ use std::{path::Path, process::Command, time::Duration};
 use retort_tests::ticks::{Others, Ticks};
 use serde::{Deserialize, Serialize};
 
-use crate::{Failure, Options, quiet};
+use crate::{Failure, Options, overheads, quiet};
 
 /// One step's work.
 #[derive(Clone, Copy, Serialize)]
@@ -157,11 +157,7 @@ fn row(
     judge: impl Fn(f64) -> Option<(String, bool)>,
 ) -> String {
     let Measured { case, retort, pytorch } = measured;
-    let median = |turns: &[Turn]| {
-        let mut numbers: Vec<f64> = turns.iter().map(&of).collect();
-        numbers.sort_by(f64::total_cmp);
-        numbers[numbers.len() / 2]
-    };
+    let median = |turns: &[Turn]| overheads::median(turns.iter().map(&of).collect()).unwrap_or(f64::NAN);
     let ratios = || retort.iter().zip(pytorch).map(|(ours, theirs)| of(ours) / of(theirs));
     let (least, greatest) = (ratios().fold(f64::INFINITY, f64::min), ratios().fold(0.0, f64::max));
     let (ours, theirs) = (median(retort), median(pytorch));

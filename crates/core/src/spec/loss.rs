@@ -8,10 +8,7 @@ use serde::{
     ser::SerializeMap as _,
 };
 
-use super::{
-    JobSpec,
-    validate::{invalid, within},
-};
+use super::{JobSpec, validate::within};
 use crate::Result;
 
 /// A weighted sum of distances between teacher and student at each target, and of the label's
@@ -107,34 +104,12 @@ impl Loss {
         self.terms().iter().any(|(key, weight)| !matches!(*key, "forward_kl" | "label_ce") && !weight.is_zero())
     }
 
-    /// When no term has a weight, if ever, in a run that is long enough to come there.
-    ///
-    /// Weights go in straight lines between numbers that are not negative. So what rises from 0 is 0 at step 0 alone,
-    /// what falls to 0 is 0 from `until` on, which with `until: 1` no step reaches, and nothing else is ever 0 but
-    /// what always is: all are at some step only if they all are at the first or at the last.
-    fn nothing(&self) -> Option<&'static str> {
-        let terms = self.terms();
-        let all = |is_nothing: fn(&Weight) -> bool| terms.iter().all(|(_, weight)| is_nothing(weight));
-        if all(Weight::is_zero) {
-            Some("")
-        } else if all(|weight| if weight.until > 0.0 { weight.from == 0.0 } else { weight.to == 0.0 }) {
-            Some(" at the first step")
-        } else if all(|weight| weight.is_zero() || (weight.to == 0.0 && weight.until < 1.0)) {
-            Some(" at the last steps")
-        } else {
-            None
-        }
-    }
-
     pub(super) fn check(&self) -> Result<()> {
         for (key, weight) in self.terms() {
             for (part, value) in [("from", weight.from), ("to", weight.to)] {
                 within(&format!("train.loss.{key}.{part}"), value, 0.0, 1e6)?;
             }
             within(&format!("train.loss.{key}.until"), weight.until, 0.0, 1.0)?;
-        }
-        if let Some(when) = self.nothing() {
-            return Err(invalid(format!("train.loss weighs nothing{when}; give at least one term a weight there")));
         }
         within("train.loss.jensen_shannon_beta", self.jensen_shannon_beta, 0.001, 0.999)?;
         within("train.loss.skew_alpha", self.skew_alpha, 0.001, 0.999)?;
@@ -287,19 +262,6 @@ mod tests {
     #[test]
     fn what_cannot_be_is_named() {
         let message = |json: &str| read(json).check().unwrap_err().message;
-        assert!(message(r#"{"forward_kl": 0}"#).contains("weighs nothing; "));
-        let nowhere = [
-            (r#"{"forward_kl": {"from": 1, "to": 0, "until": 0}}"#, "weighs nothing at the first step; "),
-            (r#"{"forward_kl": {"from": 0, "to": 1}}"#, "weighs nothing at the first step; "),
-            (r#"{"forward_kl": {"from": 1, "to": 0, "until": 0.9}}"#, "weighs nothing at the last steps; "),
-            (
-                r#"{"forward_kl": {"from": 1, "to": 0, "until": 0.5}, "label_ce": {"from": 1, "to": 0, "until": 0.9}}"#,
-                "weighs nothing at the last steps; ",
-            ),
-        ];
-        for (json, expected) in nowhere {
-            assert!(message(json).contains(expected), "{json}: {}", message(json));
-        }
         assert_eq!(
             message(r#"{"reverse_kl": -1}"#),
             "train.loss.reverse_kl.from is -1; it must lie between 0 and 1000000"
@@ -308,25 +270,6 @@ mod tests {
         assert!(message(r#"{"label_ce": 1, "temperature": 0}"#).contains("train.loss.temperature"));
         assert!(message(r#"{"label_ce": {"from": 1, "to": 0, "until": 2}}"#).contains("label_ce.until"));
         read(r#"{"label_ce": 1}"#).check().unwrap();
-    }
-
-    /// What is refused is what some step of a run finds without weight, and nothing else.
-    #[test]
-    fn a_loss_that_passes_weighs_something_at_every_step() {
-        let mut weights = Vec::new();
-        for from in [0.0, 0.5] {
-            for to in [0.0, 0.5] {
-                weights.extend([0.0, 0.25, 0.9, 1.0].map(|until| Weight { from, to, until }));
-            }
-        }
-        for &forward_kl in &weights {
-            for &label_ce in &weights {
-                let loss = Loss { forward_kl, label_ce, ..Loss::default() };
-                let empty =
-                    (1..60).any(|steps| (0..steps).any(|at| loss.terms().iter().all(|(_, w)| w.at(at, steps) == 0.0)));
-                assert_eq!(loss.check().is_err(), empty, "{loss:?}");
-            }
-        }
     }
 
     #[test]

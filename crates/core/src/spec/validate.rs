@@ -1,13 +1,14 @@
 //! Checks across a spec's fields that need no file.
 
-use super::{Codec, Init, JobSpec, Lora, Promote, Schedule, Sharing};
+use super::{Codec, Init, JobSpec, Lora, Promote, Schedule};
 use crate::{Code, Error, Result};
 
 /// Bounds of a micro-batch: fewer tokens starve every product, more are never in a step.
 const MICRO_BATCH_TOKENS: (u32, u32) = (16, 1 << 20);
 
 impl JobSpec {
-    /// The first field that cannot be right, named with its value and its bounds.
+    /// The first field that cannot be right, named with its value and its bounds. What can run and is a slip all
+    /// the same, [`Self::check_idle`] finds.
     pub fn validate(&self) -> Result<()> {
         name("name", &self.name)?;
         name("teacher.pool", &self.teacher.pool)?;
@@ -81,12 +82,6 @@ impl JobSpec {
                     .to_owned(),
             ));
         }
-        if train.freeze_embeddings && self.student.lora.is_some() {
-            return Err(invalid(
-                "train.freeze_embeddings does nothing with student.lora, whose adapters alone train; leave one of them out"
-                    .to_owned(),
-            ));
-        }
         count("train.passes", train.passes, 1, 10_000)?;
         count("train.batch_rows", train.batch_rows, 1, 65_536)?;
         if let Some(tokens) = train.micro_batch_tokens {
@@ -112,10 +107,6 @@ impl JobSpec {
             count("train.parallel.inner_steps", parallel.inner_steps, 1, 100_000)?;
             within("train.parallel.outer_learning_rate", parallel.outer_learning_rate, 1e-6, 10.0)?;
             within("train.parallel.outer_momentum", parallel.outer_momentum, 0.0, 0.999)?;
-            let idle = parallel.of_diloco().into_iter().find(|(_, given)| *given);
-            if let (Sharing::Synchronous, Some((key, _))) = (parallel.mode, idle) {
-                return Err(invalid(Sharing::does_nothing(key)));
-            }
             if train.diloco().is_some() && train.ema_decay > 0.0 {
                 return Err(invalid(
                     "train.ema_decay averages one worker's weights, and with train.parallel.mode diloco each has its \

@@ -11,7 +11,8 @@ use crate::{Code, Error, Result};
 /// Longest spec read, bytes.
 const MAX_SPEC_BYTES: usize = 1 << 20;
 
-/// Parses and validates a spec. `name` is how errors call the file.
+/// Parses and validates a spec of a job to be; keys that would do nothing are refused. `name` is how errors call the
+/// file.
 pub fn parse_yaml(name: &str, text: &str) -> Result<JobSpec> {
     if text.len() > MAX_SPEC_BYTES {
         return Err(Error::new(
@@ -21,7 +22,8 @@ pub fn parse_yaml(name: &str, text: &str) -> Result<JobSpec> {
     }
     let spec: JobSpec = serde_saphyr::from_str(text).map_err(|error| explain(name, text, error.without_snippet()))?;
     check_sharing(name, text, &spec)?;
-    spec.validate().map_err(|error| Error::new(error.code, format!("{name}: {}", error.message)))?;
+    let checked = spec.validate().and_then(|()| spec.check_idle());
+    checked.map_err(|error| Error::new(error.code, format!("{name}: {}", error.message)))?;
     Ok(spec)
 }
 

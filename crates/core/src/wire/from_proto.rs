@@ -36,7 +36,8 @@ pub fn soft_targets_from_proto(soft_targets: proto::SoftTargetSpec) -> Result<So
         .map_err(|message: String| Error::new(Code::SpecInvalid, message))
 }
 
-/// Reads and validates a spec from the wire.
+/// Reads and validates a spec from the wire. Keys that do nothing pass: it may be of a job that runs, admitted before
+/// they were refused ([`JobSpec::check_idle`]).
 pub fn job_spec_from_proto(spec: proto::JobSpec) -> Result<JobSpec> {
     let prompts = required("prompts", spec.prompts)?;
     let teacher = required("teacher", spec.teacher)?;

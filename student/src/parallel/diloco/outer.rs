@@ -10,7 +10,7 @@ use super::ledger::Ledger;
 use crate::{
     failure::torch,
     optimizer::copy_of,
-    parallel::{implausible, norm_f64},
+    parallel::{implausible, norm},
     trainer::{Progress, Trainer},
 };
 
@@ -228,11 +228,6 @@ fn add(from: &[(String, Tensor)], to: &mut [(String, Tensor)], own: f64) -> Resu
         let _ = no_grad(|| to.f_add_(&from.f_to_device(to.device())?)).map_err(|error| format!("{name:?}: {error}"))?;
     }
     Ok(())
-}
-
-fn norm<'a>(tensors: impl Iterator<Item = &'a Tensor>) -> Result<f64, TchError> {
-    let squares: Result<Vec<f64>, TchError> = no_grad(|| tensors.map(|tensor| Ok(norm_f64(tensor)?.powi(2))).collect());
-    Ok(squares?.iter().sum::<f64>().sqrt())
 }
 
 /// Of `from`, the tensors that `to` names, in its order, once all of them are known to be finite.

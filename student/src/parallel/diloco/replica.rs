@@ -35,7 +35,7 @@ pub(crate) async fn replica(
     cx: &TaskContext,
     settings: &Settings,
 ) -> Result<()> {
-    let workspace = Workspace::create(&settings.work_dir, attempt)?;
+    let workspace = Workspace::create(&settings.work_dir, attempt).await?;
     let teacher = init::open_teacher(&attempt.spec.teacher.model).await?;
     let order = Order::new(attempt.spec.seed, task.rows, attempt.spec.train.batch_rows);
     let folder = workspace.path().to_owned();
@@ -111,7 +111,13 @@ impl Follower<'_> {
                 (Some(lead), Some(round)) => {
                     wait = POLL.0;
                     let named = round.parts.iter().any(|part| part.replica == self.replica);
-                    match self.take_part(lead, &round).await {
+                    let ended = match if named { self.make_trainer(&round.initial_key).await } else { Ok(()) } {
+                        // Of the weights before training no other round has better ones.
+                        Err(error) if error.code == Code::CheckpointCorrupt => return Err(error),
+                        Err(error) => Err(error),
+                        Ok(()) => self.take_part(lead, &round).await,
+                    };
+                    match ended {
                         Err(error) if went_on(&error) => {
                             tracing::warn!(
                                 round = round.round, code = %error.code,
@@ -143,7 +149,6 @@ impl Follower<'_> {
             let message = format!("round {} names batches beyond the plan's {}", round.round, self.options.steps);
             return Err(Error::new(Code::CheckpointCorrupt, message));
         }
-        self.make_trainer(&round.initial_key).await?;
         let max_bytes = self
             .thread
             .call(|slot| Ok::<_, Error>(outer::max_bytes(&slot.as_ref().ok_or_else(no_trainer)?.optimizer.masters())))
@@ -212,56 +217,96 @@ mod tests {
 
     use super::{super::exchange::Part, *};
     use crate::{
-        attempt_tests::world::{JOB, STEPS, World},
+        attempt_tests::{
+            log,
+            world::{JOB, STEPS, World},
+        },
         resume,
     };
+
+    /// A lead's side of the exchange, done by hand: what is before training is in the store.
+    struct Stage {
+        world: World,
+        attempt: Attempt,
+        lead: Exchange,
+        initial_key: String,
+        folder: tempfile::TempDir,
+    }
+
+    impl Stage {
+        async fn new() -> Self {
+            log::start();
+            let mut world = World::published().await;
+            world.train = "learning_rate: 0.02, parallel: {workers: 2, mode: diloco, inner_steps: 4}".to_owned();
+            let attempt = world.replica_attempt(1, 1);
+            let lead = Exchange::new(world.store.clone(), JOB, 1, &spec_sha256(&attempt.spec).unwrap());
+            let initial_key = paths::initial(JOB, 1);
+            let folder = tempfile::tempdir().unwrap();
+            let initial = folder.path().join("initial");
+            let trainer = initial_trainer(&world, &attempt);
+            resume::export(trainer.model(), &world.teacher.folder, &initial.join("model")).unwrap();
+            checkpoint::publish(&world.store, &initial_key, &initial, Manifest::default()).await.unwrap();
+            Self { world, attempt, lead, initial_key, folder }
+        }
+
+        /// A round with a part for the replica; its weights are damaged before anybody can see them.
+        async fn publish(&self, number: u32, damage: impl Fn(PathBuf)) {
+            let weights = self.folder.path().join("weights");
+            let mut trainer = initial_trainer(&self.world, &self.attempt);
+            trainer.begin_round(None, Some(&Exchange::file(&weights))).unwrap();
+            let part = Part { replica: (1, 1), batches: vec![number] };
+            let initial_key = self.initial_key.clone();
+            let round = Round { round: number, initial_key, step: 0, parts: vec![part], workers: 2 };
+            let spec_sha256 = spec_sha256(&self.attempt.spec).unwrap();
+            let aside = Exchange::new(self.world.store.clone(), "aside", 1, &spec_sha256);
+            aside.publish_round(&round, &weights).await.unwrap();
+            damage(self.world.object(&paths::exchange_weights("aside", 1, number)));
+            let target = self.world.object(&paths::exchange_round(JOB, 1, number));
+            std::fs::create_dir_all(target.parent().unwrap()).unwrap();
+            std::fs::rename(self.world.object(&paths::exchange_round("aside", 1, number)), target).unwrap();
+        }
+    }
 
     /// A lead that clears a round away while it is read, one way or the other, costs the replica that round alone.
     #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
     async fn a_round_that_goes_while_it_is_read_is_passed_over() {
-        let mut world = World::published().await;
-        world.train = "learning_rate: 0.02, parallel: {workers: 2, mode: diloco, inner_steps: 4}".to_owned();
-        let attempt = world.replica_attempt(1, 1);
-        let lead = Exchange::new(world.store.clone(), JOB, 1, &spec_sha256(&attempt.spec).unwrap());
-        let initial_key = paths::initial(JOB, 1);
-        let folder = tempfile::tempdir().unwrap();
-        let trainer = initial_trainer(&world, &attempt);
-        resume::export(trainer.model(), &world.teacher.folder, &folder.path().join("initial/model")).unwrap();
-        let initial = folder.path().join("initial");
-        checkpoint::publish(&world.store, &initial_key, &initial, Manifest::default()).await.unwrap();
-        let weights = folder.path().join("weights");
-        let publish = async |number: u32, damage: &dyn Fn(PathBuf)| {
-            let mut trainer = initial_trainer(&world, &attempt);
-            trainer.begin_round(None, Some(&Exchange::file(&weights))).unwrap();
-            let part = Part { replica: (1, 1), batches: vec![number] };
-            let round =
-                Round { round: number, initial_key: initial_key.clone(), step: 0, parts: vec![part], workers: 2 };
-            // Whole before the replica can see it.
-            let aside = Exchange::new(world.store.clone(), "aside", 1, &spec_sha256(&attempt.spec).unwrap());
-            aside.publish_round(&round, &weights).await.unwrap();
-            damage(world.object(&paths::exchange_weights("aside", 1, number)));
-            let target = world.object(&paths::exchange_round(JOB, 1, number));
-            std::fs::create_dir_all(target.parent().unwrap()).unwrap();
-            std::fs::rename(world.object(&paths::exchange_round("aside", 1, number)), target).unwrap();
-        };
-        publish(0, &|weights| std::fs::remove_file(weights.join("weights.safetensors")).unwrap()).await;
-        lead.open().await.unwrap();
+        let stage = Stage::new().await;
+        stage.publish(0, |weights| std::fs::remove_file(weights.join("weights.safetensors")).unwrap()).await;
+        stage.lead.open().await.unwrap();
 
         let stop = StopSwitch::default();
         let judge = async {
-            heard(&world, 1).await;
+            heard(&stage.world, 1).await;
             // A manifest that is gone, or no more than begun, by the time it is read.
-            publish(1, &|weights| std::fs::write(weights.join("manifest.json"), "").unwrap()).await;
-            tokio::time::sleep(POLL.0 * 3).await;
-            publish(2, &|_| {}).await;
-            heard(&world, 3).await;
-            assert_eq!(lead.delivered(2).await.unwrap(), [(1, 1)]);
+            stage.publish(1, |weights| std::fs::write(weights.join("manifest.json"), "").unwrap()).await;
+            // Until it has been read: else the next would only be newer.
+            while log::warnings("a round cannot be read").is_empty() {
+                tokio::time::sleep(Duration::from_millis(20)).await;
+            }
+            stage.publish(2, |_| {}).await;
+            heard(&stage.world, 3).await;
+            assert_eq!(stage.lead.delivered(2).await.unwrap(), [(1, 1)]);
             stop.stop(Stop::JobCancelled);
         };
-        let (ended, ()) = tokio::join!(world.run_until(&attempt, stop.clone()), async {
+        let (ended, ()) = tokio::join!(stage.world.run_until(&stage.attempt, stop.clone()), async {
             tokio::time::timeout(Duration::from_secs(60), judge).await.expect("it takes part in the last round");
         });
         assert_eq!(ended.unwrap_err().code, Code::JobCancelled);
+    }
+
+    #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+    async fn damaged_weights_before_training_end_the_attempt() {
+        let stage = Stage::new().await;
+        let weights = stage.world.object(&stage.initial_key).join("model/model.safetensors");
+        let mut bytes = std::fs::read(&weights).unwrap();
+        *bytes.last_mut().unwrap() ^= 1;
+        std::fs::write(&weights, bytes).unwrap();
+        stage.publish(0, |_| {}).await;
+        stage.lead.open().await.unwrap();
+        let ended = stage.world.run_until(&stage.attempt, StopSwitch::default());
+        let error = tokio::time::timeout(Duration::from_secs(60), ended).await.expect("it ends").unwrap_err();
+        assert_eq!(error.code, Code::CheckpointCorrupt);
+        assert!(error.message.contains("model.safetensors"), "{error}");
     }
 
     fn initial_trainer(world: &World, attempt: &Attempt) -> Trainer {

@@ -7,11 +7,7 @@ use tch::{Device, Kind, TchError, Tensor, no_grad};
 use tokio_util::bytes::Bytes;
 
 use super::wrong;
-use crate::{
-    failure::torch,
-    optimizer::AdamW,
-    parallel::{implausible, norm_f64},
-};
+use crate::{failure::torch, optimizer::AdamW, parallel};
 
 const _: () = assert!(cfg!(target_endian = "little"), "tensors are sent as they lie in memory");
 
@@ -48,30 +44,24 @@ pub(super) fn set_weights(optimizer: &mut AdamW, bytes: &[u8]) -> Result<()> {
 
 /// Euclidean norm of the gradient collected so far.
 pub(super) fn norm(optimizer: &AdamW) -> Result<f64> {
-    norm_of(optimizer.trained().map(|(_, _, gradient)| Ok(gradient.shallow_clone())))
+    parallel::norm(optimizer.trained().map(|(_, _, gradient)| gradient)).map_err(failed())
 }
 
-/// Adds what [`gradient`] gave elsewhere, where the lead's own part has the norm `own`; or says why it cannot be a
+/// Adds what [`gradient`] gave elsewhere, where such a part has about the norm `here`; or says why it cannot be a
 /// part of the same step, and nothing is added.
-pub(super) fn add_gradient(optimizer: &AdamW, bytes: &[u8], own: f64) -> Result<Result<(), String>> {
-    let theirs = norm_of(parts(optimizer, bytes)?.map(|(_, part)| part))?;
-    if let Some(why) = implausible("gradient's norm", theirs, own) {
+pub(super) fn add_gradient(optimizer: &AdamW, bytes: &[u8], here: f64) -> Result<Result<(), String>> {
+    let parts = parts(optimizer, bytes)?.map(|(_, part)| part).collect::<Result<Vec<Tensor>, _>>().map_err(failed())?;
+    let theirs = parallel::norm(parts.iter()).map_err(failed())?;
+    if let Some(why) = parallel::implausible("gradient's norm", theirs, here) {
         return Ok(Err(why));
     }
-    let add = || -> Result<()> {
-        for ((_, _, gradient), (_, part)) in optimizer.trained().zip(parts(optimizer, bytes)?) {
-            let _ = part.and_then(|part| gradient.shallow_clone().f_add_(&part)).map_err(failed())?;
+    let add = || -> Result<(), TchError> {
+        for ((_, _, gradient), part) in optimizer.trained().zip(&parts) {
+            let _ = gradient.shallow_clone().f_add_(part)?;
         }
         Ok(())
     };
-    no_grad(add).map(Ok)
-}
-
-/// In f64: squares of large numbers leave f32.
-fn norm_of(tensors: impl Iterator<Item = Result<Tensor, TchError>>) -> Result<f64> {
-    let square = |tensor: Result<Tensor, TchError>| -> Result<f64, TchError> { Ok(norm_f64(&tensor?)?.powi(2)) };
-    let squares: Result<Vec<f64>, TchError> = no_grad(|| tensors.map(square).collect());
-    Ok(squares.map_err(failed())?.iter().sum::<f64>().sqrt())
+    no_grad(add).map_err(failed()).map(Ok)
 }
 
 /// Each master, and its part of `bytes` as a tensor of its shape and device.

@@ -55,7 +55,7 @@ pub(crate) async fn follow(attempt: &Attempt, task: &ReplicaTask, cx: &TaskConte
         spec_sha256: spec_sha256(&attempt.spec)?,
         teacher: init::open_teacher(&attempt.spec.teacher.model).await?,
         thread: ModelThread::spawn("replica", || None)?,
-        workspace: Workspace::create(&settings.work_dir, attempt)?,
+        workspace: Workspace::create(&settings.work_dir, attempt).await?,
     };
     let (mut wait, mut said) = (POLL.0, Said::default());
     loop {

@@ -17,6 +17,7 @@ use super::{
     door::{Arrival, Door, Terms},
     exchange,
     frames::{MAX_MESSAGE, MAX_ROWS_BYTES, Order},
+    lost,
     member::{self, Computed, Member},
     rendezvous::{self, Rendezvous},
     split::split,
@@ -36,6 +37,10 @@ const NEWCOMERS: usize = 64;
 /// A share may take this long, or [`TIMES_SLOWER`] times as long as the lead's own.
 const PATIENCE: Duration = Duration::from_secs(60);
 const TIMES_SLOWER: u32 = 10;
+/// A replica whose answers cannot be so many times in a row is not taken in again.
+const STRIKES: u32 = 3;
+/// Before any step was taken nothing is known but the lead's own part, which may have none of the step's hard rows.
+const FIRST_TIMES: f64 = 1e4;
 /// Replicas have this long to hear that the training is done.
 pub(super) const FAREWELL: Duration = Duration::from_secs(1);
 
@@ -45,6 +50,8 @@ pub(crate) struct Lead {
     epoch: u64,
     newcomers: mpsc::Receiver<Member>,
     members: BTreeMap<u32, Member>,
+    /// Answers in a row that could not be, of a replica's number and attempt.
+    strikes: BTreeMap<(u32, u64), u32>,
     /// As [`Terms::done`].
     done: CancellationToken,
     tasks: TaskGroup,
@@ -59,6 +66,9 @@ struct Part {
     /// `None` where the lead must compute it.
     computed: Option<Computed>,
 }
+
+/// A replica's number, and why its answer does not count if it does not.
+type Answer = (u32, Result<(), String>);
 
 impl Lead {
     /// Listens, and says so in the store; `None` where the job's spec asks for one worker, or for another
@@ -119,7 +129,8 @@ impl Lead {
         tracing::info!(address = rendezvous.address, workers, "leads a training");
         let members = BTreeMap::new();
         let (cx, epoch) = (cx.clone(), attempt.epoch);
-        Ok(Some(Self { cx, job, epoch, newcomers, members, done, tasks, workers: 1 }))
+        let strikes = BTreeMap::new();
+        Ok(Some(Self { cx, job, epoch, newcomers, members, strikes, done, tasks, workers: 1 }))
     }
 
     /// Workers that computed a part of the last step.
@@ -153,35 +164,30 @@ impl Lead {
         self.collect(&mut parts, PATIENCE.max(took * TIMES_SLOWER)).await?;
 
         let cx = self.cx.clone();
-        let finish = move |slot: &mut Option<Trainer>| -> Result<(StepReport, Progress, Vec<(u32, String)>, u32)> {
+        let finish = move |slot: &mut Option<Trainer>| -> Result<(StepReport, Progress, Vec<Answer>)> {
             let trainer = slot.as_mut().ok_or_else(no_trainer)?;
             let mut whole = share;
-            let mut unsound = Vec::new();
-            let mut workers = 1;
-            let own = if parts.is_empty() { 0.0 } else { exchange::norm(&trainer.optimizer)? };
+            let mut answers = Vec::new();
+            let here = if parts.is_empty() { Here::default() } else { Here::of(trainer, &share, weight)? };
             for Part { number, rows, computed } in parts {
                 if let Some(computed) = computed {
-                    match add(&trainer.optimizer, &computed, (&share, own))? {
-                        Ok(()) => {
-                            whole.add(computed.share);
-                            workers += 1;
-                            continue;
-                        }
-                        Err(why) => unsound.push((number, why)),
+                    let added = add(&trainer.optimizer, &computed, weight, here)?;
+                    answers.push((number, added.clone()));
+                    if added.is_ok() {
+                        whole.add(computed.share);
+                        continue;
                     }
                 }
                 whole.add(trainer.share(&rows, weight, &|| cx.check())?);
             }
             let report = trainer.update(whole, started)?;
+            let workers = 1 + answers.iter().filter(|(_, added)| added.is_ok()).count() as u32;
             trainer.progress.workers = trainer.progress.workers.max(workers);
-            Ok((report, trainer.progress(), unsound, workers))
+            Ok((report, trainer.progress(), answers))
         };
-        let (report, progress, unsound, workers) = thread.call(finish).await??;
-        for (number, why) in unsound {
-            tracing::warn!(replica = number, step = report.step, "the lead computed a replica's rows: {why}");
-            self.members.remove(&number);
-        }
-        self.workers = workers;
+        let (report, progress, answers) = thread.call(finish).await??;
+        self.workers = 1 + answers.iter().filter(|(_, added)| added.is_ok()).count() as u32;
+        self.judge(report.step, answers);
         Ok((report, progress))
     }
 
@@ -207,7 +213,37 @@ impl Lead {
         }
     }
 
+    /// Who answered what cannot be goes, and hears why.
+    fn judge(&mut self, step: u32, answers: Vec<Answer>) {
+        for (number, added) in answers {
+            let Some(epoch) = self.members.get(&number).map(|member| member.epoch) else { continue };
+            let Err(why) = added else {
+                self.strikes.remove(&(number, epoch));
+                continue;
+            };
+            tracing::warn!(replica = number, step, "the lead computed a replica's rows: {why}");
+            *self.strikes.entry((number, epoch)).or_default() += 1;
+            let why = format!("replica {number}'s answer to step {step} does not count: {why}");
+            self.dismiss(number, Error::new(Code::GroupBroken, why));
+        }
+    }
+
+    fn dismiss(&mut self, number: u32, why: Error) {
+        if let Some(member) = self.members.remove(&number) {
+            member.dismiss(why);
+        }
+    }
+
     fn take_in(&mut self, member: Member) {
+        if self.strikes.get(&(member.number, member.epoch)).is_some_and(|&strikes| strikes >= STRIKES) {
+            let why = format!(
+                "replica {} computed what cannot be {STRIKES} times in a row, its log and the lead's say what; see to its \
+                 machine",
+                member.number
+            );
+            tracing::warn!(replica = member.number, "a replica is not taken in again: {why}");
+            return member.dismiss(Error::new(Code::ReplicaMismatch, why));
+        }
         // Of two attempts at one replica, the newer stays.
         if self.members.get(&member.number).is_none_or(|present| present.epoch <= member.epoch) {
             tracing::info!(replica = member.number, epoch = member.epoch, "a replica takes part from now on");
@@ -280,7 +316,8 @@ impl Lead {
             if part.computed.is_none() {
                 let patience = patience.as_secs();
                 tracing::warn!(replica = part.number, patience, "a replica gave no answer: the lead computes its rows");
-                self.members.remove(&part.number);
+                let why = format!("replica {} gave no answer within {patience} s", part.number);
+                self.dismiss(part.number, lost(&why));
             }
         }
         Ok(())
@@ -297,12 +334,35 @@ impl Lead {
     }
 }
 
-/// Adds a replica's gradient, or says why it does not count; `own` is the lead's share and its gradient's norm.
-fn add(optimizer: &AdamW, computed: &Computed, own: (&Share, f64)) -> Result<Result<(), String>> {
-    let per_token = |share: &Share| share.loss / share.positions.max(1) as f64;
-    match implausible("loss a target token", per_token(&computed.share), per_token(own.0)) {
+/// What a part of a step is like here: of the lead's own and of whole steps before, the larger.
+#[derive(Clone, Copy, Default)]
+struct Here {
+    gradient_norm: f64,
+    /// Of the step's mean loss.
+    loss: f64,
+}
+
+impl Here {
+    /// When the trainer has collected the gradient of its own part alone, of a step that weighs `weight`.
+    fn of(trainer: &Trainer, own: &Share, weight: f64) -> Result<Self> {
+        let (gradient_norm, loss) = (exchange::norm(&trainer.optimizer)?, part_of_loss(own, weight));
+        Ok(match trainer.progress.watched.usual() {
+            Some(usual) => Self { gradient_norm: gradient_norm.max(usual.0), loss: loss.max(usual.1) },
+            None => Self { gradient_norm: FIRST_TIMES * gradient_norm, loss: FIRST_TIMES * loss },
+        })
+    }
+}
+
+/// What a share adds to the mean loss of a step that weighs `weight`.
+fn part_of_loss(share: &Share, weight: f64) -> f64 {
+    if weight > 0.0 { share.loss / weight } else { share.loss }
+}
+
+/// Adds a replica's gradient, or says why it does not count.
+fn add(optimizer: &AdamW, computed: &Computed, weight: f64, here: Here) -> Result<Result<(), String>> {
+    match implausible("part of the loss", part_of_loss(&computed.share, weight), here.loss) {
         Some(why) => Ok(Err(why)),
-        None => exchange::add_gradient(optimizer, &computed.gradient, own.1),
+        None => exchange::add_gradient(optimizer, &computed.gradient, here.gradient_norm),
     }
 }
 

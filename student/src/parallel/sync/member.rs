@@ -35,8 +35,15 @@ pub(super) struct Member {
     pub(super) epoch: u64,
     /// Updates that the weights it was sent have seen.
     pub(super) updates: Option<u32>,
-    orders: mpsc::Sender<Order>,
+    orders: mpsc::Sender<Say>,
     answers: mpsc::Receiver<Computed>,
+}
+
+/// What a replica is told.
+enum Say {
+    Compute(Box<Order>),
+    /// The last word.
+    Go(Error),
 }
 
 /// What a replica answered; share and size are what was expected.
@@ -48,7 +55,12 @@ pub(super) struct Computed {
 impl Member {
     /// False if it has gone.
     pub(super) fn order(&self, order: Order) -> bool {
-        self.orders.try_send(order).is_ok()
+        self.orders.try_send(Say::Compute(Box::new(order))).is_ok()
+    }
+
+    /// Lets it go, and says why unless it has an order that it has not taken yet.
+    pub(super) fn dismiss(self, why: Error) {
+        let _ = self.orders.try_send(Say::Go(why));
     }
 
     /// The answer to the last order; `None` once it has gone.
@@ -181,7 +193,7 @@ async fn read(requests: &mut Streaming<proto::FollowRequest>, inbox: &mut Inbox)
 
 async fn write(
     answers: &mpsc::Sender<Result<proto::FollowResponse, Status>>,
-    queue: &mut mpsc::Receiver<Order>,
+    queue: &mut mpsc::Receiver<Say>,
     due: &Due,
 ) -> Error {
     let send =
@@ -195,9 +207,10 @@ async fn write(
         let order = tokio::select! {
             biased;
             _ = tick.tick() => None,
-            order = queue.recv() => match order {
+            said = queue.recv() => match said {
                 None => return Error::new(Code::WorkerStopped, "the lead goes on without this replica"),
-                some => some,
+                Some(Say::Go(why)) => return why,
+                Some(Say::Compute(order)) => Some(order),
             },
         };
         let sent = match order {

@@ -108,7 +108,7 @@ fn a_base_in_bytes_is_near_and_its_gradients_are_those_of_the_rounded_weights() 
     let (plain, adapted) = pair(&Lora { base: LoraBase::Int8, ..lora() });
     assert!(adapted.is_narrow());
     let (hidden_nh, tape) = adapted.hidden_taped(&adapted.embedded(&ids_n()).unwrap(), &LENGTHS, None).unwrap();
-    adapted.backward(tape, &(hidden_nh.square() * 3.0)).unwrap();
+    let _ = adapted.backward(tape, &(hidden_nh.square() * 3.0)).unwrap();
     let held: i64 = adapted.parameters().iter().map(|(_, tensor)| tensor.numel() as i64).sum();
     assert!(held < 4000, "{held} numbers are held wide");
     // What a file says of the rounded base and the adapters together.
@@ -170,7 +170,7 @@ fn a_block_computed_twice_has_the_same_masks() {
     let embedded_nh = adapted.embedded(&ids_n()).unwrap();
     let (hidden_nh, tape) = adapted.hidden_taped(&embedded_nh, &LENGTHS, Some(MASKS)).unwrap();
     let grad_nh = hidden_nh.square() * 3.0;
-    adapted.backward(tape, &grad_nh).unwrap();
+    let _ = adapted.backward(tape, &grad_nh).unwrap();
     let taped = take();
     (adapted.hidden_masked(&embedded_nh, &LENGTHS, Some(MASKS)).unwrap() * grad_nh).sum(Kind::Float).backward();
     for (taped, whole) in taped.iter().zip(take()) {

@@ -180,7 +180,9 @@ async fn what_is_no_share_is_computed_by_the_lead() {
     let bounds = Bounds { weight_bytes: bytes, vocab_size: VOCAB, steps: STEPS, batch_rows: 8 };
     let (_, hello) = stage.hello().await;
     for (step, answer) in (0..).zip(answers) {
-        let mut stranger = stage.call(Say::Hello(hello.clone())).await.unwrap();
+        // Another attempt each: of one and the same not so many would be heard.
+        let hello = proto::ReplicaHello { epoch: 1 + u64::from(step), ..hello.clone() };
+        let mut stranger = stage.call(Say::Hello(hello)).await.unwrap();
         stranger.say(Say::Ready(proto::ReplicaReady { parameters_sha256: parameters_sha256.clone() })).await;
         stage.lead.gather(1).await;
         let lie = async {
@@ -196,6 +198,48 @@ async fn what_is_no_share_is_computed_by_the_lead() {
     }
     let difference = stage.difference(13).await;
     assert!(difference < 1e-5, "{difference}");
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn an_attempt_that_goes_on_computing_what_cannot_be_is_told_why_and_not_taken_in_again() {
+    let mut stage = Stage::new(2).await;
+    let (parameters_sha256, bytes) = stage.table().await;
+    let bounds = Bounds { weight_bytes: bytes, vocab_size: VOCAB, steps: STEPS, batch_rows: 8 };
+    let (_, hello) = stage.hello().await;
+    let ready = || Say::Ready(proto::ReplicaReady { parameters_sha256: parameters_sha256.clone() });
+    for step in 0..3 {
+        let mut stranger = stage.call(Say::Hello(hello.clone())).await.unwrap();
+        stranger.say(ready()).await;
+        stage.lead.gather(1).await;
+        let lie = async {
+            let order = stranger.order(&mut Incoming::new(bounds)).await;
+            stranger.say(Say::Share(share(&order, bytes))).await;
+            stranger.say(chunk(bytes, f32::NAN)).await;
+            stranger
+        };
+        let (took_part, mut stranger) = tokio::join!(stage.step(step), lie);
+        assert_eq!(took_part, 1);
+        let why = stranger.over().await;
+        assert_eq!(why.code, Code::GroupBroken);
+        assert!(why.message.contains(&format!("step {} does not count: its gradient's norm is NaN", step + 1)), "{why}");
+    }
+    let mut stranger = stage.call(Say::Hello(hello.clone())).await.unwrap();
+    stranger.say(ready()).await;
+    let word = stranger.over();
+    tokio::pin!(word);
+    let why = loop {
+        // Who is ready is looked at between two steps.
+        tokio::select! {
+            why = &mut word => break why,
+            () = tokio::time::sleep(Duration::from_millis(20)) => stage.lead.gather(0).await,
+        }
+    };
+    assert_eq!(why.code, Code::ReplicaMismatch);
+    assert!(why.message.contains("3 times in a row"), "{why}");
+    // Another attempt is heard.
+    let stranger = stage.call(Say::Hello(proto::ReplicaHello { epoch: hello.epoch + 1, ..hello })).await.unwrap();
+    stranger.say(ready()).await;
+    stage.lead.gather(1).await;
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
