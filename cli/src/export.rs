@@ -15,7 +15,7 @@ use serde::{Deserialize, Serialize};
 use crate::home::create_folder;
 use target::{Receipt, Staging};
 
-pub use target::check_target;
+pub use target::{check_place, check_target};
 
 /// Most files of one model.
 const MAX_FILES: usize = 10_000;

@@ -137,19 +137,26 @@ impl Home {
         Ok(Lock { _file: file, run_file: self.run_file() })
     }
 
-    /// Why the lock was not to be had: its file names the holder.
+    /// Why the lock was not to be had: its file names the holder, and `run.json` says what that is once it is up.
     fn taken(&self, mut file: File) -> Error {
         let mut holder = String::new();
         let _ = (&mut file).take(32).read_to_string(&mut holder);
         let holder =
             holder.trim().parse::<u32>().map_or_else(|_| "another process".to_owned(), |pid| format!("process {pid}"));
-        Error::new(
-            Code::AlreadyRunning,
-            format!(
-                "a retort is up in {} already ({holder}); use it (`retort job create`), stop it, or choose another --home",
-                self.path.display()
+        let home = self.path.display();
+        let message = match self.running().map(|running| running.command).as_deref() {
+            Some("up") => format!(
+                "a retort is up in {home} already ({holder}); use it (`retort job create`), stop it, or choose another --home"
             ),
-        )
+            Some("run") => format!(
+                "another `retort run` has {home} ({holder}) until its job is done; wait for its end, stop it (Ctrl-C; the \
+                 same command goes on later), or choose another --home; `retort up` serves several jobs at once"
+            ),
+            _ => format!(
+                "another retort starts or stops in {home} ({holder}); try again in a moment, stop it, or choose another --home"
+            ),
+        };
+        Error::new(Code::AlreadyRunning, message)
     }
 
     /// Whether a retort holds the lock. The kernel frees it however its holder ends, so this is the
@@ -242,16 +249,16 @@ pub fn absolute_store(store: &str) -> Result<String> {
     std::path::absolute(folder).map(|path| path.display().to_string()).map_err(|_| unsupported())
 }
 
-/// Opens a store to read from it.
+/// Opens a store to read from it; nothing is made.
 ///
-/// Errors: `FileNotFound` when its folder is not there; nothing is made.
+/// Errors: `FileNotFound` when its folder is not there, `StoreUnavailable` when that holds none.
 pub fn open_store(location: &str) -> Result<Store> {
     match local_folder(location).filter(|folder| !folder.exists()) {
         Some(folder) => Err(Error::new(
             Code::FileNotFound,
             format!("{}: no object store is there; name one with --store or --home", folder.display()),
         )),
-        None => Store::open(location),
+        None => Store::open_existing(location),
     }
 }
 
@@ -394,6 +401,13 @@ mod tests {
         let error = home.lock().unwrap_err();
         assert_eq!(error.code, Code::AlreadyRunning);
         assert!(error.message.contains(&format!("process {}", std::process::id())), "{}", error.message);
+        // What it is doing there decides what can be done about it.
+        for (command, way_out) in [("up", "use it (`retort job create`)"), ("run", "another `retort run` has ")] {
+            home.write_running(&Running { command: command.to_owned(), ..running(std::process::id()) }).unwrap();
+            let error = home.lock().unwrap_err();
+            assert!(error.message.contains(way_out), "{}", error.message);
+            assert!(error.message.contains(&format!("process {}", std::process::id())), "{}", error.message);
+        }
         drop(held);
         home.lock().unwrap();
     }
@@ -412,5 +426,8 @@ mod tests {
         let missing = folder.path().join("store");
         assert_eq!(open_store(&missing.display().to_string()).unwrap_err().code, Code::FileNotFound);
         assert!(!missing.exists(), "to look for a store makes none");
+        std::fs::create_dir(&missing).unwrap();
+        assert_eq!(open_store(&missing.display().to_string()).unwrap_err().code, Code::StoreUnavailable);
+        assert_eq!(std::fs::read_dir(&missing).unwrap().count(), 0, "nor in a folder that is there");
     }
 }

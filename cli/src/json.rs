@@ -171,6 +171,7 @@ pub fn report(report: &proto::Report) -> Value {
         "lora_rank": told(report.lora_rank.into()),
         "ema_decay": (report.ema_decay > 0.0).then_some(report.ema_decay),
         "workers": told(report.workers.into()),
+        "left_out_steps": report.left_out_steps,
         "redone": report.redone.iter().map(redone).collect::<Vec<_>>(),
         "reused": report.reused,
         "soft_targets": report.soft_targets.as_ref().map(|stored| json!({

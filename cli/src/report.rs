@@ -140,6 +140,10 @@ fn trained(job: &proto::Job, report: &proto::Report) -> Vec<(&'static str, Strin
     if asked > 1 && report.workers > 0 {
         rows.push(("workers", format!("{} trained together, of up to {asked}", report.workers)));
     }
+    if report.left_out_steps > 0 {
+        let left_out = count(report.left_out_steps.into());
+        rows.push(("left out", format!("{left_out} steps whose gradient or loss leapt up (train.guard)")));
+    }
     rows
 }
 
@@ -208,6 +212,9 @@ fn quality(report: &proto::Report) -> String {
         String::new()
     };
     text.push_str(&format!("{kept}judged on {} tokens\n", count(after.tokens)));
+    if after.kl > before.kl {
+        text.push_str("The student is worse than before training: a lower train.learning_rate may help.\n");
+    }
     text
 }
 

@@ -129,6 +129,39 @@ fn a_run_that_was_stopped_goes_on_with_its_job() {
 }
 
 #[test]
+fn a_run_that_was_stopped_says_so_in_its_last_line_of_json() {
+    let bench = bench();
+    fs::write(bench.folder.path().join("hold"), "").unwrap();
+    for signal in [Signal::INT, Signal::TERM] {
+        let mut run = bench.start(&["run", &spec(&bench), "--json"]);
+        run.until_printed("attempt_lost");
+        run.signal(signal);
+        assert_eq!(run.ended().code(), Some(130), "{}\n{}", run.stdout(), run.stderr());
+        let lines = json_lines(&run.stdout());
+        let last = lines.last().unwrap();
+        assert_eq!((&last["type"], &last["code"]), (&"error".into(), &"interrupted".into()));
+        assert!(last["message"].as_str().unwrap().contains("To go on: retort run"), "{last}");
+        bench.assert_nothing_left();
+    }
+}
+
+#[test]
+fn a_home_that_another_run_has_is_left_to_it() {
+    let bench = bench();
+    fs::write(bench.folder.path().join("hold"), "").unwrap();
+    let mut run = bench.start(&["run", &spec(&bench), "--plain"]);
+    run.until_printed("redone");
+    let second = bench.retort(&["run", &spec(&bench), "--plain"]).output().unwrap();
+    let stderr = String::from_utf8_lossy(&second.stderr).into_owned();
+    assert_eq!(second.status.code(), Some(1), "{stderr}");
+    assert!(stderr.starts_with("error[already-running]: another `retort run` has "), "{stderr}");
+    assert!(stderr.contains(&format!("process {}", run.child.id())), "{stderr}");
+    run.signal(Signal::INT);
+    assert_eq!(run.ended().code(), Some(130), "{}\n{}", run.stdout(), run.stderr());
+    bench.assert_nothing_left();
+}
+
+#[test]
 fn a_result_that_was_not_delivered_is_delivered_and_not_redone() {
     let job = "jobs/00000000000000000000000000000001";
     for (signal, reject) in [(Signal::INT, false), (Signal::KILL, false), (Signal::INT, true)] {
@@ -214,8 +247,9 @@ fn new_begins_another_job() {
     let mut run = bench.start(&["run", &spec(&bench), "--plain", "--new"]);
     assert_eq!(run.ended().code(), Some(0), "{}\n{}", run.stdout(), run.stderr());
     assert!(run.stdout().contains("jobs/00000000000000000000000000000002 is submitted"), "{}", run.stdout());
-    let beside = "jobs/00000000000000000000000000000001 is not finished and goes on beside it";
-    assert!(run.stdout().contains(beside), "{}", run.stdout());
+    let other =
+        "jobs/00000000000000000000000000000001 is not finished and goes on too, maybe first; `retort job cancel ";
+    assert!(run.stdout().contains(other), "{}", run.stdout());
 }
 
 #[test]
@@ -273,5 +307,7 @@ fn bad_input_is_refused_before_anything_starts() {
     fs::create_dir_all(at("full")).unwrap();
     fs::write(at("full/mine"), "").unwrap();
     assert_eq!(check(&["run", &spec(&bench), "--json", "--out", &at("full")], "error[object-exists]: "), Some(1));
+    let nowhere = ["run", &spec(&bench), "--json", "--out", "/proc/x/y"];
+    assert_eq!(check(&nowhere, "error[file-unreadable]: /proc/x: no folder can be made there"), Some(2));
     assert!(bench.notes("pids").is_empty());
 }

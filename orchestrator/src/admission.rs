@@ -33,8 +33,10 @@ pub struct Admitted {
     pub tasks: Vec<PlannedTask>,
 }
 
-/// Checks a spec against the files it names.
+/// Checks a spec against the files it names. Here alone slips are refused, such as keys that would do nothing: a job
+/// that was admitted before they were goes on, and a repeated request for it is answered.
 pub async fn admit(context: &Context, spec: &JobSpec) -> Result<Admitted> {
+    spec.check_idle()?;
     // One at a time: a prompt set and a tokenizer may take a gigabyte.
     let _turn = context
         .admissions
@@ -84,6 +86,7 @@ fn check(spec: &JobSpec, file: &PromptFile) -> Result<Admitted> {
     let (lora, train) = (spec.student.lora.as_ref(), &spec.train);
     plan.training = Some(Student { config: &student, lora, train, longest_row: counts.longest_row }.training());
     let prompt_set = Bytes::from(prompt_sets::to_jsonl(&rows));
+    prompt_sets::check_stored(&file.name, &file.text, &rows, &prompt_set)?;
     Ok(Admitted { prompt_set_sha256: sha256_hex(&prompt_set), prompt_set, plan, tasks })
 }
 
@@ -102,6 +105,18 @@ fn no_larger(student: &Config, teacher: &Config) -> Result<()> {
     ))
 }
 
+fn cuts_nothing(teacher: &Folder) -> Error {
+    Error::new(
+        Code::SpecInvalid,
+        format!(
+            "student.init.prune keeps all {} layers of the teacher at their full width, so it cuts nothing; cut more, or \
+             start from the teacher as it is with checkpoint: {{model: {}}}",
+            teacher.config.num_hidden_layers,
+            teacher.path().display()
+        ),
+    )
+}
+
 /// A student gets its teacher's tokenizer: what GGUF cannot say of the two is known before any work is done.
 fn exportable(student: &Config, teacher: &Folder) -> Result<()> {
     retort_export::check(student, teacher.path()).map_err(|error| {
@@ -114,7 +129,13 @@ fn exportable(student: &Config, teacher: &Folder) -> Result<()> {
 fn student(spec: &JobSpec, teacher: &Folder) -> Result<(Config, u64)> {
     let positions = teacher.positions();
     match &spec.student.init {
-        Init::Prune(prune) => Ok((teacher.config.pruned(prune)?, positions)),
+        Init::Prune(prune) => {
+            let student = teacher.config.pruned(prune)?;
+            if student == teacher.config {
+                return Err(cuts_nothing(teacher));
+            }
+            Ok((student, positions))
+        }
         Init::Checkpoint { model } => {
             let student = Folder::open("student.init.checkpoint.model", model)?;
             if student.config.vocab_size != teacher.config.vocab_size {

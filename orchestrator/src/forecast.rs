@@ -54,6 +54,6 @@ mod tests {
         let spec = crate::testing::spec(Path::new("/nowhere"));
         let made = of(&spec, curve(|step| if step < 6 { 20 } else { 50 })).unwrap();
         assert_eq!((made.curve.len(), made.fit), (9, None));
-        assert!(made.none.starts_with("the held-out curve has 4 points to fit and 5 are needed"), "{}", made.none);
+        assert!(made.none.starts_with("the held-out curve has 4 of the 5 points that a fit needs"), "{}", made.none);
     }
 }

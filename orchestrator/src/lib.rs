@@ -23,6 +23,7 @@ pub mod progress;
 pub mod promotion;
 pub mod report;
 mod retry;
+mod store;
 mod to_proto;
 
 #[cfg(test)]
@@ -62,6 +63,24 @@ impl Orchestrator {
     /// Opens the database, takes the port and gives every running attempt a whole lease.
     pub async fn start(options: &Options, store: Store, bus: Arc<dyn Bus>, clock: Arc<dyn Clock>) -> Result<Self> {
         let database = Database::open(&options.database).await?;
+        Self::begin(options, database, store, bus, clock).await
+    }
+
+    /// As [`Self::start`], with the store at this path or URL. It is made for a database that has no jobs yet; for any
+    /// other it must be there.
+    pub async fn open(options: &Options, store: &str, bus: Arc<dyn Bus>, clock: Arc<dyn Clock>) -> Result<Self> {
+        let database = Database::open(&options.database).await?;
+        let store = store::open(&database, &options.database, store).await?;
+        Self::begin(options, database, store, bus, clock).await
+    }
+
+    async fn begin(
+        options: &Options,
+        database: Database,
+        store: Store,
+        bus: Arc<dyn Bus>,
+        clock: Arc<dyn Clock>,
+    ) -> Result<Self> {
         let listener = api::bind(&options.listen).await?;
         let address = api::local_address(&listener)?;
         let context = Context::new(database, store, clock, options.settings);

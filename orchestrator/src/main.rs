@@ -22,7 +22,7 @@ struct Args {
     /// SQLite file with the state of every job; made when it is not there
     #[arg(long, env = "RETORT_DATABASE", value_name = "FILE")]
     database: PathBuf,
-    /// Object store that all workers share
+    /// Object store that all workers share; made with a new database, and for one that has jobs it must be there
     #[arg(long, env = "RETORT_STORE", value_name = "URL_OR_PATH")]
     store: String,
     /// Kafka brokers
@@ -71,9 +71,10 @@ async fn run(args: Args) -> Result<()> {
         })?;
     let settings = Settings { lease, window: args.window, max_attempts: args.max_attempts, ..Settings::default() };
     let options = Options { listen: args.listen, database: args.database, settings };
-    let store = Store::open(&args.store)?;
+    // Said before a database is made.
+    Store::check_address(&args.store)?;
     let bus = Arc::new(Kafka::new(&args.brokers)?);
-    let orchestrator = Orchestrator::start(&options, store, bus, Arc::new(SystemClock)).await?;
+    let orchestrator = Orchestrator::open(&options, &args.store, bus, Arc::new(SystemClock)).await?;
     let address = orchestrator.address().to_string();
     tracing::info!(listen = address, database = %options.database.display(), "ready");
     Ready { ready: "orchestrator".to_owned(), listen: Some(address) }.announce();

@@ -305,6 +305,7 @@ async fn report(
         lora_rank: job.spec.student.lora.as_ref().map_or(0, |lora| lora.rank),
         ema_decay: job.spec.train.ema_decay,
         workers: finish.workers,
+        left_out_steps: finish.left_out_steps,
         redone,
         reused: u32::try_from(reused.len()).unwrap_or(u32::MAX),
         soft_targets,

@@ -73,6 +73,9 @@ pub struct TrainFinish {
     /// The most that trained at once, the lead included.
     #[serde(default)]
     pub workers: u32,
+    /// Of `steps`, those that the guard left out.
+    #[serde(default)]
+    pub left_out_steps: u32,
     pub seconds: f64,
     #[serde(with = "number")]
     pub tokens_per_second: f64,
@@ -152,6 +155,9 @@ pub struct Report {
     /// The most that trained at once, the lead included.
     #[serde(default)]
     pub workers: u32,
+    /// Optimiser steps that the guard left out.
+    #[serde(default)]
+    pub left_out_steps: u32,
     pub redone: Vec<Redone>,
     /// Shards that another job had computed.
     #[serde(default)]

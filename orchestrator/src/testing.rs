@@ -264,6 +264,7 @@ pub fn train_finished(job: &JobId, epoch: u64) -> proto::TrainFinished {
         target_tokens: 70,
         trained_parameters: 90,
         workers: 2,
+        left_out_steps: 3,
         seconds: 3.0,
         tokens_per_second: 40.0,
         final_loss: 0.5,

@@ -119,6 +119,7 @@ pub fn report_to_proto(report: &Report) -> proto::Report {
         lora_rank: report.lora_rank,
         ema_decay: report.ema_decay,
         workers: report.workers,
+        left_out_steps: report.left_out_steps,
         redone: report.redone.iter().map(redone_to_proto).collect(),
         promoted: report.promoted.clone(),
         artifacts: report.artifacts.iter().map(|(name, key)| (name.clone(), key.clone())).collect(),

@@ -220,11 +220,15 @@ async fn stopped_adapters_go_on_and_end_with_the_same_bytes() {
     let (before, after) = (ready.before.unwrap(), ready.after.unwrap());
     assert!(after.kl < 0.9 * before.kl, "{} -> {}", before.kl, after.kl);
 
-    // Without the weights that it began with no checkpoint is of use: it begins anew and ends alike.
+    // The weights that it began with are made again, and the adapters stay those of its last checkpoint.
     fs::remove_file(world.object(&format!("{}model/model.safetensors", finished.initial_key))).unwrap();
     world.run(&world.train_attempt(3)).await.unwrap();
     let What::TrainFinished(again) = world.events().pop().unwrap() else { panic!("not finished") };
-    assert_eq!(again.initial_key, paths::initial(JOB, 3));
+    assert_eq!(
+        (again.initial_key, again.checkpoint_key),
+        (paths::initial(JOB, 3), finished.checkpoint_key),
+        "nothing is trained again"
+    );
     assert_eq!(final_weights(&world).await, final_weights(&straight).await);
 }
 
@@ -270,23 +274,35 @@ async fn a_checkpoint_of_another_spec_is_refused_by_name_and_stays() {
     assert_eq!(finished.initial_key, paths::initial(JOB, 1));
 }
 
-/// As an attempt leaves it that wrote a checkpoint after the next one had swept its weights before training.
+/// Gone, as an attempt leaves it that wrote a checkpoint after the next one had swept its weights before training; or
+/// damaged.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn without_the_weights_before_training_no_checkpoint_is_of_use() {
+async fn the_weights_before_training_are_made_again_and_the_checkpoint_is_kept() {
     let straight = World::published().await;
     straight.run(&straight.train_attempt(1)).await.unwrap();
+    let weights = |epoch| format!("{}model/model.safetensors", paths::initial(JOB, epoch));
+    let before = fs::read(straight.object(&weights(1))).unwrap();
 
-    let world = World::published().await;
-    world.stop_after_checkpoints(1, Stop::Fenced);
-    world.run(&world.train_attempt(1)).await.unwrap_err();
-    world.never_stop();
-    world.store.delete(&paths::manifest(&paths::initial(JOB, 1))).await.unwrap();
-    world.store.delete_prefix(&paths::initial(JOB, 1)).await.unwrap();
-    world.run(&world.train_attempt(2)).await.unwrap();
-    let What::TrainFinished(finished) = world.events().pop().unwrap() else { panic!("not finished") };
-    assert_eq!(finished.initial_key, paths::initial(JOB, 2));
-    assert_eq!(final_weights(&world).await, final_weights(&straight).await);
-    world.run(&world.evaluate_attempt(1, &finished.initial_key, &finished.checkpoint_key)).await.unwrap();
+    for gone in [true, false] {
+        let world = World::published().await;
+        world.stop_after_checkpoints(1, Stop::Fenced);
+        world.run(&world.train_attempt(1)).await.unwrap_err();
+        world.never_stop();
+        let (newest, _) = checkpoint::latest(&world.store, JOB).await.unwrap().unwrap();
+        if gone {
+            world.store.delete(&paths::manifest(&paths::initial(JOB, 1))).await.unwrap();
+            world.store.delete_prefix(&paths::initial(JOB, 1)).await.unwrap();
+        } else {
+            world.damage(&weights(1));
+        }
+        world.run(&world.train_attempt(2)).await.unwrap();
+        let What::TrainFinished(finished) = world.events().pop().unwrap() else { panic!("not finished") };
+        assert_eq!(finished.initial_key, paths::initial(JOB, 2));
+        assert!(fs::read(world.object(&weights(2))).unwrap() == before);
+        assert!(world.store.exists(&paths::manifest(&newest)).await.unwrap());
+        assert_eq!(final_weights(&world).await, final_weights(&straight).await);
+        world.run(&world.evaluate_attempt(1, &finished.initial_key, &finished.checkpoint_key)).await.unwrap();
+    }
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]

@@ -132,10 +132,10 @@ impl TrainingData {
         let before = self.spill.len();
         while let Some(rows) = fetched.next_rows().await? {
             for sequence in rows {
-                // A few megabytes into the page cache: short enough for this thread.
                 let line = sequence.row;
                 let example = Example::from_sequence(sequence, self.vocab_size, self.temperature)?;
                 let example = self.weights.weigh(line, example).await?;
+                // A few megabytes into the page cache: short enough for this thread.
                 self.spill.append(&[example])?;
             }
         }

@@ -28,8 +28,14 @@ const MAX_SAMPLES: u32 = 32;
 /// Judges, and emits `EvaluationReady`.
 pub async fn run(attempt: &Attempt, task: &EvaluateTask, cx: &TaskContext, settings: &Settings) -> Result<()> {
     let teacher = init::open_teacher(&attempt.spec.teacher.model).await?;
-    let judging =
-        Judging { attempt, task, cx, settings, teacher, workspace: Workspace::create(&settings.work_dir, attempt).await? };
+    let judging = Judging {
+        attempt,
+        task,
+        cx,
+        settings,
+        teacher,
+        workspace: Workspace::create(&settings.work_dir, attempt).await?,
+    };
     let before = judging.judge(&task.initial_key, "before").await?;
     let after = judging.judge(&task.checkpoint_key, "after").await?;
     let prompts = cx.prompt_set(attempt).await?;

@@ -26,7 +26,9 @@ impl Handler for Student {
             Task::Train(task) => train::run(&attempt, task, cx, &self.settings).await,
             Task::Evaluate(task) => evaluate::run(&attempt, task, cx, &self.settings).await,
             Task::Replica(task) => parallel::replica(&attempt, task, cx, &self.settings).await,
-            Task::Shard(_) => Err(Error::internal(format!("{} is a teacher's task, on a student's topic", attempt.task))),
+            Task::Shard(_) => {
+                Err(Error::internal(format!("{} is a teacher's task, on a student's topic", attempt.task)))
+            }
         };
         // The next training may be hours away, and of a smaller student.
         retort_process::return_freed_memory();

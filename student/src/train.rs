@@ -1,5 +1,6 @@
 //! The attempt at `{job}/train`: from the newest checkpoint, or the initial weights, to the last step.
 
+mod initial;
 mod keep;
 
 use std::{
@@ -8,18 +9,12 @@ use std::{
     time::{Duration, Instant},
 };
 
-use retort_artifact::{checkpoint, checkpoint::Manifest, paths, sha256_hex};
+use retort_artifact::{checkpoint, paths, sha256_hex};
 use retort_core::{
-    Code, Error, Result,
-    pruning::Pruning,
-    spec::{Init, JobSpec},
-    state::Split,
-    task_group::TaskGroup,
-    wire::pruning_to_proto,
+    Code, Error, Result, pruning::Pruning, spec::JobSpec, state::Split, task_group::TaskGroup, wire::pruning_to_proto,
 };
 use retort_proto::{TrainFinished, TrainProgress, TrainTask, worker_event::What};
 use retort_worker::{Attempt, ModelThread, TaskContext};
-use tch::Device;
 use tokio::sync::mpsc;
 use tokio_util::sync::CancellationToken;
 
@@ -30,8 +25,8 @@ use crate::{
     example::Example,
     held_out::HeldOutSample,
     init::{self, Teacher},
-    parallel::{self, diloco, sync::Lead},
-    prune, resume,
+    parallel::{diloco, sync::Lead},
+    resume,
     settings::Settings,
     shards::ShardStream,
     trainer::{Options, Progress, StepReport, Trainer},
@@ -165,6 +160,13 @@ impl<'a> Run<'a> {
     async fn resume(&mut self, options: &Options) -> Result<bool> {
         let store = &self.cx.store;
         while let Some((prefix, manifest)) = checkpoint::latest(store, self.attempt.job.as_str()).await? {
+            if !manifest.job.is_empty() && manifest.job != self.attempt.job.as_str() {
+                let message = format!(
+                    "the checkpoint {prefix} is of the job {:.100?}; it stays: move it out of this job's folder",
+                    manifest.job
+                );
+                return Err(Error::new(Code::CheckpointMismatch, message));
+            }
             if manifest.spec_sha256 != self.spec_sha256 || manifest.step > self.steps {
                 return Err(Error::new(
                     Code::CheckpointMismatch,
@@ -175,8 +177,10 @@ impl<'a> Run<'a> {
                     ),
                 ));
             }
+            self.pruning = manifest.extra.get(PRUNING).and_then(|pruning| serde_json::from_value(pruning.clone()).ok());
+            self.initial_key = self.sound_initial(&manifest).await?;
             let folder = self.workspace.path().join("resume");
-            let loaded = match self.fetch(&prefix, &manifest, &folder).await {
+            let loaded = match self.fetch(&prefix, &folder).await {
                 Ok(()) => {
                     let of = |error: Error| Error::new(error.code, format!("{prefix}: {}", error.chain()));
                     self.load(folder, options.clone()).await.map_err(of)
@@ -192,8 +196,6 @@ impl<'a> Run<'a> {
                 }
                 other => other?,
             };
-            self.initial_key = initial_key(&manifest).to_owned();
-            self.pruning = manifest.extra.get(PRUNING).and_then(|pruning| serde_json::from_value(pruning.clone()).ok());
             self.checkpoint_key = prefix;
             self.curve = Curve::of(&manifest);
             self.progress = progress;
@@ -204,22 +206,11 @@ impl<'a> Run<'a> {
     }
 
     /// A checkpoint's files, and below `base/` the weights before training where it holds adapters alone.
-    async fn fetch(&self, prefix: &str, manifest: &Manifest, folder: &Path) -> Result<()> {
-        let (store, initial) = (&self.cx.store, initial_key(manifest));
-        let before_training = match self.attempt.spec.student.lora {
-            Some(_) => checkpoint::fetch_below(store, initial, "model/", &folder.join("base")).await.map(drop),
-            None => match checkpoint::manifest(store, initial).await {
-                Ok(initial_manifest) => checkpoint::verify(store, initial, &initial_manifest, "model/").await,
-                Err(error) => Err(error),
-            },
-        };
-        // Replicas and the evaluation read them; without them no checkpoint of the job is of use.
-        before_training.map_err(|error| match error.code {
-            Code::ObjectNotFound => {
-                Error::new(Code::CheckpointCorrupt, format!("{prefix}: the weights before training are gone"))
-            }
-            _ => error,
-        })?;
+    async fn fetch(&self, prefix: &str, folder: &Path) -> Result<()> {
+        let store = &self.cx.store;
+        if self.attempt.spec.student.lora.is_some() {
+            checkpoint::fetch_below(store, &self.initial_key, "model/", &folder.join("base")).await?;
+        }
         checkpoint::fetch(store, prefix, folder).await.map(drop)
     }
 
@@ -243,44 +234,6 @@ impl<'a> Run<'a> {
         self.thread.call(load).await?
     }
 
-    /// Makes the initial weights and starts publishing them.
-    async fn begin(&mut self, options: Options) -> Result<()> {
-        let (device, kind) = (self.settings.device, self.settings.kind);
-        let (spec, teacher) = (self.attempt.spec.clone(), Arc::clone(&self.teacher));
-        let (cx, threads, texts) = (self.cx.clone(), self.settings.threads, self.calibration_texts().await?);
-        let folder = self.workspace.path().join("initial");
-        let target = folder.clone();
-        self.initial_key = paths::initial(self.attempt.job.as_str(), self.attempt.epoch);
-        let begin = move |slot: &mut Option<Trainer>| -> Result<Option<Pruning>> {
-            threads.enter(false);
-            let check = || cx.check();
-            let folder = target.join("model");
-            // Adapters' base is read as it is kept, and never lies on the device as it was made.
-            let made_on = if spec.student.lora.is_some() { Device::Cpu } else { device };
-            let (mut model, pruning) = init::initial_model(&spec, &teacher, &texts, (made_on, kind), &check)?;
-            resume::export(&model, &teacher.folder, &folder)?;
-            if let Some(pruning) = &pruning {
-                write_pruning(pruning, &target)?;
-            }
-            if spec.student.lora.is_some() {
-                drop(model);
-                model = parallel::initial_model(&folder, &spec, device, kind)?;
-            }
-            let trainer = Trainer::new(model, options)?;
-            trainer.say_sizes();
-            *slot = Some(trainer);
-            Ok(pruning)
-        };
-        self.pruning = self.thread.call(begin).await??;
-        let held_out = self.judge().await?;
-        let manifest = self.manifest(held_out);
-        self.uploader.start(async { Ok(()) }, folder, self.initial_key.clone(), manifest).await?;
-        if let Some(held_out) = held_out {
-            self.cx.emit_lossy(self.progress_event(Some(held_out.kl), 0.0)).await;
-        }
-        Ok(())
-    }
-
     pub(crate) async fn training_data(&self, order: Order) -> Result<TrainingData> {
         let prompts = self.cx.prompt_set(self.attempt).await?;
         let (cx, teacher, folder) = (self.cx.clone(), Teacher::clone(&self.teacher), self.workspace.path());
@@ -288,17 +241,6 @@ impl<'a> Run<'a> {
         let temperature = self.attempt.spec.loss_temperature();
         let weights = RowWeights::new(prompts, self.attempt.spec.teacher.mode, &self.teacher);
         TrainingData::new(stream, order, self.teacher.vocab_size, temperature, weights, folder)
-    }
-
-    /// What the initial weights are chosen by, where they are; waits until it is published.
-    async fn calibration_texts(&self) -> Result<Vec<Vec<u32>>> {
-        let Init::Prune(prune) = &self.attempt.spec.student.init else { return Ok(Vec::new()) };
-        if !prune.needs_calibration() {
-            return Ok(Vec::new());
-        }
-        let (cx, teacher, folder) = (self.cx.clone(), Teacher::clone(&self.teacher), self.workspace.path().to_owned());
-        let stream = ShardStream::new(cx, self.attempt.clone(), Split::Train, teacher, folder);
-        prune::calibration::texts(stream, prune.calibration_rows as usize, self.teacher.vocab_size).await
     }
 
     /// Every step that is left.
@@ -422,7 +364,7 @@ impl<'a> Run<'a> {
             judging_s = judging.as_secs_f64(),
             "trained to the end"
         );
-        let Progress { step, processed_tokens, target_tokens, seconds, loss, workers, .. } = self.progress;
+        let Progress { step, processed_tokens, target_tokens, seconds, loss, workers, left_out, .. } = self.progress;
         let trainable = |slot: &mut Option<Trainer>| slot.as_ref().map(Trainer::trainable);
         let trained_parameters = self.thread.call(trainable).await?.ok_or_else(no_trainer)?;
         let finished = TrainFinished {
@@ -433,6 +375,7 @@ impl<'a> Run<'a> {
             target_tokens,
             trained_parameters,
             workers: workers.max(1),
+            left_out_steps: left_out,
             seconds,
             tokens_per_second: processed_tokens as f64 / seconds.max(1e-9),
             final_loss: loss,
@@ -470,33 +413,6 @@ async fn load_rows(mut data: TrainingData, steps: std::ops::Range<u32>, send: mp
         }
     }
     Ok(())
-}
-
-/// As `pruning.json` beside the weights, and in the log.
-fn write_pruning(pruning: &Pruning, folder: &Path) -> Result<()> {
-    let path = folder.join("pruning.json");
-    let json = serde_json::to_vec_pretty(pruning).map_err(|error| Error::internal(error.to_string()))?;
-    std::fs::write(&path, json).map_err(|error| Error::io(&path, error))?;
-    let layers: Vec<u32> = pruning.layers.iter().map(|layer| layer.layer).collect();
-    tracing::info!(
-        ?layers,
-        influence_kept = pruning.depth.share,
-        hidden_size = pruning.hidden.kept,
-        hidden_kept = pruning.hidden.share,
-        intermediate_size = pruning.intermediate.kept,
-        intermediate_kept = pruning.intermediate.share,
-        attention_heads = pruning.attention_heads.kept,
-        attention_heads_kept = pruning.attention_heads.share,
-        calibration_rows = pruning.calibration_rows,
-        calibration_tokens = pruning.calibration_tokens,
-        "pruned"
-    );
-    Ok(())
-}
-
-/// Prefix of the weights before training.
-fn initial_key(manifest: &Manifest) -> &str {
-    manifest.extra.get(INITIAL_KEY).and_then(|key| key.as_str()).unwrap_or_default()
 }
 
 pub(crate) fn no_trainer() -> Error {

@@ -286,6 +286,20 @@ impl Trainer {
     }
 
     fn not_finite(&self, loss: f64, gradient_norm: f64, learning_rate: f64) -> Error {
+        let has_others = |tensor: &Tensor| {
+            no_grad(|| tensor.f_isfinite()?.f_all()?.f_int64_value(&[])).is_ok_and(|all_finite| all_finite == 0)
+        };
+        // Steps that are not finite change no weight, so these came so.
+        if let Some((name, _)) = self.model.parameters().iter().find(|(_, tensor)| has_others(tensor)) {
+            let when = if self.progress.step == 0 { "before training" } else { "in training" };
+            return Error::new(
+                Code::ModelMalformed,
+                format!(
+                    "the student's weights {when} hold a number that is not finite, in {name}; see to the model that \
+                     student.init starts from"
+                ),
+            );
+        }
         Error::new(
             Code::LossNotFinite,
             format!(

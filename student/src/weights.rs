@@ -15,7 +15,7 @@ pub struct RowWeights {
     mode: TeacherMode,
     teacher: PathBuf,
     /// Read for the first row that has pieces.
-    tokenizer: Option<Tokenizer>,
+    tokenizer: Option<Arc<Tokenizer>>,
 }
 
 impl RowWeights {
@@ -26,17 +26,23 @@ impl RowWeights {
     /// The row of this line, whose target tokens weigh as much as its prompt set says.
     pub async fn weigh(&mut self, line: u64, example: Example) -> Result<Example> {
         let prompts = Arc::clone(&self.prompts);
-        let Some(row) = usize::try_from(line).ok().and_then(|line| prompts.get(line)) else { return Ok(example) };
+        let line = usize::try_from(line).unwrap_or(usize::MAX);
+        let Some(row) = prompts.get(line) else { return Ok(example) };
         if row.pieces.is_empty() || self.mode == TeacherMode::Generate {
             let weights = vec![row.weight; example.targets.len()];
             return Ok(example.weighing(&weights));
         }
-        let tokenizer = match self.tokenizer.take() {
-            Some(tokenizer) => tokenizer,
-            None => open(self.teacher.clone()).await?,
+        let tokenizer = match &self.tokenizer {
+            Some(tokenizer) => Arc::clone(tokenizer),
+            None => Arc::clone(self.tokenizer.insert(Arc::new(open(self.teacher.clone()).await?))),
         };
-        let weights = of_pieces(self.tokenizer.insert(tokenizer), row, &example)?;
-        Ok(example.weighing(&weights))
+        // Reads the row's tokens back, of which there may be a hundred thousand.
+        let weigh = move || {
+            let weights = of_pieces(&tokenizer, &prompts[line], &example);
+            weights.map(|weights| example.weighing(&weights))
+        };
+        let weighed = tokio::task::spawn_blocking(weigh).await;
+        weighed.map_err(|error| Error::internal(format!("weighing a row's tokens failed: {error}")))?
     }
 }
 

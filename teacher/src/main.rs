@@ -122,7 +122,7 @@ fn stage(args: WorkerArgs, threads: Option<usize>, weights: &str, place: Place) 
     let done = runtime.block_on(async {
         let shutdown = retort_worker::start(&args)?;
         // Said before the others are waited for.
-        Store::open(&args.store)?;
+        Store::check_address(&args.store)?;
         if !place.is_first() {
             let make = move || {
                 if let Some(threads) = threads {

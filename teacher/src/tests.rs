@@ -6,7 +6,7 @@ pub(crate) mod tiny;
 use std::{ops::Range, path::Path, sync::Arc};
 
 use retort_artifact::{
-    prompts::{Message, Role, Row},
+    prompts::{Message, Piece, Role, Row},
     soft_targets::{self, Encoded, Limits, Position, Sequence},
 };
 use retort_core::{
@@ -314,6 +314,37 @@ fn a_row_without_completion_cannot_be_scored() {
     let error = compute(&mut engine, &order, &mut on).unwrap_err();
     assert_eq!(error.code, Code::PromptMalformed);
     assert!(error.message.contains("row-1") && error.message.contains("teacher.mode"), "{error}");
+}
+
+#[test]
+fn pieces_that_the_chat_template_rewrites_are_refused_before_anything_is_computed() {
+    let (dir, mut engine) = teacher();
+    let mut order = order(spec(dir.path(), "  mode: score\n"), rows(2), 0..2);
+    let row = &mut Arc::make_mut(&mut order.rows)[1];
+    row.pieces = [(4, 0.0), (7, 1.0)].map(|(bytes, weight)| Piece { bytes, weight }).to_vec();
+    assert_eq!(row.completion.as_ref().map(String::len), Some(11));
+    compute(&mut engine, &order, &mut on).unwrap();
+
+    let template = "{% for m in messages %}<|im_start|>{{ m.role }} \
+                    {% if m.role == 'assistant' %}w9{% else %}{{ m.content }}{% endif %}<|im_end|> \n{% endfor %}\
+                    {% if add_generation_prompt %}<|im_start|>assistant {% endif %}";
+    std::fs::write(dir.path().join("chat_template.jinja"), template).unwrap();
+    let mut engine = Native::load(dir.path(), &host()).unwrap();
+    let mut steps = 0;
+    let mut count = |_| {
+        steps += 1;
+        Ok(())
+    };
+    let error = compute(&mut engine, &order, &mut count).unwrap_err();
+    assert_eq!((error.code, error.is_retryable(), steps), (Code::PromptMalformed, false, 0));
+    assert_eq!(
+        error.message,
+        "row \"row-1\" (line 2 of the prompt set): the teacher's chat template changes the text of \"completion\", so that \
+         its pieces cannot be told apart; give it as one text, or as the template writes it"
+    );
+    // As one text it is scored as the template writes it.
+    Arc::make_mut(&mut order.rows)[1].pieces.clear();
+    compute(&mut engine, &order, &mut on).unwrap();
 }
 
 #[test]

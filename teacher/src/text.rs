@@ -62,7 +62,23 @@ pub fn completed(tokenizer: &Tokenizer, end_tokens: &[u32], context: u32, line: 
             ),
         ));
     }
+    if !row.pieces.is_empty() {
+        in_pieces(tokenizer, &token_ids[prompt_tokens..], completion).map_err(|error| at(error, line, row))?;
+    }
     Ok(text(line, row, prompt_tokens, token_ids))
+}
+
+/// That the student will find each target token in the completion's pieces; to learn it there would be after all of the
+/// teacher's work.
+fn in_pieces(tokenizer: &Tokenizer, target_ids: &[u32], completion: &str) -> Result<()> {
+    match tokenizer.starts_in(target_ids, completion).map_err(model)? {
+        Some(_) => Ok(()),
+        None => Err(Error::new(
+            Code::PromptMalformed,
+            "the teacher's chat template changes the text of \"completion\", so that its pieces cannot be told apart; give \
+             it as one text, or as the template writes it",
+        )),
+    }
 }
 
 fn render_prompt(tokenizer: &Tokenizer, line: u64, row: &Row) -> Result<(String, Vec<u32>)> {

@@ -23,11 +23,13 @@ use session::Session;
 ///
 /// Starts what is needed on free ports, submits the job, shows its progress, prints the report,
 /// exports the model, stops what it started. Stopped by Ctrl-C, or killed, the same command goes on
-/// with the same job: finished work is kept, and a result that was not delivered is. When a retort
-/// is up in the home, it is used.
+/// with the same job: finished work is kept, and a result that was not delivered is. When `retort up`
+/// serves the home, it is used; another `retort run` has its home to itself.
 ///
 /// Off a terminal, or with --json, one JSON object a line is printed: "submitted" (job, resumed, plan), "event"
-/// (sequence, time, state, progress, event), "notice", at the end "result" (job, export) or "error".
+/// (sequence, time, state, progress, event), "notice", at the end "result" (job, export) or "error" (code, message),
+/// whose code is "interrupted" after a first Ctrl-C or SIGTERM. A second one ends it at once, and a command line that
+/// is wrong is told in text.
 #[derive(Debug, Args)]
 #[command(after_help = "Examples:
   retort run examples/support/job.yaml
@@ -66,6 +68,10 @@ impl Run {
         let home = self.home.resolve()?;
         let out = self.out.clone().unwrap_or_else(|| home.exports().join(&spec.name));
         export::check_target(&out, false)?;
+        // Not first after the training. The home's own folder is the home's matter.
+        if self.out.is_some() || home.exports().is_dir() {
+            export::check_place(&out)?;
+        }
         self.cluster.store.as_deref().map(absolute_store).transpose()?;
         let remembered = Remembered::of(&home, &spec)?;
         let signals = Signals::listen()?;

@@ -85,6 +85,18 @@ pub fn check_target(out: &Path, force: bool) -> Result<()> {
     }
 }
 
+/// Whether an export to `out` could be gathered beside it; nothing is left behind. Folders above it that are not there
+/// yet are made by the export itself, so the nearest one that is there is tried.
+///
+/// Errors: as [`Staging::beside`].
+pub fn check_place(out: &Path) -> Result<()> {
+    let out = std::path::absolute(out).map_err(|error| Error::io(out, error))?;
+    let parent = out.parent().unwrap_or(Path::new("/"));
+    let there = parent.ancestors().find(|folder| folder.exists()).unwrap_or(parent);
+    let named = if there == parent { out.as_path() } else { parent };
+    tempfile::Builder::new().prefix(STAGING).tempdir_in(there).map(drop).map_err(|error| cannot_make(named, error))
+}
+
 /// A file below `root`/`folder` that is not the export's. Links are files: none is followed.
 fn stranger(root: &Path, folder: &Path, receipt: &Receipt) -> Result<Option<PathBuf>> {
     let at = root.join(folder);

@@ -54,6 +54,20 @@ async fn exports_replace_their_own_kind_only() {
     assert!(!left.iter().any(|name| name.to_string_lossy().contains("retort-export")), "{left:?}");
 }
 
+#[test]
+fn a_place_that_cannot_be_written_to_is_told_before_there_is_anything_to_write() {
+    let folder = tempfile::tempdir().unwrap();
+    for out in ["a", "a/b/c"] {
+        check_place(&folder.path().join(out)).unwrap();
+    }
+    assert_eq!(names(folder.path()), Vec::<String>::new());
+    for out in ["/proc/x", "/proc/x/y"] {
+        let error = check_place(Path::new(out)).unwrap_err();
+        assert_eq!(error.code, Code::FileUnreadable);
+        assert!(error.message.starts_with("/proc/x: no folder can be made there"), "{}", error.message);
+    }
+}
+
 fn names(folder: &Path) -> Vec<String> {
     let entries = std::fs::read_dir(folder).unwrap().flatten();
     let mut names: Vec<String> = entries.map(|entry| entry.file_name().to_string_lossy().into_owned()).collect();

@@ -53,6 +53,7 @@ fn job() -> proto::Job {
         processed_tokens: 103_701,
         trained_target_tokens: 34_000,
         trained_parameters: 24_300_000,
+        left_out_steps: 0,
         lora_rank: 0,
         ema_decay: 0.0,
         workers: 1,
@@ -217,11 +218,16 @@ fn how_it_was_trained_is_said_where_it_is_not_the_plain_way() {
     job.spec.as_mut().unwrap().train = Some(train);
     let report = job.report.as_mut().unwrap();
     (report.trained_parameters, report.lora_rank, report.ema_decay, report.workers) = (700_000, 16, 0.99, 3);
+    report.left_out_steps = 2;
+    let before = report.before.as_ref().unwrap().kl;
+    report.after.as_mut().unwrap().kl = before + 1.0;
     let text = render(&job, &Surroundings::default());
     for line in [
         "adapters      LoRA, rank 16: 700,000 of 24,300,000 parameters trained\n",
         "averaged      the weights judged are a running average, decay 0.99\n",
         "workers       3 trained together, of up to 4\n",
+        "left out      2 steps whose gradient or loss leapt up (train.guard)\n",
+        "\nThe student is worse than before training: a lower train.learning_rate may help.\n",
     ] {
         assert!(text.contains(line), "{line} is not in {text}");
     }

@@ -2,6 +2,9 @@
 //!
 //! Keys are `/`-separated and relative to the store's root; a key that ends in `/` is a prefix.
 
+/// What every object's key begins with, uploads on their way left out.
+pub(crate) const FOLDERS: [&str; 4] = ["jobs", "models", "prompts", "quarantine"];
+
 /// A validated prompt set in canonical JSONL, named by its content.
 pub fn prompt_set(sha256: &str) -> String {
     format!("prompts/{sha256}.jsonl")

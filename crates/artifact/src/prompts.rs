@@ -10,6 +10,7 @@
 mod overlap;
 mod parse;
 mod split;
+mod stored;
 mod text;
 
 use retort_core::{Code, Error, Result};
@@ -19,6 +20,7 @@ pub use overlap::{NGRAM_WORDS, Overlap, overlaps};
 pub use parse::{MAX_FILE_BYTES, MAX_LINE_BYTES, line_of, parse, parse_line, read};
 pub use retort_core::state::Split;
 pub use split::{assign_splits, check_splits};
+pub use stored::{check_stored, to_jsonl};
 
 /// One prompt.
 #[derive(Clone, Debug, PartialEq)]
@@ -80,72 +82,6 @@ impl Row {
             byte < end
         });
         self.weight * piece.or(self.pieces.last()).map_or(1.0, |piece| piece.weight)
-    }
-}
-
-/// The form that lies in the store: every field written, keys in one order, training rows first,
-/// then held-out ones, each in file order. A row without a split counts as training.
-///
-/// [`parse`] reads it back to the same rows.
-pub fn to_jsonl(rows: &[Row]) -> Vec<u8> {
-    #[derive(Serialize)]
-    struct Line<'a> {
-        id: &'a str,
-        messages: &'a [Message],
-        tags: &'a [String],
-        split: &'static str,
-        #[serde(skip_serializing_if = "Option::is_none")]
-        completion: Option<Completion<'a>>,
-        // Left out where it is 1: a set of prompts is named by its content.
-        #[serde(skip_serializing_if = "Option::is_none")]
-        weight: Option<f64>,
-    }
-    let mut text = Vec::new();
-    for wanted in [Split::Train, Split::HeldOut] {
-        for row in rows.iter().filter(|row| row.split.unwrap_or(Split::Train) == wanted) {
-            let line = Line {
-                id: &row.id,
-                messages: &row.messages,
-                tags: &row.tags,
-                split: wanted.as_str(),
-                completion: row.completion.as_deref().map(|text| Completion::of(text, &row.pieces)),
-                weight: (row.weight != 1.0).then_some(row.weight),
-            };
-            // Strings and lists of strings always have a JSON form, and a Vec always takes it.
-            if serde_json::to_writer(&mut text, &line).is_ok() {
-                text.push(b'\n');
-            }
-        }
-    }
-    text
-}
-
-/// A completion as it lies in the store.
-#[derive(Serialize)]
-#[serde(untagged)]
-enum Completion<'a> {
-    Text(&'a str),
-    Pieces(Vec<WeightedText<'a>>),
-}
-
-#[derive(Serialize)]
-struct WeightedText<'a> {
-    text: &'a str,
-    weight: f64,
-}
-
-impl<'a> Completion<'a> {
-    fn of(text: &'a str, pieces: &[Piece]) -> Self {
-        if pieces.is_empty() {
-            return Self::Text(text);
-        }
-        let mut rest = text;
-        let texts = pieces.iter().map_while(|piece| {
-            let (text, behind) = rest.split_at_checked(piece.bytes)?;
-            rest = behind;
-            Some(WeightedText { text, weight: piece.weight })
-        });
-        Self::Pieces(texts.collect())
     }
 }
 

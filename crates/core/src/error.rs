@@ -101,6 +101,7 @@ codes! {
     JobNotFound = "job-not-found", NotFound;
     JobNotFinal = "job-not-final", Precondition;
     JobCancelled = "job-cancelled", Cancelled;
+    Interrupted = "interrupted", Cancelled;
     TrainingEnded = "training-ended", Cancelled;
     ModelNotFound = "model-not-found", NotFound;
     AttemptFenced = "attempt-fenced", Fenced;

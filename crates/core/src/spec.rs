@@ -1,5 +1,6 @@
 //! The job spec: what a user writes in YAML, with defaults and the checks that need no file.
 
+mod counts;
 mod export;
 mod idle;
 mod lora;

@@ -21,7 +21,7 @@ mod tests {
     use retort_proto as proto;
 
     use super::*;
-    use crate::spec::{GgufType, JobSpec, parse_yaml};
+    use crate::spec::{GgufType, JobSpec, Loss, parse_yaml};
 
     const SPEC: &str = "
 name: all
@@ -115,6 +115,20 @@ export: {gguf: [q8_0, f16]}
         sent.student.as_mut().unwrap().lora = None;
         sent.train.as_mut().unwrap().schedule = 99;
         assert!(job_spec_from_proto(sent).unwrap_err().message.contains("train.schedule 99"));
+    }
+
+    /// A worker claims jobs that an older version admitted.
+    #[test]
+    fn keys_that_do_nothing_pass_the_wire() {
+        let mut idle = spec();
+        idle.train.freeze_embeddings = true;
+        idle.train.schedule = Default::default();
+        idle.train.loss.jensen_shannon = Default::default();
+        idle.train.parallel.as_mut().unwrap().inner_steps = 7;
+        assert_eq!(job_spec_from_proto(job_spec_to_proto(&idle)).unwrap(), idle);
+        idle.train.loss = Loss { forward_kl: Default::default(), ..Loss::default() };
+        assert_eq!(job_spec_from_proto(job_spec_to_proto(&idle)).unwrap(), idle);
+        assert!(idle.check_idle().is_err());
     }
 
     #[test]

@@ -178,6 +178,11 @@ impl Tokenizer {
         self.inner.token_to_id(token)
     }
 
+    /// As `tokenizer.json` writes it.
+    pub(crate) fn token(&self, id: u32) -> Option<String> {
+        self.inner.id_to_token(id)
+    }
+
     /// What `tokenizer.json` says, in the one form that its older spellings are read into: merges are pairs, and
     /// every field is there.
     pub fn to_json(&self) -> Result<Value> {

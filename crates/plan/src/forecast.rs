@@ -76,7 +76,11 @@ pub struct Forecast {
 /// Why a curve bears no forecast.
 #[derive(Clone, Copy, Debug, PartialEq)]
 pub enum Unfit {
-    TooFew { points: usize },
+    TooFew {
+        points: usize,
+    },
+    /// The student ended worse than it began.
+    Worse,
     NoFall,
     TooSlow,
     TooFast,
@@ -87,9 +91,10 @@ impl fmt::Display for Unfit {
         match self {
             Self::TooFew { points } => write!(
                 f,
-                "the held-out curve has {points} points to fit and {LEAST_POINTS} are needed; a smaller \
+                "the held-out curve has {points} of the {LEAST_POINTS} points that a fit needs; a smaller \
                  train.checkpoint_steps gives more"
             ),
+            Self::Worse => f.write_str("the student's held-out KL ended above where it began"),
             Self::NoFall => f.write_str("the held-out KL did not fall more than its points scatter"),
             Self::TooSlow => f.write_str("the held-out KL falls too slowly to tell where it goes"),
             Self::TooFast => f.write_str("the held-out KL fell at the beginning alone, which no power law describes"),
@@ -101,6 +106,12 @@ impl fmt::Display for Unfit {
 /// training among them, have no place in a power law and are left out, as is what is no positive number; of two
 /// with the same tokens the later one counts. The same curve and `seed` give the same bits.
 pub fn forecast(points: &[Point], seed: u64) -> Result<Forecast, Unfit> {
+    let judged = || points.iter().filter(|point| point.kl.is_finite());
+    if let (Some(first), Some(last)) = (judged().min_by_key(|at| at.tokens), judged().max_by_key(|at| at.tokens))
+        && last.kl > first.kl
+    {
+        return Err(Unfit::Worse);
+    }
     let points = usable(points);
     if points.len() < LEAST_POINTS {
         return Err(Unfit::TooFew { points: points.len() });

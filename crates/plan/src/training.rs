@@ -148,13 +148,7 @@ impl Student<'_> {
         self.lora.is_some_and(|lora| lora.base == LoraBase::Int8)
     }
 
-    fn memory(
-        &self,
-        numbers: &Numbers,
-        tokens: u64,
-        head_positions: u64,
-        (device, dtype): (Device, Dtype),
-    ) -> Memory {
+    fn memory(&self, numbers: &Numbers, tokens: u64, head_positions: u64, (device, dtype): (Device, Dtype)) -> Memory {
         let wide = dtype.bytes();
         let is_f32 = dtype == Dtype::F32;
         let trained = numbers.trained;

@@ -10,7 +10,7 @@ pub struct WorkerArgs {
     /// Kafka brokers, comma separated
     #[arg(long, env = "RETORT_BROKERS", default_value = "127.0.0.1:9092", value_name = "HOST:PORT")]
     pub brokers: String,
-    /// The object store: a folder or a URL
+    /// The object store: a folder or a URL; the orchestrator makes it
     #[arg(long, env = "RETORT_STORE", value_name = "URL_OR_PATH")]
     pub store: String,
     /// Pool whose tasks this worker takes

@@ -50,8 +50,11 @@ async fn work(
         other => return Err(Error::internal(format!("{other:?} is no worker role"))),
     };
     let worker_id = WorkerId::generate(role);
-    let store = Store::open(&args.store)?;
+    // Said before the orchestrator is waited for.
+    Store::check_address(&args.store)?;
     let orchestrator = Grpc::connect(&args.orchestrator, shutdown).await?;
+    // The orchestrator has one before it listens; a worker that made its own would have none of the objects.
+    let store = Store::open_existing(&args.store)?;
     let wanted = [(topic.clone(), topics::TASK_PARTITIONS), (topics::EVENTS.to_owned(), topics::EVENT_PARTITIONS)];
     tokio::select! {
         () = shutdown.cancelled() => return Err(Stop::WorkerStopping.error()),

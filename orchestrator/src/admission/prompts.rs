@@ -23,9 +23,14 @@ pub fn measure(
     positions: u64,
 ) -> Result<RowCounts> {
     let scored = spec.teacher.mode == TeacherMode::Score;
+    // As students read weights: f32, and what is too small for it is 0.
+    let weighty = |weight: f64| weight as f32 >= f32::MIN_POSITIVE;
     let weighs = |row: &Row| {
-        let pieces = !scored || row.pieces.is_empty() || row.pieces.iter().any(|piece| piece.weight > 0.0);
-        row.split != Some(Split::HeldOut) && row.weight > 0.0 && pieces
+        let any = match &row.pieces[..] {
+            pieces if scored && !pieces.is_empty() => pieces.iter().any(|piece| weighty(row.weight * piece.weight)),
+            _ => weighty(row.weight),
+        };
+        row.split != Some(Split::HeldOut) && any
     };
     if !rows.iter().any(weighs) {
         let message = format!("{}: no training row has a weight above 0, so nothing would be trained", file.name);
@@ -36,18 +41,18 @@ pub fn measure(
     let mut counts = RowCounts::default();
     for (index, row) in rows.iter().enumerate() {
         let prompt = row.messages.iter().map(|message| tokens(tokenizer, &message.content)).sum::<Result<u64>>()?;
-        let target = match &row.completion {
-            Some(completion) if scored => {
-                let ids = tokenizer.encode(completion, false)?;
-                if !row.pieces.is_empty() && tokenizer.starts_in(&ids, completion)?.is_none() {
-                    return Err(changed(file, index));
-                }
-                (ids.len() as u64).saturating_add(1)
-            }
-            _ => max_new_tokens,
-        };
+        let given = row.completion.as_deref().filter(|_| scored);
+        let given = given.map(|text| tokenizer.encode(text, false).map(|ids| (text, ids))).transpose()?;
+        let target = given.as_ref().map_or(max_new_tokens, |(_, ids)| (ids.len() as u64).saturating_add(1));
         if prompt.saturating_add(target) > positions {
             return Err(too_long(spec, file, index, prompt, target, positions));
+        }
+        // Reading tokens back costs more than counting them: only of what is no longer than a model reads.
+        if let Some((text, ids)) = given
+            && !row.pieces.is_empty()
+            && tokenizer.starts_in(&ids, text)?.is_none()
+        {
+            return Err(changed(file, index));
         }
         counts.prompt_tokens += prompt;
         match row.split {

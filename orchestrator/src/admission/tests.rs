@@ -1,6 +1,6 @@
 use std::path::Path;
 
-use retort_core::spec::{GgufType, Init, Lora, Prune, TeacherMode};
+use retort_core::spec::{GgufType, Init, Layers, Lora, Prune, TeacherMode, Weight};
 use serde_json::json;
 
 use super::*;
@@ -126,6 +126,11 @@ async fn prompt_files_are_refused_by_line() {
         write(folder, &prompts(8).replace("\"messages\"", "\"weight\": 0, \"messages\""));
     })
     .await;
+    // Nothing in f32, as students read weights; nor is 1e-30 times 1e-30.
+    check(Code::PromptSetTooSmall, "no training row has a weight above 0", |folder, _| {
+        write(folder, &prompts(8).replace("\"messages\"", "\"weight\": 1e-50, \"messages\""));
+    })
+    .await;
     let scored = |folder: &Path, spec: &mut JobSpec, completion: &str| {
         spec.teacher.mode = TeacherMode::Score;
         let completion = format!("\"completion\": {completion}, \"messages\"");
@@ -135,10 +140,24 @@ async fn prompt_files_are_refused_by_line() {
         scored(folder, spec, r#"[{"text": "a", "weight": 0}, {"text": "b", "weight": 0}]"#);
     })
     .await;
+    check(Code::PromptSetTooSmall, "no training row has a weight above 0", |folder, spec| {
+        scored(folder, spec, r#"[{"text": "a", "weight": 1e-30}, {"text": "b", "weight": 0}], "weight": 1e-30"#);
+    })
+    .await;
     // Its tokenizer knows no such word.
     check(Code::PromptMalformed, "prompts.jsonl line 1: the teacher's tokenizer changes the text", |folder, spec| {
         scored(folder, spec, r#"[{"text": "na\u00efve", "weight": 0}, {"text": " so"}]"#);
     })
+    .await;
+    // How long it is, is told first.
+    check(
+        Code::PromptTooLong,
+        "prompts.jsonl line 1: the prompt has 3 tokens; with its completion's 42",
+        |folder, spec| {
+            let words = " word1".repeat(40);
+            scored(folder, spec, &format!(r#"[{{"text": "na\u00efve", "weight": 0}}, {{"text": "{words}"}}]"#));
+        },
+    )
     .await;
     check(Code::PromptMalformed, "prompts.jsonl line 1: there is no \"completion\"", |_, spec| {
         spec.teacher.mode = TeacherMode::Score;
@@ -148,6 +167,52 @@ async fn prompt_files_are_refused_by_line() {
     write(world.folder.path(), "{");
     let place = format!("{} line 1: ", spec.prompts.path);
     check_refused(&world, &spec, Code::PromptMalformed, &place).await;
+}
+
+#[tokio::test]
+async fn a_line_that_workers_could_not_read_as_it_is_stored_is_refused() {
+    let (start, end) = (r#"{"messages": [{"role": "user", "content": ""#, r#""}], "split": "held_out"}"#);
+    check(Code::PromptMalformed, "prompts.jsonl line 9: it takes 10485", |folder, _| {
+        // One word to the tokenizer.
+        let long = "x".repeat(prompt_sets::MAX_LINE_BYTES - start.len() - end.len());
+        std::fs::write(folder.join("prompts.jsonl"), format!("{}{start}{long}{end}\n", prompts(8))).unwrap();
+    })
+    .await;
+}
+
+#[tokio::test]
+async fn keys_that_would_do_nothing_are_refused() {
+    check(Code::SpecInvalid, "train.decay_ratio 0.5 does nothing without train.schedule wsd", |_, spec| {
+        spec.train.decay_ratio = 0.5;
+    })
+    .await;
+    check(Code::SpecInvalid, "train.loss.forward_kl is 1e-300, too small to train by", |_, spec| {
+        spec.train.loss.forward_kl = Weight::constant(1e-300);
+    })
+    .await;
+}
+
+#[tokio::test]
+async fn a_pruning_that_keeps_all_of_the_teacher_is_refused() {
+    let all = Layers::These(vec![0, 1]);
+    for prune in [
+        Prune::to_layers(2),
+        Prune { layers: Some(all.clone()), intermediate_size: Some(16), ..Prune::default() },
+        Prune { hidden_size: Some(8), num_attention_heads: Some(2), ..Prune::default() },
+    ] {
+        check(
+            Code::SpecInvalid,
+            "student.init.prune keeps all 2 layers of the teacher at their full width, so it cuts nothing; cut more, or \
+             start from the teacher as it is with checkpoint: {model: /",
+            |_, spec| spec.student.init = Init::Prune(prune),
+        )
+        .await;
+    }
+    let (world, mut spec) = inputs().await;
+    spec.student.init = Init::Prune(Prune { layers: Some(all), intermediate_size: Some(15), ..Prune::default() });
+    admit(&world.context, &spec).await.unwrap();
+    spec.student.init = Init::Checkpoint { model: spec.teacher.model.clone() };
+    admit(&world.context, &spec).await.unwrap();
 }
 
 #[tokio::test]

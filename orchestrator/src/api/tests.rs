@@ -261,6 +261,14 @@ async fn validating_stores_nothing() {
     assert_eq!((status.code(), code(&status)), (tonic::Code::NotFound, Code::FileNotFound));
     spec.prompts.shard_rows = 0;
     assert_eq!(code(&service.create_with(&spec, "", true).await.unwrap_err()), Code::SpecInvalid);
+    // Only here: workers run what an older version admitted.
+    let mut idle = service.spec();
+    idle.train.loss.skew_alpha = 0.5;
+    for validate_only in [true, false] {
+        let status = service.create_with(&idle, "", validate_only).await.unwrap_err();
+        assert_eq!(code(&status), Code::SpecInvalid);
+        assert!(status.message().contains("train.loss.skew_alpha 0.5 does nothing"), "{status}");
+    }
     service.stop().await;
 }
 

@@ -152,7 +152,7 @@ pub async fn set_state(
     Ok(())
 }
 
-/// One training step's report. Reports may come in any order: the highest step counts.
+/// One training step's report. Those of one attempt may come in any order: the highest step counts.
 pub struct Step {
     pub step: u32,
     pub loss: f64,
@@ -161,7 +161,17 @@ pub struct Step {
     pub held_out_kl: Option<f64>,
 }
 
-pub async fn record_step(conn: &mut Connection, id: &JobId, step: &Step) -> Result<()> {
+/// Of the attempt with this epoch: what a later one reports first stands for all that was reported before.
+pub async fn record_step(conn: &mut Connection, id: &JobId, epoch: u64, step: &Step) -> Result<()> {
+    sqlx::query(
+        "UPDATE jobs SET step_epoch = ?1, step = 0, processed_tokens = 0, held_out_kl_step = NULL
+         WHERE id = ?2 AND step_epoch < ?1",
+    )
+    .bind(signed(epoch))
+    .bind(id.as_str())
+    .execute(&mut *conn)
+    .await
+    .db()?;
     sqlx::query(
         "UPDATE jobs SET
              train_loss = CASE WHEN ?1 >= step THEN ?2 ELSE train_loss END,

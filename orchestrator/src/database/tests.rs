@@ -29,7 +29,7 @@ async fn a_newer_schema_is_refused() {
     drop(database);
     let error = Database::open(&path).await.unwrap_err();
     assert_eq!(error.code, Code::DatabaseTooNew);
-    assert!(error.message.contains("schema version 9999 is newer than this program's (5)"), "{}", error.message);
+    assert!(error.message.contains("schema version 9999 is newer than this program's (6)"), "{}", error.message);
 }
 
 #[tokio::test]

@@ -54,7 +54,7 @@ pub(super) async fn apply(context: &Context, conn: &mut Connection, event: &Even
     match &event.what {
         What::TrainProgress(step) => {
             // Counts even after the result: it may have been overtaken.
-            jobs::record_step(&mut *conn, &job.id, step).await?;
+            jobs::record_step(&mut *conn, &job.id, event.epoch, step).await?;
             let what = proto::TrainStepped { step: step.step, loss: step.loss };
             return append(context, conn, &job, job_event::What::TrainStepped(what)).await;
         }

@@ -131,6 +131,7 @@ fn what_from_proto(job: &JobId, task: &TaskId, epoch: u64, time_ms: i64, what: &
             target_tokens: bounded("train_finished.target_tokens", finished.target_tokens)?,
             trained_parameters: bounded("train_finished.trained_parameters", finished.trained_parameters)?,
             workers: finished.workers,
+            left_out_steps: finished.left_out_steps,
             seconds: not_negative(finished.seconds),
             tokens_per_second: finished.tokens_per_second,
             final_loss: finished.final_loss,

@@ -163,6 +163,14 @@ async fn training_shows_in_the_progress() {
     // Numbers that JSON and SQLite cannot hold do not stop anything.
     assert_eq!(world.emit(&task, epoch, train_progress(5, f64::NAN)).await, Outcome::Applied);
     assert_eq!(world.read_job(&job).await.training.loss, None);
+
+    // Another attempt goes back to where it can.
+    assert_eq!(world.emit(&task, epoch, task_failed(Code::StoreUnavailable, true)).await, Outcome::Applied);
+    let epoch = world.claim(&task, "student").await;
+    assert_eq!(world.read_job(&job).await.training.step, 5, "until it says where that is");
+    assert_eq!(world.emit(&task, epoch, train_progress(2, 2.5)).await, Outcome::Applied);
+    let read = world.read_job(&job).await;
+    assert_eq!((read.training.step, read.training.loss, read.training.processed_tokens), (2, Some(2.5), 20));
 }
 
 #[tokio::test]

@@ -86,6 +86,7 @@ fn card_of(spec: &str, license: Option<&str>, version: Option<u32>) -> String {
         target_tokens: 31_000,
         trained_parameters: 700_000,
         workers: 2,
+        left_out_steps: 0,
         seconds: 1.0,
         tokens_per_second: 1.0,
         final_loss: 1.0,

@@ -113,9 +113,9 @@ async fn a_candidate_that_fails_a_gate_is_left_whole_and_marked() {
     assert!(card.contains("**Not promoted: it failed the gate <code>max&#95;kl</code>.**"), "{card}");
     let report = read.report.unwrap();
     assert_eq!((report.processed_tokens, report.trained_target_tokens, report.trained_parameters), (120, 70, 90));
-    assert_eq!((report.lora_rank, report.ema_decay, report.workers), (16, 0.5, 2));
+    assert_eq!((report.lora_rank, report.ema_decay, report.workers, report.left_out_steps), (16, 0.5, 2, 3));
     let sent = crate::to_proto::report_to_proto(&report);
-    assert_eq!((sent.processed_tokens, sent.lora_rank, sent.workers), (120, 16, 2));
+    assert_eq!((sent.processed_tokens, sent.lora_rank, sent.workers, sent.left_out_steps), (120, 16, 2, 3));
 }
 
 #[tokio::test]

@@ -253,7 +253,7 @@ fn gradients_are_those_of_autograd_through_the_whole_student() {
             (-logprobs_mv.gather(1, &labels_m1, false).sum(Kind::Float) / 42.0).backward();
         }
         for activation_checkpointing in [false, true] {
-            let train = Train { loss: label_ce, activation_checkpointing, ..options().train };
+            let train = Train { loss: label_ce.clone(), activation_checkpointing, ..options().train };
             let mut trainer = Trainer::new(model(), Options { train, ..options() }).unwrap();
             trainer.share(&rows(0), 42.0, &|| Ok(())).unwrap();
             for ((name, parameter), (_, _, gradient)) in twin.parameters().iter().zip(trainer.optimizer.trained()) {
@@ -278,6 +278,16 @@ fn a_loss_that_is_not_finite_stops_before_the_weights_change() {
     assert!(weights(&trainer) == before);
     // And what it had summed up is gone.
     assert!(trainer.step(&rows(1), &|| Ok(())).unwrap().loss.unwrap().is_finite());
+}
+
+#[test]
+fn weights_that_are_not_finite_before_training_are_named() {
+    let model = model(true);
+    let (name, tensor) = model.parameters().swap_remove(3);
+    let _ = tch::no_grad(|| tensor.view([-1]).get(0).fill_(f64::NAN));
+    let error = Trainer::new(model, options()).unwrap().step(&rows(0), &|| Ok(())).unwrap_err();
+    assert_eq!(error.code, Code::ModelMalformed);
+    assert!(error.message.contains("before training") && error.message.contains(&name), "{error}");
 }
 
 #[test]

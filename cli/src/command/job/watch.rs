@@ -1,7 +1,7 @@
 use std::io::IsTerminal as _;
 
 use clap::Args;
-use retort_core::Result;
+use retort_core::{Code, Result};
 use serde_json::json;
 
 use crate::{
@@ -19,7 +19,8 @@ use crate::{
 ///
 /// On a terminal: live bars. Elsewhere, or with --json: one JSON object a line,
 /// {"type":"event","sequence":...,"state":...,"progress":{...},"event":{"kind":...}}, and at the end
-/// {"type":"result","job":{...}}. A restart of the orchestrator does not end it.
+/// {"type":"result","job":{...}} or {"type":"error","code":...,"message":...}, whose code is "interrupted" after a
+/// Ctrl-C. A restart of the orchestrator does not end it.
 #[derive(Debug, Args)]
 #[command(after_help = "Examples:
   retort job watch jobs/0198c1d2e3f4a5b6c7d8e9f0a1b2c3d4
@@ -57,7 +58,9 @@ impl Watch {
         view.finish();
         let job = echo_error(&context.output, &output, followed)?;
         let Some(job) = job else {
-            context.output.remark(&format!("{name} goes on; `retort job cancel {name}` would stop it"));
+            let farewell = format!("{name} goes on; `retort job cancel {name}` would stop it");
+            context.output.remark(&farewell);
+            output.json(&json::error(Code::Interrupted.as_str(), &farewell));
             return Ok(Outcome::Interrupted);
         };
         output.json(&json!({ "type": "result", "job": json::job(&job) }));

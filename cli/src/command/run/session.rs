@@ -3,7 +3,7 @@
 use std::{cell::RefCell, convert::Infallible, path::PathBuf};
 
 use retort_artifact::{Store, paths};
-use retort_core::{Result, spec::JobSpec};
+use retort_core::{Code, Result, spec::JobSpec};
 use retort_proto as proto;
 use serde_json::json;
 
@@ -46,15 +46,27 @@ impl Session<'_> {
         if !matches!(place, Ok(Some(_))) {
             self.view.borrow_mut().finish();
         }
-        let Some(mut place) = place? else { return Ok(Outcome::Interrupted) };
+        let Some(mut place) = place? else {
+            return Ok(self.interrupted("stopped while starting; the same command starts again"));
+        };
         let ended = self.work(&mut place).await;
+        let farewell = self.farewell(&place);
         if let Some(cluster) = place.cluster.take() {
             cluster.stop().await;
             if matches!(ended, Ok(None)) {
                 self.tell_late_end(&place).await;
             }
         }
-        Ok(ended?.map_or(Outcome::Interrupted, |job| conclude(&self.output, &job)))
+        Ok(match ended? {
+            Some(job) => conclude(&self.output, &job),
+            None => self.interrupted(&farewell),
+        })
+    }
+
+    /// Whoever reads JSON is told at the end that there is no result, and how to go on.
+    fn interrupted(&self, how_to_go_on: &str) -> Outcome {
+        self.output.json(&json::error(Code::Interrupted.as_str(), how_to_go_on));
+        Outcome::Interrupted
     }
 
     /// A remark that stays above the bars.
@@ -115,11 +127,11 @@ impl Session<'_> {
         follow(client, &job.name, show, self.signals.stop.cancelled()).await
     }
 
-    /// Names the unfinished jobs that take their share of the same workers.
+    /// Names the unfinished jobs that the same workers work on, maybe first.
     async fn tell_others(&self, client: &mut Client, name: &str) -> Result<()> {
         for other in client.list_jobs(None, 20).await?.iter().filter(|other| is_open(other) && other.name != name) {
             self.notice(&format!(
-                "{0} is not finished and goes on beside it; `retort job cancel {0}` stops it",
+                "{0} is not finished and goes on too, maybe first; `retort job cancel {0}` ends it",
                 other.name
             ));
         }
@@ -163,7 +175,7 @@ impl Session<'_> {
     /// its store is unknown.
     async fn export(&self, job: &proto::Job, place: &Place) -> Result<Option<(Exported, bool)>> {
         let (Some(source), Some(store)) = (Source::of_job(job), &place.store) else { return Ok(None) };
-        let exported = export::export(&Store::open(store)?, &source, &self.out, false).await?;
+        let exported = export::export(&Store::open_existing(store)?, &source, &self.out, false).await?;
         Ok(Some((exported, source.version.is_none())))
     }
 
@@ -184,7 +196,7 @@ impl Session<'_> {
     async fn tell_late_end(&self, place: &Place) {
         let ended = async {
             let name = self.remembered.load().ok()??.job?;
-            let store = Store::open(place.store.as_deref()?).ok()?;
+            let store = Store::open_existing(place.store.as_deref()?).ok()?;
             let report = paths::report(name.strip_prefix("jobs/").unwrap_or(&name));
             store.exists(&report).await.ok()?.then_some(name)
         };

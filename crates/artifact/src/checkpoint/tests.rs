@@ -52,6 +52,28 @@ impl Bench {
     }
 }
 
+/// A student that found none would begin anew.
+#[tokio::test]
+async fn a_store_that_is_away_has_no_say_in_what_checkpoints_there_are() {
+    let bench = bench();
+    let written = bench.publish(20, 3).await.unwrap();
+    let (aside, prefix) = (bench.folder.path().join("aside"), paths::checkpoint("j", 20, 3));
+    std::fs::rename(bench.store.root(), &aside).unwrap();
+    let said = [
+        latest(&bench.store, "j").await.map(drop).unwrap_err(),
+        best(&bench.store, "j").await.map(drop).unwrap_err(),
+        prune(&bench.store, "j", TWO).await.map(drop).unwrap_err(),
+        verify(&bench.store, &prefix, &written, "").await.unwrap_err(),
+        fetch(&bench.store, &prefix, &bench.folder.path().join("back")).await.map(drop).unwrap_err(),
+        bench.publish(40, 3).await.map(drop).unwrap_err(),
+    ];
+    for error in said {
+        assert_eq!(error.code, Code::StoreUnavailable, "{}", error.message);
+    }
+    std::fs::rename(&aside, bench.store.root()).unwrap();
+    assert_eq!(latest(&bench.store, "j").await.unwrap(), Some((prefix, written)));
+}
+
 #[tokio::test]
 async fn a_checkpoint_comes_back_whole() {
     let bench = bench();

@@ -416,7 +416,7 @@ fn a_weight_is_kept_and_one_is_not_written() {
     assert_eq!(again.iter().map(|row| row.weight).collect::<Vec<_>>(), [2.5, 1.0, 0.0]);
 }
 
-const IN_PIECES: &str = r#"{"id":"a","messages":[{"role":"user","content":"x"}],"tags":[],"split":"train","completion":[{"text":"Look: ","weight":0.0},{"text":"h\u00e9","weight":2.5},{"text":"!","weight":1.0}]}"#;
+const IN_PIECES: &str = r#"{"id":"a","messages":[{"role":"user","content":"x"}],"tags":[],"split":"train","completion":[{"text":"Look: ","weight":0.0},{"text":"h\u00e9","weight":2.5},{"text":"!"}]}"#;
 
 #[test]
 fn a_completion_may_come_in_weighted_pieces() {

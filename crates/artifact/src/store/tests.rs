@@ -8,7 +8,7 @@ fn store() -> (tempfile::TempDir, Store) {
     (folder, store)
 }
 
-/// Every file below the store's root, its own temporary ones included.
+/// Every file below the store's root, its own temporary ones included, its mark left out.
 fn files(store: &Store) -> Vec<String> {
     fn walk(folder: &Path, into: &mut Vec<String>) {
         for entry in std::fs::read_dir(folder).unwrap() {
@@ -18,6 +18,8 @@ fn files(store: &Store) -> Vec<String> {
     }
     let mut all = Vec::new();
     walk(store.root(), &mut all);
+    let mark = store.root().join(identity::FILE).display().to_string();
+    all.retain(|file| *file != mark);
     all
 }
 
@@ -195,10 +197,25 @@ async fn abandoned_uploads_are_swept() {
     assert_eq!(files(&store), Vec::<String>::new());
 }
 
+/// A checkpoint's file may have been written long before it is linked.
+#[tokio::test]
+async fn a_link_to_an_old_file_is_young() {
+    let (folder, store) = store();
+    let file = folder.path().join("weights");
+    std::fs::write(&file, b"weights").unwrap();
+    let long_ago = std::time::SystemTime::now() - Duration::from_secs(86_400);
+    std::fs::File::options().write(true).open(&file).unwrap().set_modified(long_ago).unwrap();
+    std::fs::create_dir_all(store.root().join("staging")).unwrap();
+    std::fs::hard_link(&file, store.root().join("staging/1-2-3")).unwrap();
+    assert_eq!(store.sweep_staging(Duration::from_secs(3600)).await.unwrap(), 0, "it is about to be published");
+    assert_eq!(store.sweep_staging(Duration::ZERO).await.unwrap(), 1);
+    assert_eq!(std::fs::read(&file).unwrap(), b"weights");
+}
+
 #[tokio::test]
 async fn keys_stay_inside_the_store() {
     let (_folder, store) = store();
-    for key in ["../x", "a/../../x", "a//b", "./a", "/../x"] {
+    for key in ["../x", "a/../../x", "a//b", "./a", "/../x", "retort-store.json", "/retort-store.json"] {
         let error = store.put_new(key, Bytes::new()).await.unwrap_err();
         assert_eq!(error.code, Code::RequestInvalid, "{key}");
         assert_eq!(error.message, format!("{key:?} is no key of the object store"));
@@ -228,8 +245,121 @@ fn the_url_decides_and_says_what_it_cannot() {
         say("file://host/x"),
         "the store \"file://host/x\" is no file:// URL of a folder here; write file:///path/to/folder"
     );
-    std::fs::write(folder.path().join("file"), b"").unwrap();
-    assert!(Store::open(folder.path().join("file").to_str().unwrap()).is_err());
+    let file = folder.path().join("file").display().to_string();
+    std::fs::write(&file, b"").unwrap();
+    assert_eq!(say(&file), format!("the store {file:?} is no folder; give a path or a file:// URL"));
+}
+
+/// What every operation says.
+async fn all_operations(store: &Store, folder: &Path) -> Vec<Result<()>> {
+    let (file, out) = (folder.join("weights"), folder.join("out"));
+    std::fs::write(&file, b"weights").unwrap();
+    vec![
+        store.put_new("jobs/new", Bytes::from_static(b"x")).await,
+        store.put_new_file("jobs/new", &file).await,
+        store.link_new_file("jobs/new", &file).await,
+        store.get("jobs/a", 100).await.map(drop),
+        store.get_verified("jobs/a", &sha256_hex(b"a"), 100).await.map(drop),
+        store.get_verified_file("jobs/a", &sha256_hex(b"a"), 1, folder).await.map(drop),
+        store.get_to_file("jobs/a", &out).await.map(drop),
+        store.exists("jobs/a").await.map(drop),
+        store.size("jobs/a").await.map(drop),
+        store.sha256("jobs/a").await.map(drop),
+        store.list("jobs/").await.map(drop),
+        store.copy_prefix("jobs/", "models/").await.map(drop),
+        store.delete("jobs/a").await,
+        store.delete_prefix("jobs/").await.map(drop),
+    ]
+}
+
+#[tokio::test]
+async fn a_store_that_is_away_is_told_and_nothing_is_made_in_its_place() {
+    let (folder, store) = store();
+    store.put_new("jobs/a", Bytes::from_static(b"a")).await.unwrap();
+    let aside = folder.path().join("aside");
+    std::fs::rename(store.root(), &aside).unwrap();
+    let root = store.root().display().to_string();
+    let told = |operations: Vec<Result<()>>, why: &str| {
+        for (number, done) in operations.into_iter().enumerate() {
+            let error = done.unwrap_err();
+            assert_eq!((error.code, number), (Code::StoreUnavailable, number), "{}", error.message);
+            assert_eq!(error.message, format!("{root}: the object store is not there any more: {why}"), "{number}");
+        }
+    };
+    told(all_operations(&store, folder.path()).await, "there is no such folder; mount it or put it back");
+    assert!(!store.root().exists());
+
+    // What a mount leaves.
+    std::fs::create_dir(store.root()).unwrap();
+    told(all_operations(&store, folder.path()).await, "the folder is empty; mount it or put it back");
+    assert_eq!(std::fs::read_dir(store.root()).unwrap().count(), 0);
+
+    let other = Store::open(store.root().to_str().unwrap()).unwrap();
+    other.put_new("jobs/a", Bytes::from_static(b"b")).await.unwrap();
+    let error = store.put_new("jobs/new", Bytes::new()).await.unwrap_err();
+    assert_eq!(error.code, Code::StoreUnavailable);
+    assert!(error.message.starts_with(&format!("{root}: another object store is there")), "{}", error.message);
+    assert!(!other.exists("jobs/new").await.unwrap());
+
+    std::fs::remove_dir_all(store.root()).unwrap();
+    std::fs::rename(&aside, store.root()).unwrap();
+    assert_eq!(store.get("jobs/a", 1).await.unwrap(), "a");
+    store.put_new("jobs/new", Bytes::new()).await.unwrap();
+    assert_eq!(store.list("").await.unwrap().len(), 2, "its mark is no object");
+}
+
+#[tokio::test]
+async fn only_a_store_that_is_there_is_opened_as_one() {
+    let folder = tempfile::tempdir().unwrap();
+    let root = folder.path().join("store");
+    let url = root.to_str().unwrap();
+    let refused = |why: &str| {
+        let error = Store::open_existing(url).unwrap_err();
+        let message = format!("{url}: no object store is there: {why}; mount it, or name where it lies with --store");
+        assert_eq!((error.code, error.message), (Code::StoreUnavailable, message));
+    };
+    refused("there is no such folder");
+    assert!(!root.exists());
+    std::fs::create_dir(&root).unwrap();
+    refused("the folder is empty");
+    std::fs::create_dir(root.join("lost+found")).unwrap();
+    refused("the folder has no retort-store.json");
+
+    // One of an older build is taken as it is, and gets its mark from whoever may make one.
+    std::fs::create_dir(root.join("jobs")).unwrap();
+    std::fs::write(root.join("jobs/a"), b"a").unwrap();
+    let unmarked = Store::open_existing(url).unwrap();
+    assert!(!root.join("retort-store.json").exists());
+    assert_eq!(unmarked.get("jobs/b", 1).await.unwrap_err().code, Code::ObjectNotFound);
+    let opened = [Store::open(url).unwrap(), Store::open(url).unwrap(), Store::open_existing(url).unwrap()];
+    for store in opened.iter().chain([&unmarked]) {
+        assert_eq!(store.get("jobs/a", 1).await.unwrap(), "a");
+        assert!(!store.exists("jobs/b").await.unwrap());
+    }
+    std::fs::rename(root.join("jobs"), folder.path().join("jobs")).unwrap();
+    std::fs::remove_file(root.join("retort-store.json")).unwrap();
+    for store in opened.iter().chain([&unmarked]) {
+        assert_eq!(store.get("jobs/a", 1).await.unwrap_err().code, Code::StoreUnavailable);
+    }
+    for mark in ["", "{", "{}"] {
+        std::fs::write(root.join("retort-store.json"), mark).unwrap();
+        assert_eq!(Store::open(url).unwrap_err().code, Code::StoreUnavailable, "{mark:?}");
+    }
+    std::fs::write(root.join("retort-store.json"), r#"{"schema_version": 2, "id": "x"}"#).unwrap();
+    assert_eq!(Store::open(url).unwrap_err().code, Code::StoreUnsupported);
+}
+
+#[test]
+fn a_fault_of_the_disk_is_an_outage_in_the_systems_words() {
+    for (number, text) in
+        [(13, "Permission denied"), (5, "Input/output error"), (30, "Read-only file system"), (116, "Stale")]
+    {
+        let source = std::io::Error::from_raw_os_error(number);
+        let generic = object_store::Error::Generic { store: "t", source: source.into() };
+        let error = fault::error(Path::new("/s"), "jobs/a", generic);
+        assert_eq!(error.code, Code::StoreUnavailable, "{text}");
+        assert!(error.message.starts_with("/s/jobs/a: ") && error.message.contains(text), "{}", error.message);
+    }
 }
 
 /// Fills a real, tiny file system. Mounting one takes privileges that a user namespace gives; where

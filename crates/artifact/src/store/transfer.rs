@@ -1,8 +1,10 @@
 //! Objects too large for memory: between files and the store, and inside it.
 
 use std::{
+    fs::Metadata,
+    os::unix::fs::MetadataExt as _,
     path::{Path, PathBuf},
-    time::Duration,
+    time::{Duration, SystemTime, UNIX_EPOCH},
 };
 
 use bytes::Bytes;
@@ -12,7 +14,7 @@ use retort_core::{Code, Error, Result};
 use sha2::{Digest, Sha256};
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
 
-use super::{Store, hex};
+use super::{Store, fault, hex};
 use crate::paths;
 
 /// Bytes read and sent at a time.
@@ -37,7 +39,8 @@ impl Store {
         let to = self.key(key)?;
         // Spares a long upload that is sure to be refused; the copy below is what decides.
         if self.exists(key).await? {
-            return Err(self.fault(key, object_store::Error::AlreadyExists { path: key.to_owned(), source: "".into() }));
+            let exists = object_store::Error::AlreadyExists { path: key.to_owned(), source: "".into() };
+            return Err(self.fault(key, exists).await);
         }
         let staged = self.key(&paths::staging(&unique()))?;
         let linked = if may_link { self.link(&staged, file).await } else { Ok(false) };
@@ -48,14 +51,16 @@ impl Store {
         let published = match uploaded {
             Ok(()) => {
                 let create = CopyOptions { mode: CopyMode::Create, ..CopyOptions::default() };
-                self.inner.copy_opts(&staged, &to, create).await.map_err(|error| self.fault(key, error))
+                self.told(key, self.inner.copy_opts(&staged, &to, create).await).await
             }
             Err(error) => Err(error),
         };
         if let Err(error) = self.delete(staged.as_ref()).await {
             tracing::warn!(key = %staged, "a staged upload was left behind: {}", error.chain());
         }
-        published
+        published?;
+        // Written while the store went away, it lies elsewhere.
+        self.check().await
     }
 
     /// Writes an object's content to a file, which appears whole or not at all; its size.
@@ -65,7 +70,7 @@ impl Store {
 
     /// [`Self::get_to_file`] that hashes what it writes: size and SHA-256.
     pub(crate) async fn download(&self, key: &str, file: &Path) -> Result<(u64, String)> {
-        let found = self.inner.get(&self.key(key)?).await.map_err(|error| self.fault(key, error))?;
+        let found = self.told(key, self.inner.get(&self.key(key)?).await).await?;
         if let Some(folder) = file.parent() {
             tokio::fs::create_dir_all(folder).await.map_err(|error| Error::io(folder, error))?;
         }
@@ -88,7 +93,7 @@ impl Store {
     /// An object that was published with this size and SHA-256, in a file in `folder`; another one is
     /// `ShardCorrupt`. The file has no name: its space is free again once it is closed.
     pub async fn get_verified_file(&self, key: &str, sha256: &str, bytes: u64, folder: &Path) -> Result<std::fs::File> {
-        let found = self.inner.get(&self.key(key)?).await.map_err(|error| self.fault(key, error))?;
+        let found = self.told(key, self.inner.get(&self.key(key)?).await).await?;
         let size = found.meta.size;
         if size != bytes {
             let message = format!("{}: it takes {size} bytes, {bytes} were published", self.shown(key));
@@ -133,13 +138,13 @@ impl Store {
             match self.inner.copy_opts(&self.key(&entry.key)?, &self.key(&key)?, create).await {
                 Ok(()) => {}
                 Err(object_store::Error::AlreadyExists { .. }) if self.size(&key).await? == entry.size => {}
-                Err(error) => return Err(self.fault(&key, error)),
+                Err(error) => return Err(self.fault(&key, error).await),
             }
         }
         Ok(entries.len() as u64)
     }
 
-    /// Removes uploads that nobody has written to for `idle`: their writers were killed. How many.
+    /// Removes uploads that nobody has written to, or linked, for `idle`: their writers were killed. How many.
     pub async fn sweep_staging(&self, idle: Duration) -> Result<u64> {
         // What is half written has no key yet, so the folder itself is read.
         let folder = self.root().join(paths::staging(""));
@@ -152,7 +157,7 @@ impl Store {
         while let Some(entry) = entries.next_entry().await.map_err(|error| Error::io(&folder, error))? {
             // What vanishes meanwhile was finished by its writer.
             let Ok(metadata) = entry.metadata().await else { continue };
-            let age = metadata.modified().ok().and_then(|written| written.elapsed().ok()).unwrap_or_default();
+            let age = touched(&metadata).and_then(|at| at.elapsed().ok()).unwrap_or_default();
             if metadata.is_file() && age >= idle && tokio::fs::remove_file(entry.path()).await.is_ok() {
                 removed += 1;
             }
@@ -161,12 +166,12 @@ impl Store {
     }
 
     pub(crate) async fn size(&self, key: &str) -> Result<u64> {
-        Ok(self.inner.head(&self.key(key)?).await.map_err(|error| self.fault(key, error))?.size)
+        Ok(self.told(key, self.inner.head(&self.key(key)?).await).await?.size)
     }
 
     /// SHA-256 of an object, read in pieces.
     pub(crate) async fn sha256(&self, key: &str) -> Result<String> {
-        let found = self.inner.get(&self.key(key)?).await.map_err(|error| self.fault(key, error))?;
+        let found = self.told(key, self.inner.get(&self.key(key)?).await).await?;
         let mut left = found.meta.size;
         let (mut pieces, mut hasher) = (found.into_stream(), Sha256::new());
         while let Some(piece) = self.next_piece(key, &mut pieces, &mut left).await? {
@@ -186,7 +191,7 @@ impl Store {
         if *left == 0 {
             return Ok(None);
         }
-        let piece = pieces.try_next().await.map_err(|error| self.fault(key, error))?.unwrap_or_default();
+        let piece = self.told(key, pieces.try_next().await).await?.unwrap_or_default();
         if piece.is_empty() {
             let message = format!("{}: it ended {left} bytes early while it was read", self.shown(key));
             return Err(Error::new(Code::StoreUnavailable, message));
@@ -203,20 +208,22 @@ impl Store {
             return Ok(false);
         }
         let to = self.root().join(staged.as_ref());
+        // One deep: a root that is gone is not made again. Where there is no folder then, the copy says why.
         if let Some(folder) = to.parent() {
-            tokio::fs::create_dir_all(folder).await.map_err(|error| Error::io(folder, error))?;
+            let _ = tokio::fs::create_dir(folder).await;
         }
         if tokio::fs::hard_link(file, &to).await.is_err() {
             return Ok(false);
         }
         let flushed = async { tokio::fs::File::open(&to).await?.sync_all().await };
-        flushed.await.map_err(|error| Error::io(&to, error))?;
+        flushed.await.map_err(|error| fault::io(&to, error))?;
         Ok(true)
     }
 
     async fn upload(&self, key: &str, staged: &object_store::path::Path, file: &Path) -> Result<()> {
         let mut input = tokio::fs::File::open(file).await.map_err(|error| Error::io(file, error))?;
-        let upload = self.inner.put_multipart(staged).await.map_err(|error| self.fault(key, error))?;
+        self.check().await?;
+        let upload = self.told(key, self.inner.put_multipart(staged).await).await?;
         let mut upload = WriteMultipart::new_with_chunk_size(upload, PIECE);
         let mut piece = vec![0u8; PIECE];
         loop {
@@ -227,12 +234,11 @@ impl Store {
             };
             upload.write(&piece[..read]);
             if let Err(error) = upload.wait_for_capacity(IN_FLIGHT).await {
-                let error = self.fault(key, error);
+                let error = self.fault(key, error).await;
                 return Err(aborted(upload, error).await);
             }
         }
-        upload.finish().await.map_err(|error| self.fault(key, error))?;
-        Ok(())
+        self.told(key, upload.finish().await).await.map(drop)
     }
 }
 
@@ -244,11 +250,18 @@ async fn aborted(upload: WriteMultipart, error: Error) -> Error {
     error
 }
 
+/// When a file was last written to or given a name. A link leaves the time of writing as it was, maybe long ago, and
+/// renews that of the last change, which the file system keeps by itself.
+fn touched(file: &Metadata) -> Option<SystemTime> {
+    let since = Duration::new(u64::try_from(file.ctime()).ok()?, u32::try_from(file.ctime_nsec()).ok()?);
+    UNIX_EPOCH.checked_add(since).max(file.modified().ok())
+}
+
 /// A name that no other process, nor an earlier one of the same id, uses.
 fn unique() -> String {
     use std::sync::atomic::{AtomicU64, Ordering};
     static NEXT: AtomicU64 = AtomicU64::new(0);
-    let since = std::time::SystemTime::now().duration_since(std::time::UNIX_EPOCH).unwrap_or_default();
+    let since = SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default();
     format!("{}-{}-{}", since.as_nanos(), std::process::id(), NEXT.fetch_add(1, Ordering::Relaxed))
 }
 

@@ -6,7 +6,7 @@ use super::validate::{count, invalid, within};
 use crate::{Error, Result};
 
 /// Highest rank of an adapter.
-const MAX_RANK: u32 = 1024;
+pub(super) const MAX_RANK: u32 = 1024;
 
 /// Beside a frozen projection `W x` stands `alpha / rank * B A x`; `A` and `B` alone train.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]

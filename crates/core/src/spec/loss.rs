@@ -4,12 +4,15 @@ use std::fmt;
 
 use serde::{
     Deserialize, Deserializer, Serialize, Serializer,
-    de::{self, MapAccess, Visitor},
+    de::{self, MapAccess, SeqAccess, Visitor},
     ser::SerializeMap as _,
 };
 
 use super::{JobSpec, validate::within};
 use crate::Result;
+
+/// The most that a term weighs.
+const MAX_WEIGHT: f64 = 1e6;
 
 /// A weighted sum of distances between teacher and student at each target, and of the label's
 /// cross-entropy. What is left out weighs nothing.
@@ -104,10 +107,15 @@ impl Loss {
         self.terms().iter().any(|(key, weight)| !matches!(*key, "forward_kl" | "label_ce") && !weight.is_zero())
     }
 
+    /// Whether some term compares the two at the loss's temperature, as all but the label's cross-entropy do.
+    pub(super) fn goes_by_temperature(&self) -> bool {
+        self.terms().iter().any(|(key, weight)| *key != "label_ce" && !weight.is_zero())
+    }
+
     pub(super) fn check(&self) -> Result<()> {
         for (key, weight) in self.terms() {
             for (part, value) in [("from", weight.from), ("to", weight.to)] {
-                within(&format!("train.loss.{key}.{part}"), value, 0.0, 1e6)?;
+                within(&format!("train.loss.{key}.{part}"), value, 0.0, MAX_WEIGHT)?;
             }
             within(&format!("train.loss.{key}.until"), weight.until, 0.0, 1.0)?;
         }
@@ -184,7 +192,7 @@ impl<'de> Visitor<'de> for NumberOrRamp {
     }
 
     fn visit_f64<E: de::Error>(self, value: f64) -> Result<Weight, E> {
-        Ok(Weight::constant(value))
+        if value.is_finite() { Ok(Weight::constant(value)) } else { Err(neither()) }
     }
 
     fn visit_u64<E: de::Error>(self, value: u64) -> Result<Weight, E> {
@@ -199,6 +207,27 @@ impl<'de> Visitor<'de> for NumberOrRamp {
         let Ramp { from, to, until } = Ramp::deserialize(de::value::MapAccessDeserializer::new(map))?;
         Ok(Weight { from, to, until })
     }
+
+    fn visit_bool<E: de::Error>(self, _: bool) -> Result<Weight, E> {
+        Err(neither())
+    }
+
+    fn visit_str<E: de::Error>(self, _: &str) -> Result<Weight, E> {
+        Err(neither())
+    }
+
+    fn visit_unit<E: de::Error>(self) -> Result<Weight, E> {
+        Err(neither())
+    }
+
+    fn visit_seq<A: SeqAccess<'de>>(self, _: A) -> Result<Weight, A::Error> {
+        Err(neither())
+    }
+}
+
+/// Which key it is said of, the reader of the text knows.
+fn neither<E: de::Error>() -> E {
+    E::custom(format!("it must be a number from 0 to {MAX_WEIGHT}, or {{from, to, until}}"))
 }
 
 fn half() -> f64 {

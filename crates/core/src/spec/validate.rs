@@ -3,9 +3,6 @@
 use super::{Codec, Init, JobSpec, Lora, Promote, Schedule};
 use crate::{Code, Error, Result};
 
-/// Bounds of a micro-batch: fewer tokens starve every product, more are never in a step.
-const MICRO_BATCH_TOKENS: (u32, u32) = (16, 1 << 20);
-
 impl JobSpec {
     /// The first field that cannot be right, named with its value and its bounds. What can run and is a slip all
     /// the same, [`Self::check_idle`] finds.
@@ -15,16 +12,13 @@ impl JobSpec {
         name("student.pool", &self.student.pool)?;
         filled("prompts.path", &self.prompts.path)?;
         filled("teacher.model", &self.teacher.model)?;
+        self.check_counts()?;
         within("prompts.held_out_fraction", self.prompts.held_out_fraction, 0.001, 0.9)?;
-        count("prompts.shard_rows", self.prompts.shard_rows, 1, 4096)?;
         let sampling = &self.teacher.sampling;
         within("teacher.sampling.temperature", sampling.temperature, 0.0, 10.0)?;
         within("teacher.sampling.top_p", sampling.top_p, 1e-6, 1.0)?;
-        count("teacher.sampling.max_new_tokens", sampling.max_new_tokens, 1, 131_072)?;
-        count("teacher.sampling.top_k", sampling.top_k, 0, 1 << 24)?;
         within("teacher.sampling.min_p", sampling.min_p, 0.0, 1.0)?;
         within("teacher.sampling.repetition_penalty", sampling.repetition_penalty, 0.01, 100.0)?;
-        count("teacher.sampling.completions", sampling.completions, 1, 256)?;
         count("teacher.sampling.stop", sampling.stop.len() as u32, 0, 16)?;
         for stop in &sampling.stop {
             if stop.is_empty() || stop.len() > 256 {
@@ -38,18 +32,8 @@ impl JobSpec {
         match &self.student.init {
             Init::Prune(prune) => prune.check()?,
             Init::Checkpoint { model } => filled("student.init.checkpoint.model", model)?,
-            Init::Config {
-                hidden_size,
-                intermediate_size,
-                num_hidden_layers,
-                num_attention_heads,
-                num_key_value_heads,
-            } => {
-                count("student.init.config.hidden_size", *hidden_size, 8, 65_536)?;
+            Init::Config { hidden_size, num_attention_heads, num_key_value_heads, .. } => {
                 self.student.lora.as_ref().map_or(Ok(()), |lora| lora.check_width((*hidden_size).into()))?;
-                count("student.init.config.intermediate_size", *intermediate_size, 8, 262_144)?;
-                count("student.init.config.num_hidden_layers", *num_hidden_layers, 1, 1024)?;
-                count("student.init.config.num_attention_heads", *num_attention_heads, 1, 1024)?;
                 count("student.init.config.num_key_value_heads", *num_key_value_heads, 1, *num_attention_heads)?;
                 divides(
                     "student.init.config",
@@ -82,11 +66,6 @@ impl JobSpec {
                     .to_owned(),
             ));
         }
-        count("train.passes", train.passes, 1, 10_000)?;
-        count("train.batch_rows", train.batch_rows, 1, 65_536)?;
-        if let Some(tokens) = train.micro_batch_tokens {
-            count("train.micro_batch_tokens", tokens, MICRO_BATCH_TOKENS.0, MICRO_BATCH_TOKENS.1)?;
-        }
         within("train.learning_rate", train.learning_rate, 1e-9, 10.0)?;
         within("train.warmup_ratio", train.warmup_ratio, 0.0, 1.0)?;
         within("train.decay_ratio", train.decay_ratio, 0.0, 1.0)?;
@@ -103,8 +82,6 @@ impl JobSpec {
         within("train.guard.loss_ratio", train.guard.loss_ratio, 0.0, 1e9)?;
         within("train.ema_decay", train.ema_decay, 0.0, 0.999_999)?;
         if let Some(parallel) = &train.parallel {
-            count("train.parallel.workers", parallel.workers, 1, 64)?;
-            count("train.parallel.inner_steps", parallel.inner_steps, 1, 100_000)?;
             within("train.parallel.outer_learning_rate", parallel.outer_learning_rate, 1e-6, 10.0)?;
             within("train.parallel.outer_momentum", parallel.outer_momentum, 0.0, 0.999)?;
             if train.diloco().is_some() && train.ema_decay > 0.0 {
@@ -115,7 +92,6 @@ impl JobSpec {
                 ));
             }
         }
-        count("train.keep.last", train.keep.last, 1, 1000)?;
         if train.promote == Promote::Best && !train.keep.best {
             return Err(invalid(
                 "train.promote is best and train.keep.best is false, so that the best checkpoint may be gone; leave one \
@@ -149,7 +125,8 @@ impl JobSpec {
                     .to_owned(),
             ));
         }
-        if loss.temperature != 1.0 && !soft_targets.temperatures.contains(&loss.temperature) {
+        let hot = loss.temperature != 1.0 && loss.goes_by_temperature();
+        if hot && !soft_targets.temperatures.contains(&loss.temperature) {
             return Err(invalid(format!(
                 "train.loss.temperature is {}, for which the shards must keep a sum; add it to \
                  teacher.soft_targets.temperatures, which is {:?}",

@@ -2,10 +2,11 @@
 
 mod outline;
 
-use serde_saphyr::Error as Yaml;
+use serde::Deserialize;
+use serde_saphyr::{Error as Yaml, NonFiniteFloatPolicy};
 
-use self::outline::{Field, field_at, place_of};
-use super::{JobSpec, Sharing};
+use self::outline::{EMPTY, Field, field_at, place_of};
+use super::{JobSpec, Sharing, counts};
 use crate::{Code, Error, Result};
 
 /// Longest spec read, bytes.
@@ -20,11 +21,17 @@ pub fn parse_yaml(name: &str, text: &str) -> Result<JobSpec> {
             format!("{name}: {} bytes are more than a spec may have ({MAX_SPEC_BYTES})", text.len()),
         ));
     }
-    let spec: JobSpec = serde_saphyr::from_str(text).map_err(|error| explain(name, text, error.without_snippet()))?;
+    let spec: JobSpec = read(text).map_err(|error| explain(name, text, error.without_snippet()))?;
     check_sharing(name, text, &spec)?;
     let checked = spec.validate().and_then(|()| spec.check_idle());
     checked.map_err(|error| Error::new(error.code, format!("{name}: {}", error.message)))?;
     Ok(spec)
+}
+
+/// Numbers that are not finite come through: what reads them knows what they are to be.
+fn read<'de, T: Deserialize<'de>>(text: &'de str) -> Result<T, Yaml> {
+    let options = serde_saphyr::options! { non_finite_float_policy: NonFiniteFloatPolicy::PassThrough };
+    serde_saphyr::from_str_with_options(text, options)
 }
 
 /// Keys of another mode than the one that is given, or meant, would do nothing, whatever their value.
@@ -47,13 +54,21 @@ fn explain(name: &str, text: &str, error: &Yaml) -> Error {
     let at = error.location();
     let place = at.map_or_else(|| name.to_owned(), |at| format!("{name} line {} column {}", at.line(), at.column()));
     let new = |code: Code, what: String| Error::new(code, format!("{place}: {what}"));
-    match innermost(error) {
+    let field = |text: &str| at.and_then(|at| field_at(text, at.line(), at.column()));
+    // With an alias of no value a text has no outline; with a plain text in the alias's place it has.
+    let alias = |wrong: &str| {
+        let path = field(&text.replace('*', "_")).map_or_else(|| "this".to_owned(), |field| field.path);
+        new(Code::SpecMalformed, format!("{path} is an alias {wrong}; write the value out"))
+    };
+    let wrong = innermost(error);
+    match wrong {
         Yaml::SerdeUnknownField { field, expected, .. } => {
             new(Code::SpecUnknownKey, format!("unknown key {field:?}; {}", suggest(field, expected)))
         }
-        Yaml::SerdeUnknownVariant { variant, expected, .. } => {
-            new(Code::SpecInvalid, format!("{variant:?} is not known here; {}", suggest(variant, expected)))
-        }
+        Yaml::SerdeUnknownVariant { variant, expected, .. } => match field(text) {
+            Some(field) if field.value == EMPTY => new(Code::SpecMalformed, wrong_value(Some(&field), wrong)),
+            _ => new(Code::SpecInvalid, format!("{variant:?} is not known here; {}", suggest(variant, expected))),
+        },
         Yaml::SerdeMissingField { field, .. } => new(Code::SpecInvalid, format!("the key {field:?} is missing")),
         Yaml::DuplicateMappingKey { key: Some(key), .. } => {
             new(Code::SpecMalformed, format!("the key {key:?} is given twice"))
@@ -69,7 +84,14 @@ fn explain(name: &str, text: &str, error: &Yaml) -> Error {
         Yaml::ExpectedMappingEndAfterEnumVariantValue { .. } => {
             new(Code::SpecMalformed, format!("student.init takes one of {INITS}, not several"))
         }
-        // Our own words, about keys that do not go together.
+        Yaml::RecursiveReferencesRequireWeakTypes { .. } => alias("of what it stands in"),
+        Yaml::UnknownAnchor { .. } => alias("without an anchor above it"),
+        // Our own words, of what does not know its key.
+        Yaml::Message { msg, .. } if msg.starts_with("it must be ") => {
+            let of = field(text).map(|Field { path, value }| format!("{path} is {value}; "));
+            new(Code::SpecMalformed, format!("{}{}", of.unwrap_or_default(), first_line(msg)))
+        }
+        // And about keys that do not go together.
         Yaml::Message { msg, .. } | Yaml::ExternalMessage { msg, .. }
             if ["teacher.soft_targets.", "student.init.prune.", "export.gguf "]
                 .iter()
@@ -85,10 +107,7 @@ fn explain(name: &str, text: &str, error: &Yaml) -> Error {
         | Yaml::AliasReplayStackDepthExceeded { .. } => {
             new(Code::SpecMalformed, "it is nested too deeply, or grows too large, for a spec".to_owned())
         }
-        other => {
-            let field = at.and_then(|at| field_at(text, at.line(), at.column()));
-            new(Code::SpecMalformed, wrong_value(field.as_ref(), other))
-        }
+        other => new(Code::SpecMalformed, wrong_value(field(text).as_ref(), other)),
     }
 }
 
@@ -124,7 +143,8 @@ fn expected(field: Option<&Field>, error: &Yaml) -> Option<String> {
         Yaml::SerdeInvalidType { expected, .. } | Yaml::SerdeInvalidValue { expected, .. } => expected.as_str(),
         Yaml::ExternallyTaggedEnumExpectedScalarOrMapping { .. }
         | Yaml::ExpectedStringKeyForExternallyTaggedEnum { .. }
-        | Yaml::UnexpectedValueForUnitEnumVariant { .. } => "enum",
+        | Yaml::UnexpectedValueForUnitEnumVariant { .. }
+        | Yaml::SerdeUnknownVariant { .. } => "enum",
         _ => return None,
     };
     let named = |name: &str| field.is_some_and(|field| field.path.ends_with(name));
@@ -135,8 +155,11 @@ fn expected(field: Option<&Field>, error: &Yaml) -> Option<String> {
         _ if named("student.init") => format!("one of {INITS}, as in {{prune: {{layers: 8}}}}"),
         _ if named("student.lora.targets") => "a list, as in [q_proj, v_proj]".to_owned(),
         _ if named("student.lora.base") => "model or int8".to_owned(),
-        "u32" | "i32" => format!("a whole number from 0 to {}", u32::MAX),
-        "u64" | "i64" => format!("a whole number from 0 to {}", u64::MAX),
+        "u32" => {
+            let bounds = field.and_then(|field| counts::bounds(&field.path));
+            whole_number(field, bounds.map(|(least, most)| (least.into(), most.into())))
+        }
+        "u64" => whole_number(field, Some((0, u64::MAX))),
         "floating point" => "a number".to_owned(),
         "boolean" => "true or false".to_owned(),
         kind if kind.contains("mapping") || kind.contains("struct") || kind.contains("map") => {
@@ -144,8 +167,23 @@ fn expected(field: Option<&Field>, error: &Yaml) -> Option<String> {
         }
         kind if kind.contains("scalar") => "a single value".to_owned(),
         kind if kind.contains("string") => "a text".to_owned(),
-        _ => return None,
+        _ => match error {
+            Yaml::SerdeUnknownVariant { expected, .. } => format!("one of {}", expected.join(", ")),
+            _ => return None,
+        },
     })
+}
+
+/// With the way to write one that is only written otherwise, as `1.0`, `1e1` and `010` are.
+fn whole_number(field: Option<&Field>, bounds: Option<(u64, u64)>) -> String {
+    let Some((least, most)) = bounds else {
+        return format!("a whole number up to {}, not a negative one", u32::MAX);
+    };
+    let meant = field
+        .and_then(|field| field.value.parse::<f64>().ok())
+        .filter(|value| value.fract() == 0.0 && (least as f64..=most as f64).contains(value));
+    let way_out = meant.map(|meant| format!("; write {}", meant.abs())).unwrap_or_default();
+    format!("a whole number from {least} to {most}{way_out}")
 }
 
 /// A message's first line, without the place that the library writes behind it.

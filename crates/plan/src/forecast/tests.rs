@@ -121,6 +121,9 @@ fn a_curve_that_bears_none_is_told_so() {
     let odd = [(0, 9.0), (25_000, f64::NAN), (30_000, 0.0), (35_000, -1.0), (40_000, f64::INFINITY), (5000, 2.0)];
     points.extend(odd.map(|(tokens, kl)| Point { tokens, kl }));
     assert_eq!(forecast(&points, 1), Err(Unfit::TooFew { points: 4 }));
+    // It falls again, and never below where it began.
+    let diverged = [(0, 8.0), (10, 2000.0), (20, 900.0), (30, 500.0), (40, 400.0), (50, 350.0), (60, 330.0)];
+    assert_eq!(forecast(&diverged.map(|(tokens, kl)| Point { tokens, kl }), 1), Err(Unfit::Worse));
 }
 
 #[test]
@@ -128,7 +131,7 @@ fn a_reason_says_the_way_out() {
     let text = Unfit::TooFew { points: 3 }.to_string();
     assert_eq!(
         text,
-        "the held-out curve has 3 points to fit and 5 are needed; a smaller train.checkpoint_steps gives more"
+        "the held-out curve has 3 of the 5 points that a fit needs; a smaller train.checkpoint_steps gives more"
     );
 }
 

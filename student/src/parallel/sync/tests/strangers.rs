@@ -221,7 +221,10 @@ async fn an_attempt_that_goes_on_computing_what_cannot_be_is_told_why_and_not_ta
         assert_eq!(took_part, 1);
         let why = stranger.over().await;
         assert_eq!(why.code, Code::GroupBroken);
-        assert!(why.message.contains(&format!("step {} does not count: its gradient's norm is NaN", step + 1)), "{why}");
+        assert!(
+            why.message.contains(&format!("step {} does not count: its gradient's norm is NaN", step + 1)),
+            "{why}"
+        );
     }
     let mut stranger = stage.call(Say::Hello(hello.clone())).await.unwrap();
     stranger.say(ready()).await;
