@@ -288,7 +288,8 @@ async fn the_weights_before_training_are_made_again_and_the_checkpoint_is_kept()
         world.stop_after_checkpoints(1, Stop::Fenced);
         world.run(&world.train_attempt(1)).await.unwrap_err();
         world.never_stop();
-        let (newest, _) = checkpoint::latest(&world.store, JOB).await.unwrap().unwrap();
+        let (_, newest) = checkpoint::latest(&world.store, JOB).await.unwrap().unwrap();
+        let told = world.events().len();
         if gone {
             world.store.delete(&paths::manifest(&paths::initial(JOB, 1))).await.unwrap();
             world.store.delete_prefix(&paths::initial(JOB, 1)).await.unwrap();
@@ -299,7 +300,12 @@ async fn the_weights_before_training_are_made_again_and_the_checkpoint_is_kept()
         let What::TrainFinished(finished) = world.events().pop().unwrap() else { panic!("not finished") };
         assert_eq!(finished.initial_key, paths::initial(JOB, 2));
         assert!(fs::read(world.object(&weights(2))).unwrap() == before);
-        assert!(world.store.exists(&paths::manifest(&newest)).await.unwrap());
+        let events = world.events();
+        let steps = events[told..].iter().filter_map(|what| match what {
+            What::TrainProgress(progress) => Some(progress.step),
+            _ => None,
+        });
+        assert!(steps.min() > Some(newest.step), "it goes on from its checkpoint");
         assert_eq!(final_weights(&world).await, final_weights(&straight).await);
         world.run(&world.evaluate_attempt(1, &finished.initial_key, &finished.checkpoint_key)).await.unwrap();
     }

@@ -106,9 +106,10 @@ impl fmt::Display for Unfit {
 /// training among them, have no place in a power law and are left out, as is what is no positive number; of two
 /// with the same tokens the later one counts. The same curve and `seed` give the same bits.
 pub fn forecast(points: &[Point], seed: u64) -> Result<Forecast, Unfit> {
-    let judged = || points.iter().filter(|point| point.kl.is_finite());
-    if let (Some(first), Some(last)) = (judged().min_by_key(|at| at.tokens), judged().max_by_key(|at| at.tokens))
-        && last.kl > first.kl
+    let before = points.iter().find(|point| point.tokens == 0);
+    let last = points.iter().filter(|point| point.kl.is_finite()).max_by_key(|point| point.tokens);
+    if let (Some(before), Some(last)) = (before, last)
+        && last.kl > before.kl
     {
         return Err(Unfit::Worse);
     }

@@ -161,17 +161,22 @@ pub struct Step {
     pub held_out_kl: Option<f64>,
 }
 
-/// Of the attempt with this epoch: what a later one reports first stands for all that was reported before.
-pub async fn record_step(conn: &mut Connection, id: &JobId, epoch: u64, step: &Step) -> Result<()> {
+/// The attempt at training with this epoch reports. What it says stands for all that others said before: it may have
+/// gone back to an older checkpoint.
+pub async fn enter_training(conn: &mut Connection, id: &JobId, epoch: u64) -> Result<()> {
     sqlx::query(
         "UPDATE jobs SET step_epoch = ?1, step = 0, processed_tokens = 0, held_out_kl_step = NULL
          WHERE id = ?2 AND step_epoch < ?1",
     )
     .bind(signed(epoch))
     .bind(id.as_str())
-    .execute(&mut *conn)
+    .execute(conn)
     .await
     .db()?;
+    Ok(())
+}
+
+pub async fn record_step(conn: &mut Connection, id: &JobId, step: &Step) -> Result<()> {
     sqlx::query(
         "UPDATE jobs SET
              train_loss = CASE WHEN ?1 >= step THEN ?2 ELSE train_loss END,

@@ -54,7 +54,8 @@ pub(super) async fn apply(context: &Context, conn: &mut Connection, event: &Even
     match &event.what {
         What::TrainProgress(step) => {
             // Counts even after the result: it may have been overtaken.
-            jobs::record_step(&mut *conn, &job.id, event.epoch, step).await?;
+            jobs::enter_training(&mut *conn, &job.id, event.epoch).await?;
+            jobs::record_step(&mut *conn, &job.id, step).await?;
             let what = proto::TrainStepped { step: step.step, loss: step.loss };
             return append(context, conn, &job, job_event::What::TrainStepped(what)).await;
         }
@@ -116,6 +117,7 @@ pub(super) async fn apply(context: &Context, conn: &mut Connection, event: &Even
         What::TrainFinished(finish) => {
             done(conn, &task).await?;
             tasks::cancel_replicas(&mut *conn, &job.id).await?;
+            jobs::enter_training(&mut *conn, &job.id, event.epoch).await?;
             jobs::record_train_finish(&mut *conn, &job.id, finish).await?;
             jobs::record_checkpoint(&mut *conn, &job.id, finish.judged_step(&job.id), &finish.checkpoint_key).await?;
             leases::advance(&mut *conn, &job).await?;

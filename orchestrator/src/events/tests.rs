@@ -165,7 +165,7 @@ async fn training_shows_in_the_progress() {
     assert_eq!(world.read_job(&job).await.training.loss, None);
 
     // Another attempt goes back to where it can.
-    assert_eq!(world.emit(&task, epoch, task_failed(Code::StoreUnavailable, true)).await, Outcome::Applied);
+    assert_eq!(world.emit(&task, epoch, task_failed(Code::WorkerStopped, true)).await, Outcome::Applied);
     let epoch = world.claim(&task, "student").await;
     assert_eq!(world.read_job(&job).await.training.step, 5, "until it says where that is");
     assert_eq!(world.emit(&task, epoch, train_progress(2, 2.5)).await, Outcome::Applied);
