@@ -158,23 +158,24 @@ async fn nothing_left_to_do_is_committed_without_an_event() {
 #[tokio::test(start_paused = true)]
 async fn a_held_lease_is_asked_for_again() {
     let bench = Bench::new();
-    bench.answer_claims([retry_after(9.0), retry_after(2.0), claimed(2, 15.0)]);
+    bench.answer_claims([retry_after(9.0), retry_after(0.4), claimed(2, 15.0)]);
     bench.deliver_and_stop_when_done(1);
     let started = tokio::time::Instant::now();
     bench.run(Does::Succeed).await.unwrap();
-    assert!((11.0..12.0).contains(&started.elapsed().as_secs_f64()), "{:?}", started.elapsed());
+    // Long before the lease can run out: another task may be there by now.
+    assert!((1.4..1.5).contains(&started.elapsed().as_secs_f64()), "{:?}", started.elapsed());
     assert_eq!(bench.log(), ["claim", "claim", "claim", "event shard_progress epoch 2", "commit 0"]);
 }
 
 #[tokio::test(start_paused = true)]
 async fn a_task_another_worker_keeps_alive_is_left_to_it() {
     let bench = Bench::new();
-    bench.answer_claims((0..40).map(|_| retry_after(5.0)));
+    bench.answer_claims((0..100).map(|_| retry_after(5.0)));
     bench.deliver_and_stop_when_done(1);
     bench.run(Does::Succeed).await.unwrap();
     let log = bench.log();
     assert_eq!(log.last().map(String::as_str), Some("commit 0"));
-    assert!(log.len() < 20, "{log:?}");
+    assert!((60..65).contains(&log.len()), "{log:?}");
 }
 
 #[tokio::test(start_paused = true)]

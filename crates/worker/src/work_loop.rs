@@ -30,6 +30,8 @@ const LEAVING: Duration = Duration::from_millis(400);
 /// A task that another worker keeps alive for longer than this is left to it: should that worker die
 /// later, the orchestrator publishes the task again.
 const PATIENCE: Duration = Duration::from_secs(60);
+/// A record is worth any task of its topic: while another worker holds the one it names, others may be published.
+const ASK_AGAIN: Duration = Duration::from_secs(1);
 /// Waits after a failure of the surroundings (full disk, store away), so that a task's attempts are
 /// not burnt within a second.
 const COOL_OFF: (Duration, Duration) = (Duration::from_secs(1), Duration::from_secs(30));
@@ -339,6 +341,7 @@ impl<T: Tasks> Desk<T> {
             proto::ClaimTaskRequest { task_id: task_id.to_owned(), worker_id: self.worker_id.as_str().to_owned() };
         let mut backoff = retry::network();
         let asked_first = Instant::now();
+        let mut told = false;
         loop {
             let sent = Instant::now();
             let answer = tokio::select! {
@@ -358,9 +361,11 @@ impl<T: Tasks> Desk<T> {
                         tracing::info!("another worker keeps this task alive; leaving it");
                         return Claim::Nothing;
                     }
-                    let wait = Duration::try_from(wait).unwrap_or(Duration::from_secs(1));
-                    tracing::info!("another attempt holds the lease; asking again in {wait:?}");
-                    wait.clamp(Duration::from_millis(50), Duration::from_secs(30))
+                    let wait = Duration::try_from(wait).unwrap_or(ASK_AGAIN);
+                    if !std::mem::replace(&mut told, true) {
+                        tracing::info!("another attempt holds the lease for {wait:?} more; asking again until then");
+                    }
+                    wait.clamp(Duration::from_millis(50), ASK_AGAIN)
                 }
                 Ok(None) => {
                     tracing::error!(
