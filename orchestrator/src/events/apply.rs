@@ -24,12 +24,12 @@ use crate::{
 
 /// A failed attempt is done again after this long, doubling with each attempt.
 const FIRST_BACKOFF_MS: i64 = 1000;
-const LONGEST_BACKOFF_MS: i64 = 30_000;
+const LONGEST_BACKOFF_MS: i64 = 300_000;
 /// A replica that made room for others asks for work again after this long.
 const REPLICA_PAUSE_MS: i64 = 5_000;
-/// A task outlives this many failures of its surroundings, about half an hour of a full disk; more
+/// A task outlives this many failures of its surroundings, about a day of a full disk or a store that is away; more
 /// count as failures of its own.
-pub(super) const MAX_OUTAGES: u32 = 60;
+pub(super) const MAX_OUTAGES: u32 = 300;
 
 /// `Err` of kind `Invalid` only before anything was written.
 pub(super) async fn apply(context: &Context, conn: &mut Connection, event: &Event) -> Result<Outcome> {

@@ -25,7 +25,7 @@ async fn a_failure_that_may_pass_is_tried_again_after_a_while() {
 }
 
 #[tokio::test]
-async fn a_full_disk_costs_no_attempt_for_half_an_hour() {
+async fn a_full_disk_costs_no_attempt_for_a_day() {
     let world = World::new().await;
     let job = world.job().await;
     let task = TaskId::shard(&job, 0);
@@ -37,10 +37,10 @@ async fn a_full_disk_costs_no_attempt_for_half_an_hour() {
         world.clock.advance_ms(wait_ms);
         waited_ms += wait_ms;
         outages += 1;
-        assert!(outages < 100);
+        assert!(outages < 1000);
     }
     assert_eq!(outages, apply::MAX_OUTAGES + 3);
-    assert!(waited_ms > 25 * 60 * 1000, "{waited_ms} ms");
+    assert!(waited_ms > 24 * 3600 * 1000, "{waited_ms} ms");
     let (code, message) = world.read_job(&job).await.error.unwrap();
     assert_eq!(code, "attempts-exhausted");
     assert!(message.ends_with("the last time: disk-full: it broke"), "{message}");
