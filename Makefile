@@ -136,7 +136,7 @@ bench-parallel: build $(TEACHER)/retort-import.json ## Two students that train o
 	cargo build --workspace --locked --example parallel
 	$(BIN)/examples/parallel --cache $(RETORT_CACHE) $(BENCH_PARALLEL)
 
-# Kept between runs: a run that was stopped goes on. Some four hours on two cores; BENCH_QUALITY="--seeds 1" is a third of it.
+# Kept between runs: a run that was stopped goes on. Some three hours on two cores; BENCH_QUALITY="--seeds 1" is a third of it.
 QUALITY_HOME ?= $(RETORT_CACHE)/quality
 BENCH_QUALITY ?=
 
