@@ -1,26 +1,7 @@
 //! What a user sees when a value of a spec is of the wrong kind.
 
-#![allow(clippy::unwrap_used)] // helpers of tests unwrap as tests do
-
+use super::{GOOD, check};
 use retort_core::{Code, spec::parse_yaml};
-
-const GOOD: &str = "\
-name: support
-prompts:
-  path: prompts.jsonl
-teacher:
-  model: teachers/small
-student:
-  init:
-    prune:
-      layers: 10
-";
-
-fn check(yaml: &str, code: Code, message: &str) {
-    let error = parse_yaml("job.yaml", yaml).expect_err("the spec is wrong");
-    assert_eq!(error.code, code, "{}", error.message);
-    assert_eq!(error.message, message);
-}
 
 #[test]
 fn a_value_of_the_wrong_kind_is_named_with_its_field_and_what_it_must_be() {

@@ -2,6 +2,8 @@
 
 #![allow(clippy::unwrap_used)] // helpers of tests unwrap as tests do
 
+mod values;
+
 use retort_core::{
     Code,
     spec::{GgufType, JobSpec, SoftTargets, parse_yaml},
