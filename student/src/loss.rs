@@ -64,9 +64,10 @@ pub struct Measured {
 #[derive(Debug)]
 pub struct ChunkedLoss {
     vocab_size: i64,
-    /// Positions at a time.
+    /// Positions at a time, in training and in judging.
     chunk: usize,
-    /// On the CPU one pass of our own stands for libtorch's several.
+    measured: usize,
+    /// One pass of our own stands for libtorch's several.
     fused: bool,
     /// In the head's kind.
     logits_nv: Tensor,
@@ -76,22 +77,28 @@ pub struct ChunkedLoss {
 impl ChunkedLoss {
     /// For a head of `vocab_size` rows in `kind`.
     pub fn new(vocab_size: i64, kind: Kind, device: Device) -> Result<Self> {
-        let row = vocab_size.max(1).unsigned_abs() as usize * size_of::<f32>();
-        let chunk = (CHUNK_BYTES / row).clamp(CHUNK_POSITIONS.0, CHUNK_POSITIONS.1);
-        Self::with_chunk(vocab_size, kind, device, chunk)
+        let row = vocab_size.max(1).unsigned_abs() as usize;
+        let positions = |bytes: usize| (CHUNK_BYTES / (row * bytes)).clamp(CHUNK_POSITIONS.0, CHUNK_POSITIONS.1);
+        let wide = positions(size_of::<f32>());
+        // Where training takes log-probabilities of its logits they are f32.
+        let chunk = if is_fused(device) { positions(kind.elt_size_in_bytes()) } else { wide };
+        Self::with_chunks(vocab_size, (kind, device), chunk, wide)
     }
 
     /// As [`ChunkedLoss::new`], with `chunk` positions at a time.
     pub fn with_chunk(vocab_size: i64, kind: Kind, device: Device, chunk: usize) -> Result<Self> {
-        let chunk = chunk.max(1);
-        let shape = [chunk as i64, vocab_size];
+        Self::with_chunks(vocab_size, (kind, device), chunk.max(1), chunk.max(1))
+    }
+
+    fn with_chunks(vocab_size: i64, (kind, device): (Kind, Device), chunk: usize, measured: usize) -> Result<Self> {
         let failed = torch("cannot allocate the loss's working memory");
         Ok(Self {
             vocab_size,
             chunk,
-            fused: device == Device::Cpu,
-            logits_nv: Tensor::f_empty(shape, (kind, device)).map_err(&failed)?,
-            logprobs_nv: Tensor::f_empty(shape, (Kind::Float, device)).map_err(&failed)?,
+            measured,
+            fused: is_fused(device),
+            logits_nv: Tensor::f_empty([chunk as i64, vocab_size], (kind, device)).map_err(&failed)?,
+            logprobs_nv: Tensor::f_empty([measured as i64, vocab_size], (Kind::Float, device)).map_err(&failed)?,
         })
     }
 
@@ -119,8 +126,9 @@ impl ChunkedLoss {
             let (hidden_nh, weight_vh) = (hidden_nh.detach(), weight_vh.detach());
             let grad_nh = hidden_nh.f_zeros_like().map_err(&failed)?;
             let mut sums = Sums::default();
-            for start in (0..targets.len()).step_by(self.chunk) {
-                let chunk = Chunk::new(targets, start, self.chunk, self.vocab_size, hidden_nh.device())?;
+            let step = step(targets.len(), self.chunk);
+            for start in (0..targets.len()).step_by(step) {
+                let chunk = Chunk::new(targets, start, step, self.vocab_size, hidden_nh.device())?;
                 let part_nh = hidden_nh.narrow(0, start as i64, chunk.n);
                 let mut into_nh = grad_nh.narrow(0, start as i64, chunk.n);
                 let mut part = || -> Result<Sums, TchError> {
@@ -143,8 +151,9 @@ impl ChunkedLoss {
         let failed = torch("cannot measure the head");
         no_grad(|| {
             let mut measured = Measured::default();
-            for start in (0..targets.len()).step_by(self.chunk) {
-                let chunk = Chunk::new(targets, start, self.chunk, self.vocab_size, hidden_nh.device())?;
+            let step = step(targets.len(), self.measured);
+            for start in (0..targets.len()).step_by(step) {
+                let chunk = Chunk::new(targets, start, step, self.vocab_size, hidden_nh.device())?;
                 let part_nh = hidden_nh.narrow(0, start as i64, chunk.n);
                 let mut part = || -> Result<(), TchError> {
                     let logits_nv = self.logits(&part_nh, weight_vh)?;
@@ -267,6 +276,16 @@ impl ChunkedLoss {
         }
         Ok((sums, grad_nv))
     }
+}
+
+/// On the CPU.
+fn is_fused(device: Device) -> bool {
+    device == Device::Cpu
+}
+
+/// Of each chunk of so many positions: about equal, for each chunk reads the whole head.
+fn step(positions: usize, most: usize) -> usize {
+    positions.div_ceil(positions.div_ceil(most).max(1)).max(1)
 }
 
 /// Entries of the flattened `[n, v]`.

@@ -252,28 +252,14 @@ impl Trainer {
         let embedded_nh = no_grad(|| self.model.embedded(&ids_n)).map_err(llama)?;
         let weight_vh = self.model.head_weight();
         let head_grad_vh = self.head_grad_vh.as_mut();
-        let (hidden_nh, tape) = if self.options.train.activation_checkpointing || self.model.is_narrow() {
-            let taped = self.model.hidden_taped(&embedded_nh, &micro.lengths, Some(masks));
-            taped.map(|(hidden_nh, tape)| (hidden_nh, Some(tape)))
-        } else {
-            let _ = embedded_nh.set_requires_grad(self.embedding_grad_vh.is_some());
-            self.model.hidden_masked(&embedded_nh, &micro.lengths, Some(masks)).map(|hidden_nh| (hidden_nh, None))
-        }
-        .map_err(llama)?;
+        let recomputed = self.options.train.activation_checkpointing || self.model.is_narrow();
+        let (hidden_nh, tape) =
+            self.model.hidden_taped(&embedded_nh, &micro.lengths, Some(masks), recomputed).map_err(llama)?;
         let hidden_mh = hidden_nh.f_index_select(0, &positions_m).map_err(&failed)?;
         let (sums, grad_mh) =
             self.loss.backward(objective, &hidden_mh, &weight_vh, head_grad_vh, &micro.targets, scale)?;
-        let grad_nh = if let Some(tape) = tape {
-            let whole_nh = hidden_nh.f_zeros_like().and_then(|mut grad| grad.f_index_add_(0, &positions_m, &grad_mh));
-            self.model.backward(tape, &whole_nh.map_err(&failed)?).map_err(llama)?
-        } else {
-            let through_body = || -> Result<Tensor, TchError> {
-                // The gradient of this sum with respect to hidden_mh is grad_mh; its value means nothing.
-                hidden_mh.f_mul(&grad_mh)?.f_sum(Kind::Float)?.f_backward()?;
-                embedded_nh.f_grad()
-            };
-            through_body().map_err(&failed)?
-        };
+        let whole_nh = hidden_nh.f_zeros_like().and_then(|mut grad| grad.f_index_add_(0, &positions_m, &grad_mh));
+        let grad_nh = self.model.backward(tape, &whole_nh.map_err(&failed)?).map_err(llama)?;
         if let Some(embedding_grad_vh) = &mut self.embedding_grad_vh {
             let mut add = || -> Result<Tensor, TchError> {
                 let ids_n = ids_n.f_to(grad_nh.device())?;

@@ -122,17 +122,15 @@ impl Up {
         });
     }
 
-    /// As [`Up::kill`], at a moment when this worker holds a task claimed since now: it is stopped, its log
-    /// read, and it runs on until that log ends inside a task.
+    /// As [`Up::kill`], at a moment when this worker is at work on a task claimed since now: it is stopped, its log
+    /// read, and it runs on until that log claims a task of which it says nothing more.
     pub fn kill_at_work(&mut self, name: &str) {
         let path = self.home.join("logs").join(format!("{name}.log"));
         let read = || fs::read_to_string(&path).unwrap_or_default();
         let seen = read().len();
         self.wait(&format!("a task of {name}"), Duration::from_secs(60), |up| {
             up.signal_process(name, Signal::STOP);
-            let log = read();
-            let told = log[seen..].lines().rev().find(|line| line.contains("task{"));
-            if told.is_some_and(|line| line.contains("claimed")) {
+            if at_work(&read()[seen..]) {
                 return Some(());
             }
             up.signal_process(name, Signal::CONT);
@@ -273,5 +271,31 @@ impl Drop for Up {
                 let _ = kill_process(pid, Signal::KILL);
             }
         }
+    }
+}
+
+/// Whether the last task that a worker's log claims is one of which it says nothing more. While a worker writes one
+/// shard it is at work on the next, so that what is said last may be of another task.
+fn at_work(log: &str) -> bool {
+    let Some((before, after)) = log.rsplit_once(": claimed ") else { return false };
+    let span = before.rsplit(" task=").next().and_then(|rest| rest.split_once('}'));
+    span.is_some_and(|(task, _)| !after.contains(&format!(" task={task}}}")))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::at_work;
+
+    #[test]
+    fn a_worker_that_writes_one_shard_is_at_work_on_the_next() {
+        let line = |task: u32, said: &str| format!("INFO task{{job=1 task=shard-{task}}}: retort: {said}\n");
+        let mut log = line(1, "claimed epoch=1");
+        assert!(at_work(&log));
+        log += &line(1, "shard written");
+        assert!(!at_work(&log), "its shard is written");
+        log += &line(2, "claimed epoch=1");
+        log += &line(1, "done");
+        assert!(at_work(&log), "the next one is begun");
+        assert!(!at_work(&line(1, "done")), "nothing is claimed");
     }
 }

@@ -10,6 +10,10 @@ use crate::{
     product::{Panels, Target},
 };
 
+mod documents;
+
+pub use documents::{Documents, Projected, Stored};
+
 /// Keys of a block.
 const KEYS: usize = 128;
 /// Positions whose queries are taken together.

@@ -4,6 +4,8 @@ use tch::{Device, Kind, Tensor};
 
 use crate::Result;
 
+pub(crate) mod host;
+
 /// Which positions a query may look at.
 pub(crate) enum Mask<'a> {
     /// Itself and all before; queries and keys are the same positions.

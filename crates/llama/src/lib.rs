@@ -16,6 +16,7 @@ mod device;
 mod error;
 mod generate;
 mod hash;
+mod memory;
 mod model;
 mod part;
 mod rope;
@@ -26,6 +27,7 @@ pub use device::{device_from_flag, dtype_from_flag};
 pub use error::{Error, Result};
 pub use generate::{GenerateOptions, Sampler, generate, greedy};
 pub use hash::{TensorHash, folder_print, folder_sha256, tensor_hashes, tensors_sha256};
+pub use memory::numbers;
 pub use model::{Cut, Importance, LayerCut, LayerImportance, Masks, Model, Observer, Tape, Weights};
 pub use part::{Keep, Part, Piece, Room, Share, host::HostPart, torch::TorchPart};
 pub use retort_model::{

@@ -18,12 +18,13 @@ mod importance;
 mod lora;
 mod packed;
 mod prune;
+mod tape;
 
 pub use adapter::Masks;
 use block::{Block, Weight, norm};
 pub use importance::{Importance, LayerImportance, Observer};
-pub use packed::Tape;
 pub use prune::{Cut, LayerCut};
+pub use tape::Tape;
 
 /// How the name of a projection's weight ends.
 const PROJECTION: &str = "_proj.weight";

@@ -131,11 +131,11 @@ impl Student<'_> {
             Device::Gpu => Train::MICRO_BATCH_TOKENS_GPU,
         });
         let numbers = Numbers::of(self);
-        let head_positions = head_positions(numbers.vocab);
+        let head_positions = head_positions(numbers.vocab, device, dtype);
         let step_tokens = self.longest_row.saturating_mul(self.train.batch_rows.into());
         // A row longer than a micro-batch goes alone.
         let tokens = self.longest_row.max(step_tokens.min(micro_batch_tokens.into()));
-        let memory = self.memory(&numbers, tokens, head_positions, (device, dtype));
+        let memory = self.memory(&numbers, tokens, (device, dtype));
         Place { device, dtype, micro_batch_tokens, head_positions: head_positions as u32, memory }
     }
 
@@ -148,7 +148,7 @@ impl Student<'_> {
         self.lora.is_some_and(|lora| lora.base == LoraBase::Int8)
     }
 
-    fn memory(&self, numbers: &Numbers, tokens: u64, head_positions: u64, (device, dtype): (Device, Dtype)) -> Memory {
+    fn memory(&self, numbers: &Numbers, tokens: u64, (device, dtype): (Device, Dtype)) -> Memory {
         let wide = dtype.bytes();
         let is_f32 = dtype == Dtype::F32;
         let trained = numbers.trained;
@@ -172,8 +172,8 @@ impl Student<'_> {
             // Weights on their way out, and a gradient from each of the others.
             (None, workers) => 4 * trained * u64::from(workers),
         };
-        let head = head_positions * numbers.vocab * logit_bytes(device, dtype);
-        let activations = Activations::of(self, numbers, wide);
+        let head = numbers.vocab * head_bytes(numbers.vocab, device, dtype);
+        let activations = Activations::of(self, numbers, wide, device);
         let kept = activations.kept(numbers, tokens);
         let checkpointed = activations.checkpointed(numbers, tokens);
         let of_spec = if self.checkpoints_activations() { checkpointed } else { kept };
@@ -194,17 +194,20 @@ impl Student<'_> {
     }
 }
 
-/// Target positions whose logits over `vocab` tokens lie in memory at a time.
-pub fn head_positions(vocab: u64) -> u64 {
-    (HEAD_BYTES / (4 * vocab.max(1))).clamp(HEAD_POSITIONS.0, HEAD_POSITIONS.1)
+/// Target positions whose logits over `vocab` tokens lie in memory at a time, in training. On a CPU they are turned into
+/// their gradient where they lie; elsewhere f32 stands beside them, as it does in judging.
+pub fn head_positions(vocab: u64, device: Device, dtype: Dtype) -> u64 {
+    let bytes = if device == Device::Cpu { dtype.bytes() } else { 4 };
+    (HEAD_BYTES / (bytes * vocab.max(1))).clamp(HEAD_POSITIONS.0, HEAD_POSITIONS.1)
 }
 
-/// What the head's loss holds of each logit: itself and a log-probability in f32, on a CPU that of judging. On a GPU
-/// logits and gradients of another kind are also there in f32, one after another.
-fn logit_bytes(device: Device, dtype: Dtype) -> u64 {
+/// What the head's loss holds for each token of the vocabulary: logits of the positions in training, log-probabilities in
+/// f32 of those in judging. On a GPU logits and gradients of another kind are also there in f32, one after another.
+fn head_bytes(vocab: u64, device: Device, dtype: Dtype) -> u64 {
+    let judged = head_positions(vocab, device, Dtype::F32);
     match (device, dtype) {
-        (Device::Gpu, Dtype::Bf16) => 4 + 4 + 2 * dtype.bytes(),
-        _ => 4 + dtype.bytes(),
+        (Device::Gpu, Dtype::Bf16) => judged * (4 + 4 + 2 * dtype.bytes()),
+        _ => judged * 4 + head_positions(vocab, device, dtype) * dtype.bytes(),
     }
 }
 
@@ -216,6 +219,8 @@ struct Numbers {
     inner: u64,
     /// Of all query heads.
     queries: u64,
+    /// Of all key heads.
+    keys: u64,
     vocab: u64,
     all: u64,
     trained: u64,
@@ -229,10 +234,11 @@ struct Numbers {
 impl Numbers {
     fn of(student: &Student) -> Self {
         let config = student.config;
-        let [hidden, inner, queries, vocab, layers] = [
+        let [hidden, inner, queries, keys, vocab, layers] = [
             config.hidden_size,
             config.intermediate_size,
             config.num_attention_heads * config.head_dim,
+            config.num_key_value_heads * config.head_dim,
             config.vocab_size,
             config.num_hidden_layers,
         ]
@@ -250,6 +256,7 @@ impl Numbers {
             hidden,
             inner,
             queries,
+            keys,
             vocab,
             all,
             trained,
@@ -296,28 +303,34 @@ struct Activations {
 }
 
 impl Activations {
-    fn of(student: &Student, numbers: &Numbers, wide: u64) -> Self {
-        let &Numbers { hidden, inner, queries, .. } = numbers;
-        let block = match student.lora {
-            // A norm keeps its input in f32, what it is scaled to, and what goes into the products after it. Attention
-            // keeps queries, keys and values of each query head, and what comes of them; the feed-forward block gate,
-            // its activation, up, and their product.
-            None => 2 * hidden * (4 + 2 * wide) + wide * 4 * (queries + inner),
-            // Of a norm that stays as it is nothing else is kept; of an adapter its inner numbers, and its masked input.
-            Some(lora) => {
-                let masked = if lora.dropout > 0.0 { 1 + wide } else { 0 };
-                let of_target = |target: &LoraTarget| {
-                    let inputs = match target {
-                        LoraTarget::OProj => queries,
-                        LoraTarget::DownProj => inner,
-                        _ => hidden,
-                    };
-                    wide * u64::from(lora.rank) + masked * inputs
-                };
-                let adapters = lora.targets.iter().map(of_target).sum::<u64>();
-                2 * hidden * (4 + wide) + wide * 4 * (queries + inner) + adapters
-            }
+    fn of(student: &Student, numbers: &Numbers, wide: u64, device: Device) -> Self {
+        let &Numbers { hidden, inner, queries, keys, .. } = numbers;
+        let trained = u64::from(student.lora.is_none());
+        let plain = match device {
+            // The block's input, its middle, what either half begins with and ends with; queries, keys and values, and
+            // what comes of them; of the feed-forward block gate, its activation, up, and their product.
+            Device::Cpu => wide * (6 * hidden + 2 * (queries + keys) + 4 * inner),
+            // All is autograd's. A norm keeps its input in f32, what goes into the products after it, and what it is
+            // scaled to where its weight trains; attention keys and values of each query head.
+            Device::Gpu => 2 * hidden * (4 + (1 + trained) * wide) + wide * 4 * (queries + inner),
         };
+        let block = plain
+            + match student.lora {
+                None => 0,
+                // Of an adapter its inner numbers, and its masked input.
+                Some(lora) => {
+                    let masked = if lora.dropout > 0.0 { 1 + wide } else { 0 };
+                    let of_target = |target: &LoraTarget| {
+                        let inputs = match target {
+                            LoraTarget::OProj => queries,
+                            LoraTarget::DownProj => inner,
+                            _ => hidden,
+                        };
+                        wide * u64::from(lora.rank) + masked * inputs
+                    };
+                    lora.targets.iter().map(of_target).sum::<u64>()
+                }
+            };
         Self {
             block,
             passing: wide * (3 * inner + 2 * hidden),

@@ -6,19 +6,14 @@ use std::ops::Range;
 use half::bf16;
 use rayon::prelude::*;
 use retort_kernels::{exponentiate, narrow_bf16, scale, widen_bf16};
-use tch::{Device, Kind, Tensor};
+use retort_llama::numbers;
+use tch::{Kind, Tensor};
 
 use super::{
     Sums,
     objective::{Objective, Position},
 };
 use crate::batch::Targets;
-
-/// Where the numbers of a contiguous tensor lie that is on the CPU and of this kind, which is `T`'s, row after row.
-pub(super) fn numbers<T>(tensor: &Tensor, kind: Kind) -> Option<*mut T> {
-    let plain = tensor.device() == Device::Cpu && tensor.kind() == kind && tensor.is_contiguous();
-    plain.then(|| tensor.data_ptr().cast())
-}
 
 /// The numbers of a contiguous tensor on the CPU, to be written in place.
 pub(super) enum Rows<'a> {
@@ -157,6 +152,8 @@ impl Scratch {
 
 #[cfg(test)]
 mod tests {
+    use tch::Device;
+
     use super::*;
 
     #[test]

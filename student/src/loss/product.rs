@@ -1,11 +1,9 @@
 //! The head's three matrix products. In f32 on a CPU they are `gemm`'s, whose kernels follow the processor; else
 //! libtorch's (docs/decisions/018).
 
-use gemm_common::Parallelism;
-use gemm_f32::gemm::f32::get_gemm_fn;
+use retort_kernels::{Strided, multiply};
+use retort_llama::numbers;
 use tch::{Device, Kind, TchError, Tensor};
-
-use super::host::numbers;
 
 /// `logits_nv = hidden_nh weight_vh^T`, all of one kind.
 pub(super) fn logits(hidden_nh: &Tensor, weight_vh: &Tensor, logits_nv: &Tensor) -> Result<(), TchError> {
@@ -69,73 +67,17 @@ pub(super) fn add_head_gradient(
     Ok(())
 }
 
-/// A matrix of f32 in a tensor's memory.
-#[derive(Clone, Copy)]
-struct Matrix {
-    at: *mut f32,
-    rows: usize,
-    columns: usize,
-    row_stride: isize,
-    column_stride: isize,
-}
-
-impl Matrix {
-    fn transposed(self) -> Self {
-        Self {
-            at: self.at,
-            rows: self.columns,
-            columns: self.rows,
-            row_stride: self.column_stride,
-            column_stride: self.row_stride,
-        }
-    }
-}
-
 /// That of a contiguous f32 tensor of two dimensions that lies on the CPU.
-fn matrix(tensor: &Tensor) -> Option<Matrix> {
+fn matrix(tensor: &Tensor) -> Option<Strided> {
     let &[rows, columns] = &tensor.size()[..] else { return None };
-    let at = numbers(tensor, Kind::Float)?;
-    Some(Matrix { at, rows: rows as usize, columns: columns as usize, row_stride: columns as isize, column_stride: 1 })
+    Some(Strided::rows(numbers(tensor, Kind::Float)?, rows as usize, columns as usize, columns as usize))
 }
 
 /// `out = keep * out + scale * left right`. `out` shares no memory with the others.
-fn product(out: Matrix, keep: f32, scale: f32, left: Matrix, right: Matrix) {
-    assert!(
-        left.columns == right.rows && out.rows == left.rows && out.columns == right.columns,
-        "a product of {}x{} and {}x{} into {}x{}",
-        left.rows,
-        left.columns,
-        right.rows,
-        right.columns,
-        out.rows,
-        out.columns
-    );
+fn product(out: Strided, keep: f32, scale: f32, left: Strided, right: Strided) {
     let threads = tch::get_num_threads().max(1) as usize;
-    let parallelism = if threads > 1 { Parallelism::Rayon(threads) } else { Parallelism::None };
     // SAFETY: the three lie in the memory of tensors that the callers hold, with these shapes and strides.
-    unsafe {
-        get_gemm_fn()(
-            out.rows,
-            out.columns,
-            left.columns,
-            out.at,
-            out.column_stride,
-            out.row_stride,
-            keep != 0.0,
-            left.at,
-            left.column_stride,
-            left.row_stride,
-            right.at,
-            right.column_stride,
-            right.row_stride,
-            keep,
-            scale,
-            false,
-            false,
-            false,
-            parallelism,
-        );
-    }
+    unsafe { multiply(out, keep, scale, left, right, threads) };
 }
 
 #[cfg(test)]

@@ -395,10 +395,13 @@ fn a_leap_is_left_out_and_leaves_no_trace_in_the_weights() {
 /// What a job's plan says of sizes, the student does.
 #[test]
 fn the_plan_knows_the_sizes() {
-    use retort_plan::training::{Student, head_positions};
+    use retort_plan::training::{self, Dtype, Student, head_positions};
     for vocab in [40, 512, 49_152, 128_256] {
-        let loss = ChunkedLoss::new(vocab, Kind::Float, Device::Cpu).unwrap();
-        assert_eq!(loss.positions() as u64, head_positions(vocab.unsigned_abs()));
+        for (kind, dtype) in [(Kind::Float, Dtype::F32), (Kind::BFloat16, Dtype::Bf16)] {
+            let loss = ChunkedLoss::new(vocab, kind, Device::Cpu).unwrap();
+            let planned = head_positions(vocab.unsigned_abs(), training::Device::Cpu, dtype);
+            assert_eq!(loss.positions() as u64, planned);
+        }
     }
     let lora = Lora { rank: 3, targets: vec![LoraTarget::KProj, LoraTarget::DownProj], ..Lora::default() };
     for (lora, freeze_embeddings) in [(None, false), (None, true), (Some(&lora), false)] {

@@ -8,12 +8,12 @@ use crate::{Config, Error, Keep, Result, rope::Angles};
 
 #[derive(Debug)]
 pub(crate) struct Block {
-    input_norm_h: Tensor,
+    pub(super) input_norm_h: Tensor,
     query: Linear,
     key: Linear,
     value: Linear,
     output: Linear,
-    post_norm_h: Tensor,
+    pub(super) post_norm_h: Tensor,
     gate: Linear,
     up: Linear,
     down: Linear,
@@ -86,26 +86,53 @@ impl Block {
         attend: impl FnOnce(&Tensor, &Tensor, &Tensor) -> Result<Tensor>,
         mut see: impl FnMut(Seen) -> Result<()>,
     ) -> Result<Tensor> {
-        let (rows, tokens, _) = hidden_bth.size3()?;
-        let split = |projected: Tensor, heads: i64| -> Result<Tensor> {
-            Ok(projected.f_view([rows, tokens, heads, config.head_dim])?.f_transpose(1, 2)?)
-        };
         let normed_bth = norm(hidden_bth, &self.input_norm_h, config.rms_norm_eps)?;
         see(Seen::InputNorm(&normed_bth))?;
-        let query_bqtd = angles.rotate(&split(self.query.forward(&normed_bth, masks)?, config.num_attention_heads)?)?;
-        let key_bktd = angles.rotate(&split(self.key.forward(&normed_bth, masks)?, config.num_key_value_heads)?)?;
-        let value_bktd = split(self.value.forward(&normed_bth, masks)?, config.num_key_value_heads)?;
+        let [query_bqtd, key_bktd, value_bktd] = self.project(config, &normed_bth, angles, masks)?;
         let mixed_bqtd = attend(&query_bqtd, &key_bktd, &value_bktd)?;
-        let mixed = mixed_bqtd.f_transpose(1, 2)?.f_reshape([rows, tokens, -1])?;
+        let mixed = mixed_bqtd.f_transpose(1, 2)?.f_flatten(2, 3)?;
         see(Seen::Mixed(&mixed))?;
         let hidden_bth = hidden_bth.f_add(&self.output.forward(&mixed, masks)?)?;
 
         let normed_bth = norm(&hidden_bth, &self.post_norm_h, config.rms_norm_eps)?;
         see(Seen::PostNorm(&normed_bth))?;
-        let gate = self.gate.forward(&normed_bth, masks)?.f_silu()?;
-        let inner = gate.f_mul(&self.up.forward(&normed_bth, masks)?)?;
+        let inner = self.gated(&normed_bth, masks)?;
         see(Seen::Inner(&inner))?;
         Ok(hidden_bth.f_add(&self.down.forward(&inner, masks)?)?)
+    }
+
+    /// Queries `[b, q, t, d]` and keys `[b, k, t, d]`, both rotated, and values `[b, k, t, d]`, of `[b, t, h]`.
+    pub(super) fn project(
+        &self,
+        config: &Config,
+        normed_bth: &Tensor,
+        angles: &Angles,
+        masks: Option<Masks>,
+    ) -> Result<[Tensor; 3]> {
+        let (rows, tokens, _) = normed_bth.size3()?;
+        let split = |of: &Linear, heads: i64| -> Result<Tensor> {
+            let projected = of.forward(normed_bth, masks)?;
+            Ok(projected.f_view([rows, tokens, heads, config.head_dim])?.f_transpose(1, 2)?)
+        };
+        let query_bqtd = angles.rotate(&split(&self.query, config.num_attention_heads)?)?;
+        let key_bktd = angles.rotate(&split(&self.key, config.num_key_value_heads)?)?;
+        Ok([query_bqtd, key_bktd, split(&self.value, config.num_key_value_heads)?])
+    }
+
+    /// What attention adds, `[b, t, h]`, of the heads' outputs `[b, t, q * d]`.
+    pub(super) fn attended(&self, mixed: &Tensor, masks: Option<Masks>) -> Result<Tensor> {
+        self.output.forward(mixed, masks)
+    }
+
+    /// What the feed-forward block adds, `[b, t, h]` of the same.
+    pub(super) fn fed(&self, normed_bth: &Tensor, masks: Option<Masks>) -> Result<Tensor> {
+        self.down.forward(&self.gated(normed_bth, masks)?, masks)
+    }
+
+    /// The activations inside the feed-forward block, `[b, t, inner]` of `[b, t, h]` (SwiGLU).
+    fn gated(&self, normed_bth: &Tensor, masks: Option<Masks>) -> Result<Tensor> {
+        let gate = self.gate.forward(normed_bth, masks)?.f_silu()?;
+        Ok(gate.f_mul(&self.up.forward(normed_bth, masks)?)?)
     }
 
     pub(super) fn projection(&self, target: LoraTarget) -> &Linear {

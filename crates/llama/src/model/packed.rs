@@ -1,30 +1,39 @@
 //! Documents laid one after another without padding ("packed"): no document sees another, and positions
 //! start anew with each.
 
+use std::cell::OnceCell;
+
 use tch::{Device, Kind, Tensor};
 
 use super::{Masks, Model};
 use crate::{
     Error, Result,
-    attention::{self, Mask},
+    attention::{
+        self, Mask,
+        host::{Extent, Heads},
+    },
+    memory::is_host,
     rope::Angles,
 };
 
 /// Where documents begin and end, and what their positions need.
 pub(super) struct Documents {
-    /// Of each run of documents of one length: documents, tokens of each, and the window's bias where the
-    /// causal mask does not say it all.
-    runs: Vec<(i64, i64, Option<Tensor>)>,
+    /// Positions of each.
+    lengths: Vec<usize>,
+    window: Option<usize>,
+    /// Of each run of documents of one length, what libtorch needs.
+    runs: Vec<Run>,
     pub(super) angles: Angles,
     /// Of adapters, in training.
-    masks: Option<Masks>,
+    pub(super) masks: Option<Masks>,
 }
 
-/// What [`Model::backward`] computes the blocks again from: their inputs, `[1, n, h]` each, and the last one's
-/// output.
-pub struct Tape {
-    documents: Documents,
-    inputs: Vec<Tensor>,
+struct Run {
+    documents: i64,
+    /// Of each.
+    tokens: i64,
+    /// The window's, where the causal mask does not say it all; made when it is needed first.
+    bias: OnceCell<Tensor>,
 }
 
 impl Model {
@@ -56,38 +65,7 @@ impl Model {
         self.final_norm(&hidden_1nh.f_squeeze_dim(0)?)
     }
 
-    /// As [`Model::hidden_masked`] without a graph, and what a backward pass starts from: one input a block
-    /// instead of all that happens in it (Chen et al., "Training Deep Nets with Sublinear Memory Cost", 2016).
-    pub fn hidden_taped(&self, embedded_nh: &Tensor, lengths: &[i64], masks: Option<Masks>) -> Result<(Tensor, Tape)> {
-        tch::no_grad(|| {
-            let documents = self.documents(embedded_nh.size2()?.0, lengths, masks)?;
-            let mut inputs = Vec::with_capacity(self.blocks.len() + 1);
-            let mut hidden_1nh = embedded_nh.f_unsqueeze(0)?;
-            for layer in 0..self.blocks.len() {
-                let next = self.block(layer, &hidden_1nh, &documents)?;
-                inputs.push(std::mem::replace(&mut hidden_1nh, next));
-            }
-            let hidden_nh = self.final_norm(&hidden_1nh.f_squeeze_dim(0)?)?;
-            inputs.push(hidden_1nh);
-            Ok((hidden_nh, Tape { documents, inputs }))
-        })
-    }
-
-    /// Adds to the weights' gradients those of a loss whose gradient in [`Model::hidden_taped`]'s hidden states is
-    /// `grad_nh`: block after block from the last, each computed once more. Gives the gradient in the embeddings,
-    /// `[n, h]`.
-    pub fn backward(&self, tape: Tape, grad_nh: &Tensor) -> Result<Tensor> {
-        let Tape { documents, mut inputs } = tape;
-        let last = inputs.pop().ok_or_else(|| Error::Invalid("a tape without inputs".into()))?;
-        let mut grad_1nh = through(&last, &grad_nh.f_unsqueeze(0)?, |input| self.final_norm(input))?;
-        for layer in (0..self.blocks.len()).rev() {
-            let input = inputs.pop().ok_or_else(|| Error::Invalid("a tape of fewer blocks".into()))?;
-            grad_1nh = through(&input, &grad_1nh, |input| self.block(layer, input, &documents))?;
-        }
-        Ok(grad_1nh.f_squeeze_dim(0)?)
-    }
-
-    fn block(&self, layer: usize, hidden_1nh: &Tensor, documents: &Documents) -> Result<Tensor> {
+    pub(super) fn block(&self, layer: usize, hidden_1nh: &Tensor, documents: &Documents) -> Result<Tensor> {
         self.blocks[layer].forward(&self.config, hidden_1nh, &documents.angles, documents.masks, |query, key, value| {
             documents.attend(query, key, value)
         })
@@ -102,21 +80,12 @@ impl Model {
         if let Some(length) = lengths.iter().find(|&&length| length > context) {
             return Err(Error::TooLong(format!("{length} positions are more than the model's context of {context}")));
         }
-        let run = |run: &[i64]| -> Result<(i64, i64, Option<Tensor>)> {
-            let tokens = run[0];
-            let bias = match self.config.sliding_window {
-                Some(window) if tokens > window => {
-                    let position_1t = Tensor::f_arange(tokens, (Kind::Int64, self.device))?.f_unsqueeze(0)?;
-                    Some(attention::bias(&position_1t, tokens, Some(window), (self.kind, self.device))?)
-                }
-                _ => None,
-            };
-            Ok((run.len() as i64, tokens, bias))
-        };
-        let runs = lengths.chunk_by(|a, b| a == b).map(run).collect::<Result<_>>()?;
+        let run = |run: &[i64]| Run { documents: run.len() as i64, tokens: run[0], bias: OnceCell::new() };
+        let runs = lengths.chunk_by(|a, b| a == b).map(run).collect();
         let positions: Vec<i64> = lengths.iter().flat_map(|&length| 0..length).collect();
         let angles = self.rope.angles(&Tensor::f_from_slice(&positions)?.f_to_device(self.device)?, self.kind)?;
-        Ok(Documents { runs, angles, masks })
+        let window = self.config.sliding_window.map(|window| window as usize);
+        Ok(Documents { runs, lengths: lengths.iter().map(|&length| length as usize).collect(), window, angles, masks })
     }
 
     /// Refuses ids that the embedding has no row for.
@@ -136,21 +105,37 @@ impl Model {
 }
 
 impl Documents {
-    /// Each document over itself; a run of documents of one length goes together. `[1, heads, n, d]` each.
+    /// Each document over itself, `[1, heads, n, d]` each: by our own kernel where it can and no graph is recorded.
     pub(super) fn attend(&self, query_1qnd: &Tensor, key_1knd: &Tensor, value_1knd: &Tensor) -> Result<Tensor> {
-        let sizes: Vec<i64> = self.runs.iter().map(|(count, tokens, _)| count * tokens).collect();
+        let is_recorded = [query_1qnd, key_1knd, value_1knd].iter().any(|heads| heads.requires_grad());
+        if is_recorded || !is_host(query_1qnd) {
+            return self.attend_in_graph(query_1qnd, key_1knd, value_1knd);
+        }
+        let mixed_1nm = Heads::of([query_1qnd, key_1knd, value_1knd])?.attend(self.extent())?;
+        let (_, heads, positions, size) = query_1qnd.size4()?;
+        Ok(mixed_1nm.f_view([1, positions, heads, size])?.f_transpose(1, 2)?)
+    }
+
+    pub(super) fn extent(&self) -> Extent<'_> {
+        Extent { lengths: &self.lengths, window: self.window }
+    }
+
+    /// As [`Documents::attend`], libtorch's; a run of documents of one length goes together.
+    fn attend_in_graph(&self, query_1qnd: &Tensor, key_1knd: &Tensor, value_1knd: &Tensor) -> Result<Tensor> {
+        let sizes: Vec<i64> = self.runs.iter().map(|run| run.documents * run.tokens).collect();
         let split = |heads: &Tensor| heads.f_split_with_sizes(&sizes[..], 2);
         let (queries, keys, values) = (split(query_1qnd)?, split(key_1knd)?, split(value_1knd)?);
         let mut mixed = Vec::with_capacity(self.runs.len());
-        for ((((count, tokens, bias), query), key), value) in self.runs.iter().zip(&queries).zip(&keys).zip(&values) {
+        for (((run, query), key), value) in self.runs.iter().zip(&queries).zip(&keys).zip(&values) {
             let apart = |heads_1hnd: &Tensor| -> Result<Tensor> {
                 let (_, heads, _, size) = heads_1hnd.size4()?;
-                Ok(heads_1hnd.f_reshape([heads, *count, *tokens, size])?.f_transpose(0, 1)?)
+                Ok(heads_1hnd.f_reshape([heads, run.documents, run.tokens, size])?.f_transpose(0, 1)?)
             };
-            let mask = bias.as_ref().map_or(Mask::Causal, Mask::Bias);
+            let bias = run.bias(self.window, (query.kind(), query.device()))?;
+            let mask = bias.map_or(Mask::Causal, Mask::Bias);
             let out_bqtd = attention::attend(&apart(query)?, &apart(key)?, &apart(value)?, &mask)?;
             let (_, heads, _, size) = out_bqtd.size4()?;
-            mixed.push(out_bqtd.f_transpose(0, 1)?.f_reshape([1, heads, count * tokens, size])?);
+            mixed.push(out_bqtd.f_transpose(0, 1)?.f_reshape([1, heads, run.documents * run.tokens, size])?);
         }
         if mixed.len() == 1 {
             return Ok(mixed.remove(0));
@@ -159,11 +144,15 @@ impl Documents {
     }
 }
 
-/// The gradient in `input` of a loss whose gradient in `compute(input)` is `grad`; those of weights are added to
-/// theirs.
-fn through(input: &Tensor, grad: &Tensor, compute: impl FnOnce(&Tensor) -> Result<Tensor>) -> Result<Tensor> {
-    let input = input.f_detach()?.set_requires_grad(true);
-    // The gradient of this sum in what was computed is `grad`; its value means nothing.
-    compute(&input)?.f_mul(grad)?.f_sum(Kind::Float)?.f_backward()?;
-    Ok(input.f_grad()?)
+impl Run {
+    fn bias(&self, window: Option<usize>, (kind, device): (Kind, Device)) -> Result<Option<&Tensor>> {
+        let Some(window) = window.map(|window| window as i64).filter(|&window| self.tokens > window) else {
+            return Ok(None);
+        };
+        if self.bias.get().is_none() {
+            let position_1t = Tensor::f_arange(self.tokens, (Kind::Int64, device))?.f_unsqueeze(0)?;
+            let _ = self.bias.set(attention::bias(&position_1t, self.tokens, Some(window), (kind, device))?);
+        }
+        Ok(self.bias.get())
+    }
 }

@@ -96,10 +96,13 @@ fn a_micro_batch_is_what_the_spec_the_device_and_the_rows_make_it() {
 
 #[test]
 fn the_head_and_other_workers_take_what_their_sizes_say() {
-    assert_eq!([512, 49_152, 128_256, 1 << 24].map(head_positions), [2048, 682, 261, 16]);
+    let positions = |device, dtype| [512, 49_152, 128_256, 1 << 24].map(|vocab| head_positions(vocab, device, dtype));
+    assert_eq!(positions(Device::Cpu, Dtype::F32), [2048, 682, 261, 16]);
+    assert_eq!(positions(Device::Cpu, Dtype::Bf16), [2048, 1365, 523, 16]);
+    assert_eq!(positions(Device::Gpu, Dtype::Bf16), [2048, 682, 261, 16]);
     let config = config(128_256);
     assert_eq!(memory(&config, None, &train(), Dtype::F32).head, 261 * 128_256 * 8);
-    assert_eq!(memory(&config, None, &train(), Dtype::Bf16).head, 261 * 128_256 * 6);
+    assert_eq!(memory(&config, None, &train(), Dtype::Bf16).head, (261 * 4 + 523 * 2) * 128_256);
     let all = config.parameters();
     let exchange = |mode, workers| {
         let parallel = Some(Parallel { mode, ..Parallel::of(workers) });

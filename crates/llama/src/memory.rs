@@ -1,0 +1,46 @@
+//! Where the numbers of tensors lie.
+
+use half::bf16;
+use retort_kernels::Stored;
+use tch::{Device, Kind, Tensor};
+
+/// Where the numbers of a contiguous tensor lie that is on the CPU and of this kind, which is `T`'s, row after row.
+pub fn numbers<T>(tensor: &Tensor, kind: Kind) -> Option<*mut T> {
+    let plain = tensor.device() == Device::Cpu && tensor.kind() == kind && tensor.is_contiguous();
+    plain.then(|| tensor.data_ptr().cast())
+}
+
+/// A kind that the kernels compute with.
+pub(crate) trait Number: Stored {
+    const KIND: Kind;
+}
+
+impl Number for f32 {
+    const KIND: Kind = Kind::Float;
+}
+
+impl Number for bf16 {
+    const KIND: Kind = Kind::BFloat16;
+}
+
+/// Whether the kernels compute with tensors like this one.
+pub(crate) fn is_host(tensor: &Tensor) -> bool {
+    tensor.device() == Device::Cpu && matches!(tensor.kind(), Kind::Float | Kind::BFloat16)
+}
+
+/// The numbers of a contiguous tensor.
+///
+/// # Panics
+/// Where the tensor is elsewhere or of another kind.
+pub(crate) fn read<T: Number>(tensor: &Tensor) -> &[T] {
+    let at = numbers::<T>(tensor, T::KIND).expect("a contiguous tensor of this kind on the CPU");
+    // SAFETY: so many numbers of the kind lie at the tensor's address, and it is borrowed as long as they are.
+    unsafe { std::slice::from_raw_parts(at, tensor.numel()) }
+}
+
+/// As [`read`], of a tensor whose memory no other tensor shares that is used meanwhile.
+pub(crate) fn write<T: Number>(tensor: &mut Tensor) -> &mut [T] {
+    let at = numbers::<T>(tensor, T::KIND).expect("a contiguous tensor of this kind on the CPU");
+    // SAFETY: as above.
+    unsafe { std::slice::from_raw_parts_mut(at, tensor.numel()) }
+}
