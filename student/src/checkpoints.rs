@@ -25,24 +25,24 @@ impl Uploader {
         Self { cx, job, keep, running: None, ended: CancellationToken::new() }
     }
 
-    /// Starts uploading `folder` to `prefix` once `written` has filled it; it is removed afterwards. Answers once
+    /// Starts uploading `folder` to `prefix` once `written` has filled it and says of what; it is removed afterwards. Answers once
     /// the upload before it is done, with that one's error if it had any.
     pub async fn start(
         &mut self,
-        written: impl Future<Output = Result<()>> + Send + 'static,
+        written: impl Future<Output = Result<Vec<checkpoint::File>>> + Send + 'static,
         folder: PathBuf,
         prefix: String,
-        manifest: Manifest,
+        mut manifest: Manifest,
     ) -> Result<()> {
         self.finish().await?;
         let mut group = TaskGroup::new(CancellationToken::new());
         let (began, ended) = (Instant::now(), CancellationToken::new());
         self.ended = ended.clone();
-        let upload = upload(self.cx.clone(), self.job.clone(), self.keep, (folder, began), prefix, manifest);
-        group.spawn("checkpoint", async {
+        let (cx, job, keep) = (self.cx.clone(), self.job.clone(), self.keep);
+        group.spawn("checkpoint", async move {
             let _ended = ended.drop_guard();
-            written.await?;
-            upload.await
+            manifest.files = written.await?;
+            upload(cx, job, keep, (folder, began), prefix, manifest).await
         });
         self.running = Some(group);
         Ok(())

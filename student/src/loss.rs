@@ -80,8 +80,8 @@ impl ChunkedLoss {
         let row = vocab_size.max(1).unsigned_abs() as usize;
         let positions = |bytes: usize| (CHUNK_BYTES / (row * bytes)).clamp(CHUNK_POSITIONS.0, CHUNK_POSITIONS.1);
         let wide = positions(size_of::<f32>());
-        // Where training takes log-probabilities of its logits they are f32.
-        let chunk = if is_fused(device) { positions(kind.elt_size_in_bytes()) } else { wide };
+        // Other kinds stand in f32 too on the way to their gradient.
+        let chunk = if is_fused(device) && kind == Kind::BFloat16 { positions(2) } else { wide };
         Self::with_chunks(vocab_size, (kind, device), chunk, wide)
     }
 

@@ -401,7 +401,7 @@ fn default_outer_learning_rate() -> f64 {
 }
 
 fn default_outer_momentum() -> f64 {
-    0.9
+    0.5
 }
 
 fn default_pool() -> String {

@@ -8,7 +8,7 @@ use crate::{
     rows::rms_norm,
 };
 
-/// Rows that one thread takes together, whose part of the weight's gradient is one sum.
+/// Rows whose part of the weight's gradient is one sum.
 const ROWS: usize = 64;
 
 /// Zhang and Sennrich, "Root Mean Square Layer Normalization", 2019.
@@ -21,13 +21,14 @@ pub struct Norm<'a> {
 }
 
 impl Norm<'_> {
-    /// Of each row of `x` into `out`, `[n, h]` both.
+    /// Of each row of `x` into `out`, `[n, h]` both, on up to `threads` threads.
     ///
     /// # Panics
     /// Where these are no rows of as many numbers as the weight has.
-    pub fn forward<T: Stored>(&self, x: &[T], out: &mut [T]) {
+    pub fn forward<T: Stored>(&self, x: &[T], out: &mut [T], threads: usize) {
         let width = self.check(x.len(), out.len());
-        x.par_chunks(ROWS * width).zip(out.par_chunks_mut(ROWS * width)).for_each(|(x, out)| {
+        let part = self.part(x.len(), threads);
+        x.par_chunks(part).zip(out.par_chunks_mut(part)).for_each(|(x, out)| {
             let mut scratch = vec![0.0; 2 * width];
             let (wide, normed) = scratch.split_at_mut(width);
             for (x, out) in x.chunks_exact(width).zip(out.chunks_exact_mut(width)) {
@@ -43,35 +44,50 @@ impl Norm<'_> {
     ///
     /// # Panics
     /// As [`Norm::forward`].
-    pub fn back<T: Stored>(&self, x: &[T], grad_normed: &[T], grad: &mut [T]) -> Vec<f32> {
+    pub fn back<T: Stored>(&self, x: &[T], grad_normed: &[T], grad: &mut [T], threads: usize) -> Vec<f32> {
         let width = self.check(x.len(), grad.len());
         self.check(x.len(), grad_normed.len());
-        let some = ROWS * width;
-        let parts = x.par_chunks(some).zip(grad_normed.par_chunks(some)).zip(grad.par_chunks_mut(some));
-        let sums: Vec<Vec<f32>> = parts
+        let part = self.part(x.len(), threads);
+        let parts = x.par_chunks(part).zip(grad_normed.par_chunks(part)).zip(grad.par_chunks_mut(part));
+        let sums: Vec<Vec<Vec<f32>>> = parts
             .map(|((x, grad_normed), grad)| {
-                let mut sums = vec![0.0; width];
                 let mut scratch = vec![0.0; 3 * width];
-                let (wide, rest) = scratch.split_at_mut(width);
-                let (from, to) = rest.split_at_mut(width);
-                let rows = x.chunks_exact(width).zip(grad_normed.chunks_exact(width)).zip(grad.chunks_exact_mut(width));
-                for ((x, grad_normed), grad) in rows {
-                    T::widen(x, wide);
-                    T::widen(grad_normed, from);
-                    T::widen(grad, to);
-                    let row = Row { x: wide.as_ptr(), weight: self.weight.as_ptr(), from: from.as_ptr(), width };
-                    // SAFETY: all hold `width` numbers.
-                    unsafe { back_row(row, self.epsilon, to.as_mut_ptr(), sums.as_mut_ptr()) };
-                    T::narrow(to, grad);
-                }
-                sums
+                let some = ROWS * width;
+                let blocks = x.chunks(some).zip(grad_normed.chunks(some)).zip(grad.chunks_mut(some));
+                blocks.map(|((x, grad_normed), grad)| self.block_back(x, grad_normed, grad, &mut scratch)).collect()
             })
             .collect();
         let mut whole = vec![0.0; width];
-        for part in sums {
-            whole.iter_mut().zip(part).for_each(|(whole, part)| *whole += part);
+        for block in sums.into_iter().flatten() {
+            whole.iter_mut().zip(block).for_each(|(whole, block)| *whole += block);
         }
         whole
+    }
+
+    /// Of up to [`ROWS`] rows.
+    fn block_back<T: Stored>(&self, x: &[T], grad_normed: &[T], grad: &mut [T], scratch: &mut [f32]) -> Vec<f32> {
+        let width = self.weight.len();
+        let (wide, rest) = scratch.split_at_mut(width);
+        let (from, to) = rest.split_at_mut(width);
+        let mut sums = vec![0.0; width];
+        for ((x, grad_normed), grad) in
+            x.chunks_exact(width).zip(grad_normed.chunks_exact(width)).zip(grad.chunks_exact_mut(width))
+        {
+            T::widen(x, wide);
+            T::widen(grad_normed, from);
+            T::widen(grad, to);
+            let row = Row { x: wide.as_ptr(), weight: self.weight.as_ptr(), from: from.as_ptr(), width };
+            // SAFETY: all hold `width` numbers.
+            unsafe { back_row(row, self.epsilon, to.as_mut_ptr(), sums.as_mut_ptr()) };
+            T::narrow(to, grad);
+        }
+        sums
+    }
+
+    /// Numbers that one of so many threads takes: whole blocks of [`ROWS`] rows.
+    fn part(&self, numbers: usize, threads: usize) -> usize {
+        let block = ROWS * self.weight.len();
+        numbers.div_ceil(block).div_ceil(threads.max(1)).max(1) * block
     }
 
     fn check(&self, x: usize, other: usize) -> usize {
@@ -151,8 +167,13 @@ mod tests {
             let (x, from, before) = (take(0), take(1), take(2));
             let norm = Norm { weight: &weight, epsilon: 1e-3 };
             let (mut normed, mut grad) = (vec![f32::NAN; x.len()], before.clone());
-            norm.forward(&x, &mut normed);
-            let grad_weight = norm.back(&x, &from, &mut grad);
+            norm.forward(&x, &mut normed, 2);
+            let grad_weight = norm.back(&x, &from, &mut grad, 3);
+            for threads in [1, 2, 64] {
+                let mut again = before.clone();
+                prop_assert_eq!(&norm.back(&x, &from, &mut again, threads), &grad_weight);
+                prop_assert_eq!(&again, &grad);
+            }
 
             let mut exact_weight = vec![0.0f64; width];
             for row in 0..x.len() / width {
@@ -183,19 +204,19 @@ mod tests {
         let weight: Vec<f32> = (0..30).map(|i| i as f32 * 0.1).collect();
         let norm = Norm { weight: &weight, epsilon: 1e-5 };
         let (mut narrow_out, mut wide_out) = (vec![bf16::ZERO; 300], vec![0.0; 300]);
-        norm.forward(&x, &mut narrow_out);
-        norm.forward(&wide, &mut wide_out);
+        norm.forward(&x, &mut narrow_out, 1);
+        norm.forward(&wide, &mut wide_out, 1);
         assert!(narrow_out.iter().zip(&wide_out).all(|(a, b)| *a == narrow(*b)));
         let (mut narrow_grad, mut wide_grad) = (x.clone(), wide.clone());
-        assert_eq!(norm.back(&x, &narrow_out, &mut narrow_grad).len(), 30);
+        assert_eq!(norm.back(&x, &narrow_out, &mut narrow_grad, 1).len(), 30);
         let rounded: Vec<f32> = narrow_out.iter().map(|x| x.to_f32()).collect();
-        norm.back(&wide, &rounded, &mut wide_grad);
+        norm.back(&wide, &rounded, &mut wide_grad, 1);
         assert!(narrow_grad.iter().zip(&wide_grad).all(|(a, b)| *a == narrow(*b)));
     }
 
     #[test]
     #[should_panic(expected = "in rows of 3")]
     fn numbers_that_are_no_rows_are_refused() {
-        Norm { weight: &[1.0; 3], epsilon: 0.0 }.forward(&[1.0; 7], &mut [0.0; 7]);
+        Norm { weight: &[1.0; 3], epsilon: 0.0 }.forward(&[1.0; 7], &mut [0.0; 7], 1);
     }
 }

@@ -1,4 +1,4 @@
-//! Scaled dot-product attention with grouped queries, on libtorch's fused kernel.
+//! Scaled dot-product attention with grouped queries: here on libtorch's fused kernel, in [`host`] on ours.
 
 use tch::{Device, Kind, Tensor};
 

@@ -1,8 +1,7 @@
 //! Llama-family models on libtorch: Llama 2 to 3.3, SmolLM, Qwen2 and 2.5, Mistral.
 //!
 //! The graph is written once and serves both sides: a teacher runs it under [`tch::no_grad`] with
-//! a [`KvCache`], a student differentiates through [`Model::hidden`]. Nothing on that path writes
-//! in place, and no call here materialises `positions x vocabulary`: [`Model::hidden`] stops at
+//! a [`KvCache`], a student goes there by [`Model::hidden_taped`] and back by [`Model::backward`]. No call here materialises `positions x vocabulary`: [`Model::hidden`] stops at
 //! the final norm, and the caller puts as many positions through [`Model::head`] as it can hold.
 //!
 //! Shape letters, used at the end of tensor names everywhere:

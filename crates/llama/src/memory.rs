@@ -28,19 +28,30 @@ pub(crate) fn is_host(tensor: &Tensor) -> bool {
     tensor.device() == Device::Cpu && matches!(tensor.kind(), Kind::Float | Kind::BFloat16)
 }
 
-/// The numbers of a contiguous tensor.
+/// The numbers of a contiguous tensor of at least one.
 ///
 /// # Panics
-/// Where the tensor is elsewhere or of another kind.
+/// Where the tensor is empty, elsewhere or of another kind.
 pub(crate) fn read<T: Number>(tensor: &Tensor) -> &[T] {
-    let at = numbers::<T>(tensor, T::KIND).expect("a contiguous tensor of this kind on the CPU");
     // SAFETY: so many numbers of the kind lie at the tensor's address, and it is borrowed as long as they are.
-    unsafe { std::slice::from_raw_parts(at, tensor.numel()) }
+    unsafe { std::slice::from_raw_parts(place(tensor), tensor.numel()) }
 }
 
-/// As [`read`], of a tensor whose memory no other tensor shares that is used meanwhile.
-pub(crate) fn write<T: Number>(tensor: &mut Tensor) -> &mut [T] {
-    let at = numbers::<T>(tensor, T::KIND).expect("a contiguous tensor of this kind on the CPU");
-    // SAFETY: as above.
-    unsafe { std::slice::from_raw_parts_mut(at, tensor.numel()) }
+/// As [`read`], to be written.
+///
+/// # Safety
+/// No other tensor that shares the memory may be used as long as the slice is.
+pub(crate) unsafe fn write<T: Number>(tensor: &mut Tensor) -> &mut [T] {
+    // SAFETY: as above, and nobody else's as the caller promises.
+    unsafe { std::slice::from_raw_parts_mut(place(tensor), tensor.numel()) }
+}
+
+fn place<T: Number>(tensor: &Tensor) -> *mut T {
+    let at = numbers::<T>(tensor, T::KIND).filter(|_| tensor.numel() > 0);
+    at.expect("a contiguous tensor of this kind on the CPU")
+}
+
+/// Threads that the kernels take: as many as libtorch's own operators.
+pub(crate) fn threads() -> usize {
+    tch::get_num_threads().max(1) as usize
 }

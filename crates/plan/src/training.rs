@@ -307,9 +307,9 @@ impl Activations {
         let &Numbers { hidden, inner, queries, keys, .. } = numbers;
         let trained = u64::from(student.lora.is_none());
         let plain = match device {
-            // The block's input, its middle, what either half begins with and ends with; queries, keys and values, and
-            // what comes of them; of the feed-forward block gate, its activation, up, and their product.
-            Device::Cpu => wide * (6 * hidden + 2 * (queries + keys) + 4 * inner),
+            // The block's input, its middle, and what either half begins with; queries, keys and values, and what comes
+            // of them; of the feed-forward block gate, its activation, up, and their product.
+            Device::Cpu => wide * (4 * hidden + 2 * (queries + keys) + 4 * inner),
             // All is autograd's. A norm keeps its input in f32, what goes into the products after it, and what it is
             // scaled to where its weight trains; attention keys and values of each query head.
             Device::Gpu => 2 * hidden * (4 + (1 + trained) * wide) + wide * 4 * (queries + inner),

@@ -5,9 +5,13 @@ use std::{
     sync::Arc,
 };
 
-use retort_artifact::{checkpoint, checkpoint::Manifest, paths};
+use retort_artifact::{
+    checkpoint::{self, Manifest},
+    paths,
+};
 use retort_core::{Code, Error, Result, pruning::Pruning, spec::Init, state::Split};
 use retort_llama::Model;
+use retort_process::in_background;
 use tch::Device;
 
 use super::{INITIAL_KEY, Run};
@@ -42,7 +46,10 @@ impl Run<'_> {
         // It may be there already, made again for a checkpoint that turned out to be damaged too.
         if std::mem::replace(&mut self.initial_key, own.clone()) != own {
             let manifest = self.manifest(held_out);
-            self.uploader.start(async { Ok(()) }, folder, own, manifest).await?;
+            let hashed = folder.clone();
+            let hash = move || checkpoint::hash_folder(&hashed);
+            let written = in_background("the hashing of the first weights", hash);
+            self.uploader.start(written, folder, own, manifest).await?;
         }
         if let Some(held_out) = held_out {
             self.cx.emit_lossy(self.progress_event(Some(held_out.kl), 0.0)).await;

@@ -100,7 +100,6 @@ struct Paced {
 
 pub async fn measure(cluster: &mut Cluster<'_>, quick: bool) -> Result<Speed, Failure> {
     fs::write(cluster.folder.join("speed.jsonl"), rows())?;
-    teacher::tiny(&cluster.folder.join("tiny-teacher"), 2);
     let tokens_a_step = prepare(cluster).await?;
     let shapes: &[Shape] = if quick { &[SMALL] } else { &[SMALL, LARGE] };
     let mut sizes = Vec::new();
@@ -219,7 +218,7 @@ fn spec(cluster: &Cluster<'_>, shape: &Shape, passes: u32, parallel: &Value) -> 
         "name": "pace", "seed": 5,
         "prompts": { "path": cluster.folder.join("speed.jsonl"), "shard_rows": 8 },
         "teacher": {
-            "model": cluster.folder.join("tiny-teacher"), "mode": "score",
+            "model": teacher::smollm2(), "mode": "score",
             "soft_targets": { "codec": "head_draws", "head": 32, "draws": 32 },
         },
         "student": { "init": { "config": {

@@ -4,6 +4,8 @@
 //!
 //! All is computed in f32, whatever numbers are stored in; products are [`multiply`]'s, and the last bits with them.
 
+use std::sync::atomic::{AtomicUsize, Ordering};
+
 use half::bf16;
 use rayon::prelude::*;
 
@@ -15,9 +17,10 @@ use crate::{
     widen_bf16,
 };
 
-/// Scores of a block of queries, numbers: two such arrays stay in a core's second level of cache.
+/// Scores of a block of queries, numbers, where that is not fewer than [`ROWS`] rows: two such arrays stay in a core's
+/// second level of cache.
 const SCORES: usize = 96 << 10;
-/// Rows of a block at least: fewer starve the products.
+/// Rows of a block: fewer starve the products.
 const ROWS: usize = 64;
 
 /// Documents one after another, each of which sees itself alone, no position one after it.
@@ -148,7 +151,8 @@ impl Documents<'_> {
         }
     }
 
-    /// Does `work` for each key head of each document, and says on how many threads its products may run.
+    /// Does `work` for each key head of each document on up to `threads` threads, and says on how many its products may
+    /// run.
     fn each(&self, threads: usize, work: impl Fn(&mut Scratch, One, usize) + Sync) {
         let mut first = 0;
         let mut all = Vec::with_capacity(self.lengths.len() * self.key_heads);
@@ -156,12 +160,17 @@ impl Documents<'_> {
             all.extend((0..self.key_heads).map(|key_head| One { first, length, key_head }));
             first += length;
         }
-        if threads > 1 && all.len() >= threads {
-            all.into_par_iter().for_each_init(Scratch::default, |scratch, one| work(scratch, one, 1));
-        } else {
+        if threads <= 1 || all.len() < threads {
             let mut scratch = Scratch::default();
-            all.into_iter().for_each(|one| work(&mut scratch, one, threads));
+            return all.into_iter().for_each(|one| work(&mut scratch, one, threads));
         }
+        let next = AtomicUsize::new(0);
+        (0..threads).into_par_iter().for_each(|_| {
+            let mut scratch = Scratch::default();
+            while let Some(&one) = all.get(next.fetch_add(1, Ordering::Relaxed)) {
+                work(&mut scratch, one, 1);
+            }
+        });
     }
 
     /// Query heads that share a key head.
@@ -192,8 +201,10 @@ struct Block {
 impl One {
     fn blocks(self, documents: &Documents) -> impl Iterator<Item = Block> {
         let (group, window) = (documents.group(), documents.window);
-        let rows = (SCORES / self.length.min(window.unwrap_or(usize::MAX)).max(1)).max(ROWS);
-        let step = rows.div_ceil(group).next_multiple_of(8);
+        let window_or_all = window.unwrap_or(self.length);
+        // Of a window's length a block sees fewer keys than two windows have.
+        let rows = (SCORES / self.length.min(window_or_all.saturating_mul(2)).max(1)).max(ROWS);
+        let step = rows.div_ceil(group).min(window_or_all.max(ROWS.div_ceil(group))).next_multiple_of(8);
         (0..self.length).step_by(step).map(move |from| {
             let positions = step.min(self.length - from);
             let start = window.map_or(0, |window| (from + 1).saturating_sub(window));

@@ -7,7 +7,7 @@ use tch::{Kind, Tensor};
 
 use crate::{
     Result,
-    memory::{Number, read, write},
+    memory::{Number, read, threads, write},
 };
 
 /// What a document's positions look at, and how far back.
@@ -60,13 +60,16 @@ impl Heads {
     }
 
     fn attend_in<T: Number>(&self, extent: Extent, mixed: &mut Tensor) -> Result<()> {
-        self.documents(extent)?.attend(&self.projected::<T>(), write(mixed), threads());
+        // SAFETY: it was made for this, and nobody else has it.
+        let mixed = unsafe { write(mixed) };
+        self.documents(extent)?.attend(&self.projected::<T>(), mixed, threads());
         Ok(())
     }
 
     fn gradients_in<T: Number>(&self, extent: Extent, grad_mixed: &Tensor, grads: &mut [Tensor; 3]) -> Result<()> {
         let [queries, keys, values] = grads;
-        let into = Projected { queries: write(queries), keys: write(keys), values: write(values) };
+        // SAFETY: the three were made for this, and nobody else has them.
+        let into = unsafe { Projected { queries: write(queries), keys: write(keys), values: write(values) } };
         self.documents(extent)?.gradients(&self.projected::<T>(), read(grad_mixed), into, threads());
         Ok(())
     }
@@ -80,9 +83,4 @@ impl Heads {
     fn projected<T: Number>(&self) -> Projected<&[T]> {
         Projected { queries: read(&self.queries), keys: read(&self.keys), values: read(&self.values) }
     }
-}
-
-/// As many as libtorch's own operators take.
-fn threads() -> usize {
-    tch::get_num_threads().max(1) as usize
 }

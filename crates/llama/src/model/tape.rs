@@ -11,7 +11,7 @@ use super::{Masks, Model, packed::Documents};
 use crate::{
     Error, Result,
     attention::host::Heads,
-    memory::{is_host, read, write},
+    memory::{Number, is_host, read, threads, write},
 };
 
 /// What [`Model::backward`] needs of the forward pass.
@@ -49,7 +49,7 @@ struct Pieces {
 }
 
 impl Model {
-    /// As [`Model::hidden_masked`], with a tape for [`Model::backward`] instead of a graph. Where blocks are
+    /// As [`Model::hidden_masked`] but for roundings, with a tape for [`Model::backward`] instead of a graph. Where blocks are
     /// `recomputed` it holds one tensor a block.
     pub fn hidden_taped(
         &self,
@@ -111,12 +111,11 @@ impl Model {
         let [query, key, value] = &projected.to[..] else { unreachable!("three projections") };
         let heads = Heads::of([query, key, value])?;
         let mixed = heads.attend(documents.extent())?;
-        let attended = Graph::record(&mixed, |mixed| Ok(vec![block.attended(mixed, masks)?]))?;
-        let middle = no_grad(|| input_1nh.f_add(&attended.to[0]))?;
+        let attended = Graph::record(&mixed, |mixed| Ok(vec![input_1nh.f_add(&block.attended(mixed, masks)?)?]))?;
+        let middle = attended.to[0].f_detach()?;
         let normed_1nh = self.normed(&block.post_norm_h, &middle)?;
-        let fed = Graph::record(&normed_1nh, |normed| Ok(vec![block.fed(normed, masks)?]))?;
-        let output = no_grad(|| middle.f_add(&fed.to[0]))?;
-        let input = input_1nh.shallow_clone();
+        let fed = Graph::record(&normed_1nh, |normed| Ok(vec![middle.f_add(&block.fed(normed, masks)?)?]))?;
+        let (input, output) = (input_1nh.shallow_clone(), fed.to[0].f_detach()?);
         Ok((output, Kept::Pieces(Box::new(Pieces { input, projected, heads, attended, middle, fed }))))
     }
 
@@ -137,29 +136,34 @@ impl Model {
         self.norm_back(&block.input_norm_h, &input, &grad_normed, grad_1nh)
     }
 
-    /// RMSNorm by our own kernel.
+    /// RMSNorm by our own kernel. Of bf16 it rounds once, where [`super::norm`] rounds before it multiplies by the weight
+    /// too, as transformers does.
     fn normed(&self, weight_h: &Tensor, input: &Tensor) -> Result<Tensor> {
         let input = input.f_contiguous()?;
         let mut normed = input.f_empty_like()?;
         let weight = wide(weight_h)?;
-        let norm = Norm { weight: &weight, epsilon: self.config.rms_norm_eps as f32 };
         match input.kind() {
-            Kind::BFloat16 => norm.forward::<bf16>(read(&input), write(&mut normed)),
-            _ => norm.forward::<f32>(read(&input), write(&mut normed)),
+            Kind::BFloat16 => self.normed_in::<bf16>(&weight, &input, &mut normed),
+            _ => self.normed_in::<f32>(&weight, &input, &mut normed),
         }
         Ok(normed)
     }
 
-    /// `grad`, which is written over, and the gradient in `input` of a loss whose gradient in [`Model::normed`] is
-    /// `grad_normed`; that in the weight is added to the weight's, where it trains.
+    fn normed_in<T: Number>(&self, weight: &[f32], input: &Tensor, normed: &mut Tensor) {
+        // SAFETY: it was made for this, and nobody else has it.
+        let normed = unsafe { write(normed) };
+        self.norm_of(weight).forward::<T>(read(input), normed, threads());
+    }
+
+    /// `grad`, which nobody else may hold and which is written over, and the gradient in `input` of a loss whose gradient
+    /// in [`Model::normed`] is `grad_normed`; that in the weight is added to the weight's, where it trains.
     fn norm_back(&self, weight_h: &Tensor, input: &Tensor, grad_normed: &Tensor, grad: Tensor) -> Result<Tensor> {
         let (input, grad_normed) = (input.f_contiguous()?, grad_normed.f_contiguous()?);
         let mut grad = grad.f_contiguous()?;
         let weight = wide(weight_h)?;
-        let norm = Norm { weight: &weight, epsilon: self.config.rms_norm_eps as f32 };
         let grad_weight = match input.kind() {
-            Kind::BFloat16 => norm.back::<bf16>(read(&input), read(&grad_normed), write(&mut grad)),
-            _ => norm.back::<f32>(read(&input), read(&grad_normed), write(&mut grad)),
+            Kind::BFloat16 => self.norm_back_in::<bf16>(&weight, &input, &grad_normed, &mut grad),
+            _ => self.norm_back_in::<f32>(&weight, &input, &grad_normed, &mut grad),
         };
         if weight_h.requires_grad() {
             let grad_weight = Tensor::f_from_slice(&grad_weight)?;
@@ -167,6 +171,22 @@ impl Model {
             weight_h.f_to_kind(Kind::Float)?.f_mul(&grad_weight)?.f_sum(Kind::Float)?.f_backward()?;
         }
         Ok(grad)
+    }
+
+    fn norm_back_in<T: Number>(
+        &self,
+        weight: &[f32],
+        input: &Tensor,
+        grad_normed: &Tensor,
+        grad: &mut Tensor,
+    ) -> Vec<f32> {
+        // SAFETY: nobody else holds it, as the caller promises.
+        let grad = unsafe { write(grad) };
+        self.norm_of(weight).back::<T>(read(input), read(grad_normed), grad, threads())
+    }
+
+    fn norm_of<'a>(&self, weight: &'a [f32]) -> Norm<'a> {
+        Norm { weight, epsilon: self.config.rms_norm_eps as f32 }
     }
 }
 

@@ -97,11 +97,27 @@ fn values_and_gradients_are_those_of_the_definition() {
         windowed(5, documents(&[200, 3], 4, 2, 16)),
         windowed(64, documents(&[150], 8, 1, 8)),
         windowed(1000, documents(&[20, 70], 3, 1, 8)),
+        windowed(300, documents(&[700, 20], 2, 1, 8)),
     ] {
         let [queries, keys, values, grad_mixed] = &inputs(&case);
         let exact = obvious(&case, &Projected { queries, keys, values }, grad_mixed);
         for threads in [1, 2, 64] {
             close(&run(&case, [queries, keys, values, grad_mixed], threads), &exact, 2e-6, &case);
+        }
+    }
+}
+
+/// Whatever the window and the group, a block's scores take little memory.
+#[test]
+fn blocks_stay_small() {
+    for (window, group, length) in [(1, 1, 32_768), (16, 4, 5000), (64, 3, 4096), (300, 2, 700), (4096, 4, 9000)] {
+        let case = Documents { window: Some(window), ..documents(&[], group, 1, 8) };
+        let blocks: Vec<Block> = One { first: 0, length, key_head: 0 }.blocks(&case).collect();
+        assert!(blocks.iter().any(|block| block.start > 0), "{case:?}");
+        assert_eq!(blocks.iter().map(|block| block.positions).sum::<usize>(), length);
+        for block in blocks {
+            let few = (ROWS + 8 * group) * (2 * window + ROWS);
+            assert!(block.rows * block.span <= few.max(2 * SCORES), "{} x {}, {case:?}", block.rows, block.span);
         }
     }
 }
