@@ -182,12 +182,12 @@ mod tests {
                 let root = (mean + f64::from(1e-3f32)).sqrt();
                 let w = |i: usize| f64::from(weight[i]);
                 let dot = (0..width).map(|i| w(i) * at(&from, i) * at(&x, i)).sum::<f64>();
-                for i in 0..width {
+                for (i, sum) in exact_weight.iter_mut().enumerate() {
                     prop_assert!((at(&normed, i) - at(&x, i) / root * w(i)).abs() < 1e-5);
                     // d(x_j / root) / d x_i = delta_ij / root - x_i x_j / (width root^3)
                     let exact = w(i) * at(&from, i) / root - at(&x, i) * dot / (width as f64 * root.powi(3));
                     prop_assert!((at(&grad, i) - at(&before, i) - exact).abs() < 1e-5 * (1.0 + exact.abs()) / root);
-                    exact_weight[i] += at(&from, i) * at(&x, i) / root;
+                    *sum += at(&from, i) * at(&x, i) / root;
                 }
             }
             for (found, exact) in grad_weight.iter().zip(exact_weight) {

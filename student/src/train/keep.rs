@@ -10,7 +10,7 @@ use retort_artifact::{
     checkpoint::{self, HELD_OUT, HeldOut, Manifest},
     paths,
 };
-use retort_core::{Code, Error, Result, spec::Promote};
+use retort_core::{Code, Result, spec::Promote};
 use retort_export::Gguf;
 use retort_process::in_background;
 use serde_json::json;
