@@ -32,7 +32,7 @@ impl Uploader {
         written: impl Future<Output = Result<Vec<checkpoint::File>>> + Send + 'static,
         folder: PathBuf,
         prefix: String,
-        mut manifest: Manifest,
+        manifest: Manifest,
     ) -> Result<()> {
         self.finish().await?;
         let mut group = TaskGroup::new(CancellationToken::new());
@@ -41,8 +41,8 @@ impl Uploader {
         let (cx, job, keep) = (self.cx.clone(), self.job.clone(), self.keep);
         group.spawn("checkpoint", async move {
             let _ended = ended.drop_guard();
-            manifest.files = written.await?;
-            upload(cx, job, keep, (folder, began), prefix, manifest).await
+            let files = written.await?;
+            upload(cx, job, keep, (folder, began, files), prefix, manifest).await
         });
         self.running = Some(group);
         Ok(())
@@ -69,13 +69,13 @@ async fn upload(
     cx: TaskContext,
     job: String,
     keep: Keep,
-    (folder, began): (PathBuf, Instant),
+    (folder, began, files): (PathBuf, Instant, Vec<checkpoint::File>),
     prefix: String,
     manifest: Manifest,
 ) -> Result<()> {
     let step = manifest.step;
     let held_out = manifest.held_out().as_ref().map(point_to_proto);
-    checkpoint::hand_over(&cx.store, &prefix, &folder, manifest).await?;
+    checkpoint::hand_over(&cx.store, &prefix, &folder, manifest, files).await?;
     if step > 0 {
         cx.emit(What::CheckpointWritten(CheckpointWritten { step, key: prefix.clone(), held_out })).await?;
         checkpoint::prune(&cx.store, &job, keep).await?;

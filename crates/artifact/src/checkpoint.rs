@@ -64,10 +64,16 @@ pub async fn publish(store: &Store, prefix: &str, dir: &Path, manifest: Manifest
     put(store, prefix, dir, Manifest { files, ..manifest }, false).await
 }
 
-/// [`publish`] of a folder that is given up, and is gone once this succeeded; the manifest lists its files already, as
-/// [`hash_folder`] does. Where it lies on the store's own file system its files become the objects, and none is copied.
-pub async fn hand_over(store: &Store, prefix: &str, dir: &Path, manifest: Manifest) -> Result<Manifest> {
-    let manifest = put(store, prefix, dir, manifest, true).await?;
+/// [`publish`] of a folder that is given up, and is gone once this succeeded; `files` are what [`hash_folder`] says of it.
+/// Where it lies on the store's own file system its files become the objects, and none is copied.
+pub async fn hand_over(
+    store: &Store,
+    prefix: &str,
+    dir: &Path,
+    manifest: Manifest,
+    files: Vec<File>,
+) -> Result<Manifest> {
+    let manifest = put(store, prefix, dir, Manifest { files, ..manifest }, true).await?;
     tokio::fs::remove_dir_all(dir).await.map_err(|error| Error::io(dir, error))?;
     Ok(manifest)
 }

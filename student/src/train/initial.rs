@@ -82,9 +82,11 @@ impl Run<'_> {
         }
         let folder = self.workspace.path().join("initial");
         let make = self.making(folder.clone()).await?;
-        self.thread.call(move |_| make().map(drop)).await??;
+        let made = folder.clone();
+        let make = move |_: &mut Option<Trainer>| make().and_then(|_| checkpoint::hash_folder(&made));
+        let files = self.thread.call(make).await??;
         let manifest = Manifest { step: 0, target_tokens: 0, ..self.manifest(None) };
-        checkpoint::hand_over(store, &own, &folder, manifest).await?;
+        checkpoint::hand_over(store, &own, &folder, manifest, files).await?;
         Ok(own)
     }
 
