@@ -25,11 +25,11 @@ impl Uploader {
         Self { cx, job, keep, running: None, ended: CancellationToken::new() }
     }
 
-    /// Starts uploading `folder` to `prefix` once `written` has filled it and says of what; it is removed afterwards. Answers once
+    /// Starts uploading `folder` to `prefix` once `written` has filled it; it is removed afterwards. Answers once
     /// the upload before it is done, with that one's error if it had any.
     pub async fn start(
         &mut self,
-        written: impl Future<Output = Result<Vec<checkpoint::File>>> + Send + 'static,
+        written: impl Future<Output = Result<()>> + Send + 'static,
         folder: PathBuf,
         prefix: String,
         manifest: Manifest,
@@ -38,11 +38,11 @@ impl Uploader {
         let mut group = TaskGroup::new(CancellationToken::new());
         let (began, ended) = (Instant::now(), CancellationToken::new());
         self.ended = ended.clone();
-        let (cx, job, keep) = (self.cx.clone(), self.job.clone(), self.keep);
-        group.spawn("checkpoint", async move {
+        let upload = upload(self.cx.clone(), self.job.clone(), self.keep, (folder, began), prefix, manifest);
+        group.spawn("checkpoint", async {
             let _ended = ended.drop_guard();
-            let files = written.await?;
-            upload(cx, job, keep, (folder, began, files), prefix, manifest).await
+            written.await?;
+            upload.await
         });
         self.running = Some(group);
         Ok(())
@@ -69,13 +69,13 @@ async fn upload(
     cx: TaskContext,
     job: String,
     keep: Keep,
-    (folder, began, files): (PathBuf, Instant, Vec<checkpoint::File>),
+    (folder, began): (PathBuf, Instant),
     prefix: String,
     manifest: Manifest,
 ) -> Result<()> {
     let step = manifest.step;
     let held_out = manifest.held_out().as_ref().map(point_to_proto);
-    checkpoint::hand_over(&cx.store, &prefix, &folder, manifest, files).await?;
+    checkpoint::hand_over(&cx.store, &prefix, &folder, manifest).await?;
     if step > 0 {
         cx.emit(What::CheckpointWritten(CheckpointWritten { step, key: prefix.clone(), held_out })).await?;
         checkpoint::prune(&cx.store, &job, keep).await?;

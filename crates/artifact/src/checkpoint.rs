@@ -59,26 +59,20 @@ pub struct File {
 /// A file that an earlier try of the same attempt has uploaded already is kept if it is the same.
 /// `ObjectExists` if the manifest is there, or another file is.
 pub async fn publish(store: &Store, prefix: &str, dir: &Path, manifest: Manifest) -> Result<Manifest> {
-    let root = dir.to_owned();
-    let files = blocking(move || hash_folder(&root)).await?;
-    put(store, prefix, dir, Manifest { files, ..manifest }, false).await
+    put(store, prefix, dir, manifest, false).await
 }
 
-/// [`publish`] of a folder that is given up, and is gone once this succeeded; `files` are what [`hash_folder`] says of it.
-/// Where it lies on the store's own file system its files become the objects, and none is copied.
-pub async fn hand_over(
-    store: &Store,
-    prefix: &str,
-    dir: &Path,
-    manifest: Manifest,
-    files: Vec<File>,
-) -> Result<Manifest> {
-    let manifest = put(store, prefix, dir, Manifest { files, ..manifest }, true).await?;
+/// [`publish`] of a folder that is given up, and is gone once this succeeded. Where it lies on the store's own file
+/// system its files become the objects, and none is copied.
+pub async fn hand_over(store: &Store, prefix: &str, dir: &Path, manifest: Manifest) -> Result<Manifest> {
+    let manifest = put(store, prefix, dir, manifest, true).await?;
     tokio::fs::remove_dir_all(dir).await.map_err(|error| Error::io(dir, error))?;
     Ok(manifest)
 }
 
 async fn put(store: &Store, prefix: &str, dir: &Path, mut manifest: Manifest, may_link: bool) -> Result<Manifest> {
+    let root = dir.to_owned();
+    manifest.files = blocking(move || hash_folder(&root)).await?;
     manifest.schema_version = SCHEMA_VERSION;
     let bytes = serde_json::to_vec_pretty(&manifest)
         .map_err(|error| Error::internal(format!("the manifest of {prefix} has no JSON form: {error}")))?;
@@ -230,11 +224,7 @@ async fn is_same(store: &Store, key: &str, file: &File) -> Result<bool> {
 }
 
 /// Every file below `dir`, in order of path.
-///
-/// # Errors
-/// What reading fails with; `internal` where there is none, more than a manifest may list, or one whose name is none of
-/// a checkpoint's.
-pub fn hash_folder(dir: &Path) -> Result<Vec<File>> {
+fn hash_folder(dir: &Path) -> Result<Vec<File>> {
     let mut files = Vec::new();
     let mut folders = vec![PathBuf::new()];
     while let Some(folder) = folders.pop() {

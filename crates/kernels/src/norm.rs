@@ -153,7 +153,7 @@ mod tests {
 
     fn rows() -> impl Strategy<Value = (usize, Vec<[f32; 3]>, Vec<f32>)> {
         let numbers = || -2.0f32..2.0;
-        (1usize..40, 1usize..150).prop_flat_map(move |(width, rows)| {
+        (1usize..40, 1usize..300).prop_flat_map(move |(width, rows)| {
             let three = (numbers(), numbers(), numbers()).prop_map(|(a, b, c)| [a, b, c]);
             (Just(width), prop::collection::vec(three, width * rows), prop::collection::vec(numbers(), width))
         })
@@ -173,6 +173,8 @@ mod tests {
                 let mut again = before.clone();
                 prop_assert_eq!(&norm.back(&x, &from, &mut again, threads), &grad_weight);
                 prop_assert_eq!(&again, &grad);
+                norm.forward(&x, &mut again, threads);
+                prop_assert_eq!(&again, &normed);
             }
 
             let mut exact_weight = vec![0.0f64; width];

@@ -1,7 +1,6 @@
 //! What every retort process does alike: logs to standard error, two-step signals, the line that
-//! says it is ready, exit codes, how memory is kept, and what gives way to other work.
+//! says it is ready, exit codes, and how memory is kept.
 
-mod background;
 mod exit;
 mod logging;
 mod memory;
@@ -9,7 +8,6 @@ mod ready;
 mod shutdown;
 mod stderr;
 
-pub use background::in_background;
 pub use exit::{EXIT_REJECTED, exit_with};
 pub use logging::{LogArgs, LogFormat};
 pub use memory::{keep_freed_memory, return_freed_memory};

@@ -5,13 +5,9 @@ use std::{
     sync::Arc,
 };
 
-use retort_artifact::{
-    checkpoint::{self, Manifest},
-    paths,
-};
+use retort_artifact::{checkpoint, checkpoint::Manifest, paths};
 use retort_core::{Code, Error, Result, pruning::Pruning, spec::Init, state::Split};
 use retort_llama::Model;
-use retort_process::in_background;
 use tch::Device;
 
 use super::{INITIAL_KEY, Run};
@@ -46,10 +42,7 @@ impl Run<'_> {
         // It may be there already, made again for a checkpoint that turned out to be damaged too.
         if std::mem::replace(&mut self.initial_key, own.clone()) != own {
             let manifest = self.manifest(held_out);
-            let hashed = folder.clone();
-            let hash = move || checkpoint::hash_folder(&hashed);
-            let written = in_background("the hashing of the first weights", hash);
-            self.uploader.start(written, folder, own, manifest).await?;
+            self.uploader.start(async { Ok(()) }, folder, own, manifest).await?;
         }
         if let Some(held_out) = held_out {
             self.cx.emit_lossy(self.progress_event(Some(held_out.kl), 0.0)).await;
@@ -82,11 +75,9 @@ impl Run<'_> {
         }
         let folder = self.workspace.path().join("initial");
         let make = self.making(folder.clone()).await?;
-        let made = folder.clone();
-        let make = move |_: &mut Option<Trainer>| make().and_then(|_| checkpoint::hash_folder(&made));
-        let files = self.thread.call(make).await??;
+        self.thread.call(move |_| make().map(drop)).await??;
         let manifest = Manifest { step: 0, target_tokens: 0, ..self.manifest(None) };
-        checkpoint::hand_over(store, &own, &folder, manifest, files).await?;
+        checkpoint::hand_over(store, &own, &folder, manifest).await?;
         Ok(own)
     }
 

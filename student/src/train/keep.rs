@@ -7,12 +7,12 @@ use std::{
 };
 
 use retort_artifact::{
-    checkpoint::{self, HELD_OUT, HeldOut, Manifest},
+    checkpoint,
+    checkpoint::{HELD_OUT, HeldOut, Manifest},
     paths,
 };
-use retort_core::{Code, Result, spec::Promote};
+use retort_core::{Code, Error, Result, spec::Promote};
 use retort_export::Gguf;
-use retort_process::in_background;
 use serde_json::json;
 
 use super::{INITIAL_KEY, PRUNING, Run, SHARDS, no_trainer};
@@ -180,21 +180,21 @@ impl Run<'_> {
     }
 }
 
-/// Writes a checkpoint's files and hashes them, while training goes on.
+/// Writes a checkpoint's files, away from the thread that trains.
 async fn write(
     snapshot: Snapshot,
     teacher: Arc<Teacher>,
     workspace: Arc<Workspace>,
     folder: PathBuf,
     export: Option<impl FnOnce(&Path) -> Result<()> + Send + 'static>,
-) -> Result<Vec<checkpoint::File>> {
+) -> Result<()> {
     let write = move || {
         // It stays until this is done, also when the attempt is given up meanwhile.
         let _workspace = workspace;
         snapshot.write(&teacher.folder, &folder)?;
         drop(snapshot);
-        export.map_or(Ok(()), |export| export(&folder.join("model")))?;
-        checkpoint::hash_folder(&folder)
+        export.map_or(Ok(()), |export| export(&folder.join("model")))
     };
-    in_background("the writing of a checkpoint", write).await
+    let done = tokio::task::spawn_blocking(write).await;
+    done.map_err(|error| Error::internal(format!("the writing of a checkpoint broke off: {error}")))?
 }

@@ -109,14 +109,10 @@ async fn a_folder_that_is_handed_over_is_gone_and_stands_in_the_store() {
     // What is there already is another's: the folder stays as it was.
     let taken = paths::checkpoint("j", 20, 3);
     bench.store.put_new(&format!("{taken}state/optimizer"), "sgd".into()).await.unwrap();
-    let files = hash_folder(&out).unwrap();
     let manifest = || Manifest { job: "j".to_owned(), ..Manifest::default() };
-    assert_eq!(
-        hand_over(&bench.store, &taken, &out, manifest(), files.clone()).await.unwrap_err().code,
-        Code::ObjectExists
-    );
+    assert_eq!(hand_over(&bench.store, &taken, &out, manifest()).await.unwrap_err().code, Code::ObjectExists);
     let prefix = paths::checkpoint("j", 21, 3);
-    let written = hand_over(&bench.store, &prefix, &out, manifest(), files).await.unwrap();
+    let written = hand_over(&bench.store, &prefix, &out, manifest()).await.unwrap();
     assert!(!out.exists());
     let into = bench.folder.path().join("in");
     assert_eq!(fetch(&bench.store, &prefix, &into).await.unwrap(), written);
