@@ -4,6 +4,8 @@ use half::bf16;
 use retort_kernels::Stored;
 use tch::{Device, Kind, Tensor};
 
+use crate::{Error, Result};
+
 /// Where the numbers of a contiguous tensor lie that is on the CPU and of this kind, which is `T`'s, row after row.
 pub fn numbers<T>(tensor: &Tensor, kind: Kind) -> Option<*mut T> {
     let plain = tensor.device() == Device::Cpu && tensor.kind() == kind && tensor.is_contiguous();
@@ -30,25 +32,35 @@ pub(crate) fn is_host(tensor: &Tensor) -> bool {
 
 /// The numbers of a contiguous tensor of at least one.
 ///
-/// # Panics
-/// Where the tensor is empty, elsewhere or of another kind.
-pub(crate) fn read<T: Number>(tensor: &Tensor) -> &[T] {
+/// # Errors
+/// [`Error::Invalid`] where the tensor is empty, elsewhere or of another kind.
+pub(crate) fn read<T: Number>(tensor: &Tensor) -> Result<&[T]> {
+    let at = place(tensor)?;
     // SAFETY: so many numbers of the kind lie at the tensor's address, and it is borrowed as long as they are.
-    unsafe { std::slice::from_raw_parts(place(tensor), tensor.numel()) }
+    Ok(unsafe { std::slice::from_raw_parts(at, tensor.numel()) })
 }
 
 /// As [`read`], to be written.
 ///
 /// # Safety
 /// No other tensor that shares the memory may be used as long as the slice is.
-pub(crate) unsafe fn write<T: Number>(tensor: &mut Tensor) -> &mut [T] {
+pub(crate) unsafe fn write<T: Number>(tensor: &mut Tensor) -> Result<&mut [T]> {
+    let at = place(tensor)?;
     // SAFETY: as above, and nobody else's as the caller promises.
-    unsafe { std::slice::from_raw_parts_mut(place(tensor), tensor.numel()) }
+    Ok(unsafe { std::slice::from_raw_parts_mut(at, tensor.numel()) })
 }
 
-fn place<T: Number>(tensor: &Tensor) -> *mut T {
+fn place<T: Number>(tensor: &Tensor) -> Result<*mut T> {
     let at = numbers::<T>(tensor, T::KIND).filter(|_| tensor.numel() > 0);
-    at.expect("a contiguous tensor of this kind on the CPU")
+    at.ok_or_else(|| {
+        Error::Invalid(format!(
+            "a tensor of shape {:?} and kind {:?} on {:?}; the kernels take numbers in {:?}, row after row, on the CPU",
+            tensor.size(),
+            tensor.kind(),
+            tensor.device(),
+            T::KIND
+        ))
+    })
 }
 
 /// Threads that the kernels take: as many as libtorch's own operators.

@@ -61,16 +61,16 @@ impl Heads {
 
     fn attend_in<T: Number>(&self, extent: Extent, mixed: &mut Tensor) -> Result<()> {
         // SAFETY: it was made for this, and nobody else has it.
-        let mixed = unsafe { write(mixed) };
-        self.documents(extent)?.attend(&self.projected::<T>(), mixed, threads());
+        let mixed = unsafe { write(mixed)? };
+        self.documents(extent)?.attend(&self.projected::<T>()?, mixed, threads());
         Ok(())
     }
 
     fn gradients_in<T: Number>(&self, extent: Extent, grad_mixed: &Tensor, grads: &mut [Tensor; 3]) -> Result<()> {
         let [queries, keys, values] = grads;
         // SAFETY: the three were made for this, and nobody else has them.
-        let into = unsafe { Projected { queries: write(queries), keys: write(keys), values: write(values) } };
-        self.documents(extent)?.gradients(&self.projected::<T>(), read(grad_mixed), into, threads());
+        let into = unsafe { Projected { queries: write(queries)?, keys: write(keys)?, values: write(values)? } };
+        self.documents(extent)?.gradients(&self.projected::<T>()?, read(grad_mixed)?, into, threads());
         Ok(())
     }
 
@@ -80,7 +80,7 @@ impl Heads {
         Ok(Documents { lengths: extent.lengths, query_heads, key_heads, head_dim, window: extent.window })
     }
 
-    fn projected<T: Number>(&self) -> Projected<&[T]> {
-        Projected { queries: read(&self.queries), keys: read(&self.keys), values: read(&self.values) }
+    fn projected<T: Number>(&self) -> Result<Projected<&[T]>> {
+        Ok(Projected { queries: read(&self.queries)?, keys: read(&self.keys)?, values: read(&self.values)? })
     }
 }

@@ -108,7 +108,9 @@ impl Model {
         let projected = Graph::record(&normed_1nh, |normed| {
             Ok(block.project(&self.config, normed, &documents.angles, masks)?.into())
         })?;
-        let [query, key, value] = &projected.to[..] else { unreachable!("three projections") };
+        let [query, key, value] = &projected.to[..] else {
+            return Err(Error::Invalid("a block that projects to more or less than three".into()));
+        };
         let heads = Heads::of([query, key, value])?;
         let mixed = heads.attend(documents.extent())?;
         let attended = Graph::record(&mixed, |mixed| Ok(vec![input_1nh.f_add(&block.attended(mixed, masks)?)?]))?;
@@ -143,16 +145,17 @@ impl Model {
         let mut normed = input.f_empty_like()?;
         let weight = wide(weight_h)?;
         match input.kind() {
-            Kind::BFloat16 => self.normed_in::<bf16>(&weight, &input, &mut normed),
-            _ => self.normed_in::<f32>(&weight, &input, &mut normed),
+            Kind::BFloat16 => self.normed_in::<bf16>(&weight, &input, &mut normed)?,
+            _ => self.normed_in::<f32>(&weight, &input, &mut normed)?,
         }
         Ok(normed)
     }
 
-    fn normed_in<T: Number>(&self, weight: &[f32], input: &Tensor, normed: &mut Tensor) {
+    fn normed_in<T: Number>(&self, weight: &[f32], input: &Tensor, normed: &mut Tensor) -> Result<()> {
         // SAFETY: it was made for this, and nobody else has it.
-        let normed = unsafe { write(normed) };
-        self.norm_of(weight).forward::<T>(read(input), normed, threads());
+        let normed = unsafe { write(normed)? };
+        self.norm_of(weight).forward::<T>(read(input)?, normed, threads());
+        Ok(())
     }
 
     /// `grad`, which nobody else may hold and which is written over, and the gradient in `input` of a loss whose gradient
@@ -162,8 +165,8 @@ impl Model {
         let mut grad = grad.f_contiguous()?;
         let weight = wide(weight_h)?;
         let grad_weight = match input.kind() {
-            Kind::BFloat16 => self.norm_back_in::<bf16>(&weight, &input, &grad_normed, &mut grad),
-            _ => self.norm_back_in::<f32>(&weight, &input, &grad_normed, &mut grad),
+            Kind::BFloat16 => self.norm_back_in::<bf16>(&weight, &input, &grad_normed, &mut grad)?,
+            _ => self.norm_back_in::<f32>(&weight, &input, &grad_normed, &mut grad)?,
         };
         if weight_h.requires_grad() {
             let grad_weight = Tensor::f_from_slice(&grad_weight)?;
@@ -179,10 +182,10 @@ impl Model {
         input: &Tensor,
         grad_normed: &Tensor,
         grad: &mut Tensor,
-    ) -> Vec<f32> {
+    ) -> Result<Vec<f32>> {
         // SAFETY: nobody else holds it, as the caller promises.
-        let grad = unsafe { write(grad) };
-        self.norm_of(weight).back::<T>(read(input), read(grad_normed), grad, threads())
+        let grad = unsafe { write(grad)? };
+        Ok(self.norm_of(weight).back::<T>(read(input)?, read(grad_normed)?, grad, threads()))
     }
 
     fn norm_of<'a>(&self, weight: &'a [f32]) -> Norm<'a> {
@@ -216,5 +219,5 @@ impl Graph {
 /// A weight's numbers in f32.
 fn wide(weight_h: &Tensor) -> Result<Vec<f32>> {
     let weight_h = weight_h.f_detach()?.f_to_kind(Kind::Float)?.f_contiguous()?;
-    Ok(read::<f32>(&weight_h).to_vec())
+    Ok(read::<f32>(&weight_h)?.to_vec())
 }

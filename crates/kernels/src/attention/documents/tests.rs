@@ -1,13 +1,5 @@
 use super::*;
-
-fn numbers(count: usize, seed: u64) -> Vec<f32> {
-    let mut state = seed;
-    let mut next = || {
-        state = state.wrapping_mul(6_364_136_223_846_793_005).wrapping_add(1_442_695_040_888_963_407);
-        ((state >> 40) as f32 / (1u64 << 24) as f32 - 0.5) * 4.0
-    };
-    (0..count).map(|_| next()).collect()
-}
+use crate::attention::tests::numbers;
 
 /// The definition and its derivative in f64, one query at a time: mixed, and gradients in queries, keys and values.
 fn obvious(documents: &Documents, projected: &Projected<&[f32]>, grad_mixed: &[f32]) -> [Vec<f64>; 4] {
