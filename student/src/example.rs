@@ -208,15 +208,6 @@ pub(crate) mod tests {
 
     use super::*;
 
-    /// libtorch has one random generator for all threads, and tests run on many.
-    static RANDOM: std::sync::Mutex<()> = std::sync::Mutex::new(());
-
-    /// Runs what seeds the generator and draws from it, alone.
-    pub(crate) fn alone<T>(draw: impl FnOnce() -> T) -> T {
-        let _alone = RANDOM.lock().unwrap_or_else(std::sync::PoisonError::into_inner);
-        draw()
-    }
-
     /// A row of `prompt` + `completion` random tokens with `support` random entries a position.
     pub(crate) fn example(seed: u64, prompt: usize, completion: usize, support: usize, vocab_size: u32) -> Example {
         let mut random = Counter::new(seed, Purpose::Sample, 0, 0);

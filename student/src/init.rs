@@ -81,7 +81,7 @@ pub fn initial_model(
                 ..Config::from_dir(&teacher.folder).map_err(llama)?
             };
             let seed = Counter::new(spec.seed, Purpose::Init, 0, 0).next_u64();
-            Model::init(config, device, kind, seed.cast_signed()).map_err(llama)?
+            Model::init(config, device, kind, seed).map_err(llama)?
         }
     };
     Ok((model, None))

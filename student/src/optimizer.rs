@@ -312,20 +312,19 @@ pub(crate) fn copy_of(tensor: &Tensor) -> Result<Tensor, TchError> {
 
 #[cfg(test)]
 mod tests {
+    use retort_llama::normal;
     use tch::Device;
 
     use super::*;
-    use crate::example::tests::alone;
 
     const LR: f64 = 3e-3;
 
     fn parameters(kind: Kind) -> Vec<(String, Tensor)> {
-        let leaf =
-            |shape: &[i64]| Tensor::randn(shape, (Kind::Float, Device::Cpu)).to_kind(kind).set_requires_grad(true);
-        alone(|| {
-            tch::manual_seed(1);
-            vec![("matrix".to_owned(), leaf(&[300, 250])), ("norm".to_owned(), leaf(&[17]))]
-        })
+        let leaf = |name: &str, shape: &[i64], stream| {
+            let drawn = normal(shape, 1.0, (1, stream)).unwrap();
+            (name.to_owned(), drawn.to_kind(kind).set_requires_grad(true))
+        };
+        vec![leaf("matrix", &[300, 250], 0), leaf("norm", &[17], 1)]
     }
 
     fn hyper() -> Hyper {

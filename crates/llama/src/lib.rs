@@ -1,8 +1,9 @@
 //! Llama-family models on libtorch: Llama 2 to 3.3, SmolLM, Qwen2 and 2.5, Mistral.
 //!
 //! The graph is written once and serves both sides: a teacher runs it under [`tch::no_grad`] with
-//! a [`KvCache`], a student goes there by [`Model::hidden_taped`] and back by [`Model::backward`]. No call here materialises `positions x vocabulary`: [`Model::hidden`] stops at
-//! the final norm, and the caller puts as many positions through [`Model::head`] as it can hold.
+//! a [`KvCache`], a student goes there by [`Model::hidden_taped`] and back by [`Model::backward`]. No call
+//! here materialises `positions x vocabulary`: [`Model::hidden`] stops at the final norm, and the caller puts
+//! as many positions through [`Model::head`] as it can hold.
 //!
 //! Shape letters, used at the end of tensor names everywhere:
 //! `b` rows of a batch, `t` positions, `h` hidden size, `v` vocabulary, `q` query heads,
@@ -18,6 +19,7 @@ mod hash;
 mod memory;
 mod model;
 mod part;
+mod random;
 mod rope;
 mod weights;
 
@@ -29,6 +31,7 @@ pub use hash::{TensorHash, folder_print, folder_sha256, tensor_hashes, tensors_s
 pub use memory::numbers;
 pub use model::{Cut, Importance, LayerCut, LayerImportance, Masks, Model, Observer, Tape, Weights};
 pub use part::{Keep, Part, Piece, Room, Share, host::HostPart, torch::TorchPart};
+pub use random::normal;
 pub use retort_model::{
     Architecture, ChatMessage, ChatTemplate, Config, Llama3Scaling, TextStream, Tokenizer, copy_text_files,
 };

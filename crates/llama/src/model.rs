@@ -8,6 +8,7 @@ use tch::{Device, Kind, Tensor};
 
 use crate::{
     Config, Error, Keep, KvCache, Result,
+    random::normal,
     rope::Rope,
     weights::{Folder, safetensors},
 };
@@ -118,25 +119,23 @@ impl Model {
     }
 
     /// Random weights: normal with the config's deviation, norms at one, biases at zero. The same
-    /// seed gives the same weights on every device. Sets libtorch's global seed.
-    pub fn init(config: Config, device: Device, kind: Kind, seed: i64) -> Result<Self> {
+    /// seed gives the same weights on every device and with any number of threads: no draw of libtorch's
+    /// own is taken.
+    pub fn init(config: Config, device: Device, kind: Kind, seed: u64) -> Result<Self> {
         config.validate()?;
-        tch::manual_seed(seed);
         let deviation = config.initializer_range;
-        let draw = |(name, shape): (String, Vec<i64>)| {
+        let draw = |(at, (name, shape)): (usize, (String, Vec<i64>))| {
             let tensor = if name.ends_with("norm.weight") {
                 Tensor::f_ones(&shape, (kind, device))?
             } else if name.ends_with(".bias") {
                 Tensor::f_zeros(&shape, (kind, device))?
             } else {
-                let mut tensor = Tensor::f_empty(&shape, (Kind::Float, Device::Cpu))?;
-                let _ = tensor.f_normal_(0.0, deviation)?;
-                tensor.f_to_device(device)?.f_to_kind(kind)?
+                normal(&shape, deviation, (seed, at as u64))?.f_to_device(device)?.f_to_kind(kind)?
             };
             Ok((name, tensor))
         };
         let table = config.tensors();
-        let named = tch::no_grad(|| table.into_iter().map(draw).collect::<Result<_>>())?;
+        let named = tch::no_grad(|| table.into_iter().enumerate().map(draw).collect::<Result<_>>())?;
         Self::assemble(config, named, &HashMap::new(), device, kind)
     }
 

@@ -82,8 +82,9 @@ fn product(out: Strided, keep: f32, scale: f32, left: Strided, right: Strided) {
 
 #[cfg(test)]
 mod tests {
+    use retort_llama::normal;
+
     use super::*;
-    use crate::example::tests::alone;
 
     /// The same numbers on the CPU in f64: what no path of ours takes.
     fn wide(tensor: &Tensor) -> Tensor {
@@ -94,11 +95,8 @@ mod tests {
     fn all_three_are_libtorchs_in_double_precision() {
         for (n, v, h) in [(1, 1, 1), (3, 37, 8), (65, 1031, 24), (130, 515, 33)] {
             for kind in [Kind::Float, Kind::BFloat16] {
-                let random = |rows, columns| Tensor::randn([rows, columns], (Kind::Float, Device::Cpu)).to_kind(kind);
-                let (hidden_nh, weight_vh, grad_nv) = alone(|| {
-                    tch::manual_seed(n);
-                    (random(n, h), random(v, h), random(n, v))
-                });
+                let random = |shape, stream| normal(shape, 1.0, (0, stream)).unwrap().to_kind(kind);
+                let (hidden_nh, weight_vh, grad_nv) = (random(&[n, h], 0), random(&[v, h], 1), random(&[n, v], 2));
                 let far = |found: &Tensor, exact: Tensor| {
                     let exact_scale = exact.abs().max().double_value(&[]).max(1.0);
                     (wide(found) - exact).abs().max().double_value(&[]) / exact_scale

@@ -4,12 +4,10 @@ use retort_core::{
     random::{Counter, Purpose},
     spec::{Loss, Weight},
 };
+use retort_llama::normal;
 
 use super::*;
-use crate::{
-    batch,
-    example::tests::{alone, example},
-};
+use crate::{batch, example::tests::example};
 
 const V: i64 = 37;
 const H: i64 = 8;
@@ -22,11 +20,8 @@ fn targets(positions: usize) -> Targets {
     targets
 }
 
-fn random(shape: [i64; 2], seed: i64) -> Tensor {
-    alone(|| {
-        tch::manual_seed(seed);
-        Tensor::randn(shape, (Kind::Float, Device::Cpu))
-    })
+fn random(shape: [i64; 2], seed: u64) -> Tensor {
+    normal(&shape, 1.0, (seed, 0)).unwrap()
 }
 
 /// Forward KL and the label's cross-entropy.

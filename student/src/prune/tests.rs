@@ -2,11 +2,11 @@ use retort_core::random::{Counter, Purpose};
 use tch::{Device, Kind, Tensor};
 
 use super::*;
-use crate::{example::tests::alone, init::tests::tiny_config};
+use crate::init::tests::tiny_config;
 
 /// 16 hidden channels, 24 inside, 4 query heads on 2 key-value heads of 4.
 fn teacher(layers: i64) -> Model {
-    alone(|| Model::init(tiny_config(layers, 30), Device::Cpu, Kind::Float, 11)).unwrap()
+    Model::init(tiny_config(layers, 30), Device::Cpu, Kind::Float, 11).unwrap()
 }
 
 fn texts() -> Vec<Vec<u32>> {

@@ -10,7 +10,6 @@ use super::{
     *,
 };
 use crate::{
-    example::tests::alone,
     init::tests::{tiny_config, tiny_teacher},
     measure::{Tally, measure},
     resume,
@@ -89,7 +88,7 @@ fn resumed_adapters_end_with_the_same_bytes() {
         let options = || with(|train| train.activation_checkpointing = twice);
         let initial = folder.path().join(format!("{what}-initial"));
         let config = tiny_config(2, VOCAB.into());
-        let plain = alone(|| Model::init(config, Device::Cpu, kind, 5)).unwrap();
+        let plain = Model::init(config, Device::Cpu, kind, 5).unwrap();
         resume::export(&plain, &teacher.folder, &initial).unwrap();
         let begin = || {
             let plain = Model::load(&initial, Device::Cpu, kind).unwrap();

@@ -5,7 +5,7 @@ use tch::Device;
 
 use super::*;
 use crate::{
-    example::tests::{alone, example},
+    example::tests::example,
     init::tests::{tiny_config, tiny_teacher},
     measure::{Tally, measure},
     resume,
@@ -22,7 +22,7 @@ pub(super) fn options() -> Options {
 
 pub(super) fn model(tied: bool) -> Model {
     let config = retort_llama::Config { tie_word_embeddings: tied, ..tiny_config(2, VOCAB.into()) };
-    alone(|| Model::init(config, Device::Cpu, Kind::Float, 5)).unwrap()
+    Model::init(config, Device::Cpu, Kind::Float, 5).unwrap()
 }
 
 pub(super) fn rows(step: u32) -> Vec<Example> {
@@ -241,7 +241,7 @@ fn gradients_are_those_of_autograd_through_the_whole_student() {
     for (tied, kind) in [(true, Kind::Float), (false, Kind::Float), (true, Kind::BFloat16), (false, Kind::BFloat16)] {
         let model = || {
             let config = retort_llama::Config { tie_word_embeddings: tied, ..tiny_config(2, VOCAB.into()) };
-            alone(|| Model::init(config, Device::Cpu, kind, 5)).unwrap()
+            Model::init(config, Device::Cpu, kind, 5).unwrap()
         };
         let twin = model();
         twin.set_trainable(true);

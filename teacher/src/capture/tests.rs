@@ -43,9 +43,8 @@ fn reference_draw(log_probs: &[f64], head: &[(u32, f64)], uniform: f64) -> u32 {
     unreachable!("a uniform below one falls somewhere")
 }
 
-fn random_logits(rows: i64, vocab: i64, seed: i64) -> Tensor {
-    tch::manual_seed(seed);
-    Tensor::randn([rows, vocab], (Kind::Float, DEVICE)) * 3.0
+fn random_logits(rows: i64, vocab: i64, seed: u64) -> Tensor {
+    retort_llama::normal(&[rows, vocab], 3.0, (seed, 0)).unwrap()
 }
 
 fn row(logits_nv: &Tensor, index: i64) -> Vec<f32> {

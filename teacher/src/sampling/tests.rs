@@ -7,8 +7,7 @@ fn places(n: u64) -> Vec<Place> {
 }
 
 fn random_logits(rows: i64, vocab: i64, scale: f64) -> Tensor {
-    tch::manual_seed(6);
-    Tensor::randn([rows, vocab], (Kind::Float, Device::Cpu)) * scale
+    retort_llama::normal(&[rows, vocab], scale, (6, 0)).unwrap()
 }
 
 /// The obvious sampler: softmax, sort, cut, walk; all in f64.

@@ -11,7 +11,7 @@ pub(crate) const CONTEXT: u32 = 96;
 
 /// Writes the model's folder. About one token in seven ends a completion, so that rows of a batch
 /// finish at different steps.
-pub(crate) fn write(dir: &Path, seed: i64) {
+pub(crate) fn write(dir: &Path, seed: u64) {
     let ends: Vec<u32> = std::iter::once(2).chain((10..VOCAB).step_by(7)).collect();
     let config = json!({
         "architectures": ["LlamaForCausalLM"], "model_type": "llama", "hidden_act": "silu",

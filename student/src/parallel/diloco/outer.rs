@@ -258,18 +258,13 @@ mod tests {
     use tch::Device;
 
     use super::*;
-    use crate::{
-        batch,
-        example::tests::{alone, example},
-        init::tests::tiny_config,
-        trainer::Options,
-    };
+    use crate::{batch, example::tests::example, init::tests::tiny_config, trainer::Options};
 
     const VOCAB: u32 = 40;
 
     fn trainer(parallel: Parallel) -> Trainer {
         let config = tiny_config(2, VOCAB.into());
-        let model = alone(|| retort_llama::Model::init(config, Device::Cpu, Kind::Float, 5)).unwrap();
+        let model = retort_llama::Model::init(config, Device::Cpu, Kind::Float, 5).unwrap();
         let train = Train { learning_rate: 5e-3, parallel: Some(parallel), ..Train::default() };
         Trainer::new(model, Options { train, steps: 40, limits: batch::Limits { max_tokens: 60 } }).unwrap()
     }
