@@ -211,7 +211,10 @@ fn finite(tally: Tally) -> Result<Quality> {
     } else {
         Err(Error::new(
             Code::LossNotFinite,
-            format!("the held-out KL is {} and the student's perplexity {}", quality.kl, quality.student_perplexity),
+            format!(
+                "the held-out KL is {} and the student's perplexity {}: training diverged; lower train.learning_rate",
+                quality.kl, quality.student_perplexity
+            ),
         ))
     }
 }

@@ -38,5 +38,6 @@ pub(crate) fn llama(error: impl Into<retort_llama::Error>) -> Error {
         Llama::Device(_) => Code::DeviceUnavailable,
         _ => Code::Internal,
     };
-    Error::new(code, error.to_string())
+    let way_out = if code == Code::DiskFull { "; free some space: finished work is kept" } else { "" };
+    Error::new(code, format!("{error}{way_out}"))
 }

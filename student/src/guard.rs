@@ -7,6 +7,9 @@ use serde::{Deserialize, Serialize};
 const SEEN_FIRST: u32 = 10;
 /// Share of a new step in the running means.
 const NEW: f64 = 0.1;
+/// Nats a target by which losses count at least. Of a student close to its teacher the loss is an estimate around 0,
+/// whose noise is many times its mean and at times below 0.
+const LEAST_LOSS: f64 = 0.1;
 /// Steps in a row that are left out; the next is taken whatever it is, or a run whose data have changed would
 /// stand still.
 const MOST_IN_A_ROW: u32 = 5;
@@ -28,18 +31,16 @@ impl Watched {
 
     /// Why the step is to be left out; `None` takes it and counts it. Both numbers are finite.
     pub fn objection(&mut self, guard: &Guard, gradient_norm: f64, loss: f64) -> Option<String> {
-        let leaps = |value: f64, mean: f64, ratio: f64| ratio > 0.0 && mean > 0.0 && value > ratio * mean;
+        let leaps = |value: f64, usual: f64, ratio: f64| ratio > 0.0 && usual > 0.0 && value > ratio * usual;
+        let usual_loss = self.loss.max(LEAST_LOSS);
         if self.seen >= SEEN_FIRST && self.in_a_row < MOST_IN_A_ROW {
-            let of = |what: &str, value: f64, mean: f64, key: &str| {
-                format!(
-                    "its {what} {value:.3} is {:.1} times the running mean {mean:.3} (train.guard.{key})",
-                    value / mean
-                )
+            let of = |what: &str, value: f64, usual: f64, key: &str| {
+                format!("its {what} {value:.3} is {:.1} times the usual {usual:.3} (train.guard.{key})", value / usual)
             };
             let why = if leaps(gradient_norm, self.gradient_norm, guard.norm_ratio) {
                 Some(of("gradient's norm", gradient_norm, self.gradient_norm, "norm_ratio"))
-            } else if leaps(loss, self.loss, guard.loss_ratio) {
-                Some(of("loss", loss, self.loss, "loss_ratio"))
+            } else if leaps(loss, usual_loss, guard.loss_ratio) {
+                Some(of("loss", loss, usual_loss, "loss_ratio"))
             } else {
                 None
             };
@@ -82,6 +83,17 @@ mod tests {
         assert_eq!((watched.gradient_norm, watched.loss), (before.gradient_norm, before.loss));
         assert_eq!(watched.objection(&GUARD, 5.0, 4.0), None);
         assert_eq!(watched.in_a_row, 0);
+    }
+
+    #[test]
+    fn noise_around_no_loss_is_no_leap() {
+        for usual in [-0.06, 0.0, 0.001] {
+            let mut watched = Watched::default();
+            assert!((0..20).all(|_| watched.objection(&GUARD, 1.0, usual).is_none()));
+            assert_eq!(watched.objection(&GUARD, 1.0, 0.25), None);
+            let why = watched.objection(&GUARD, 1.0, 0.35).unwrap();
+            assert!(why.contains("loss 0.350 is 3.5 times the usual 0.100"), "{why}");
+        }
     }
 
     #[test]

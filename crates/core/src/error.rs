@@ -156,10 +156,9 @@ impl Error {
         let path = path.as_ref().display();
         match error.kind() {
             std::io::ErrorKind::NotFound => Self::new(Code::FileNotFound, format!("{path}: no such file or folder")),
-            std::io::ErrorKind::StorageFull | std::io::ErrorKind::QuotaExceeded => Self::new(
-                Code::DiskFull,
-                format!("{path}: the disk is full; free some space, then start again: finished work is kept"),
-            ),
+            std::io::ErrorKind::StorageFull | std::io::ErrorKind::QuotaExceeded => {
+                Self::new(Code::DiskFull, format!("{path}: the disk is full; free some space: finished work is kept"))
+            }
             _ => Self::new(Code::FileUnreadable, format!("{path}: {error}")),
         }
     }

@@ -91,15 +91,16 @@ impl Sampler {
     /// A token id from logits `[v]`.
     pub fn pick(&mut self, logits_v: &Tensor) -> Result<u32> {
         let logits_v = logits_v.f_to_device(Device::Cpu)?.f_to_kind(Kind::Float)?;
+        // One number that is none makes the largest one too.
+        if !logits_v.f_max()?.f_double_value(&[])?.is_finite() {
+            return Err(Error::Invalid("the model's logits are not finite; its weights are damaged".into()));
+        }
         if self.temperature == 0.0 {
             return token_id(logits_v.f_argmax(-1, false)?.f_int64_value(&[])?);
         }
         let masses_v = logits_v.f_div_scalar(f64::from(self.temperature))?.f_softmax(-1, Kind::Float)?;
         let (masses_v, ids_v) = masses_v.f_sort(-1, true)?;
         let masses = Vec::<f32>::try_from(&masses_v)?;
-        if masses.iter().any(|mass| !mass.is_finite()) {
-            return Err(Error::Invalid("the model's logits are not finite".into()));
-        }
         let mut kept = 0;
         let mut sum = 0.0_f64;
         while kept < masses.len() && (kept == 0 || sum < f64::from(self.top_p)) {

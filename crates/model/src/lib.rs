@@ -15,6 +15,7 @@ mod tokenizer;
 
 pub use chat_template::{ChatMessage, ChatTemplate};
 pub use config::{Architecture, Config, Llama3Scaling};
+pub use file::open_regular;
 pub use split::{TokenFlops, balance_layers, token_flops};
 pub use text_stream::TextStream;
 pub use tokenizer::{Tokenizer, copy_text_files};

@@ -1,7 +1,6 @@
 //! Paths of a spec, and the prompt file at one of them.
 
 use std::{
-    fs::File,
     io::Read as _,
     path::{Path, PathBuf},
 };
@@ -9,6 +8,7 @@ use std::{
 use bytes::Bytes;
 use retort_artifact::{Store, prompts::MAX_FILE_BYTES};
 use retort_core::{Code, Error, Result};
+use retort_model::open_regular;
 
 use super::PromptFile;
 
@@ -45,10 +45,7 @@ pub async fn read_prompts(store: &Store, text: &str) -> Result<PromptFile> {
 /// Blocks.
 fn read(path: &Path) -> Result<Bytes> {
     let failed = |error| Error::io(path, error);
-    let file = File::open(path).map_err(failed)?;
-    if !file.metadata().map_err(failed)?.is_file() {
-        return Err(Error::new(Code::FileUnreadable, format!("{}: no file of prompts", path.display())));
-    }
+    let file = open_regular(path)?;
     let mut text = Vec::new();
     file.take(MAX_FILE_BYTES + 1).read_to_end(&mut text).map_err(failed)?;
     if text.len() as u64 > MAX_FILE_BYTES {

@@ -86,8 +86,10 @@ async fn paths_that_lead_nowhere_are_named() {
         spec.prompts.path = "prompts.jsonl".to_owned();
     })
     .await;
-    check(Code::FileUnreadable, "no file of prompts", |folder, spec| spec.prompts.path = folder.display().to_string())
-        .await;
+    check(Code::FileUnreadable, "it is no regular file", |folder, spec| {
+        spec.prompts.path = folder.display().to_string()
+    })
+    .await;
     check(Code::FileNotFound, "teacher.model", |folder, spec| {
         spec.teacher.model = folder.join("no-teacher").display().to_string();
     })
@@ -324,6 +326,20 @@ async fn chat_templates_that_do_not_work_are_refused() {
         "{% set n = namespace(x='aaaaaaaaaa') %}{% for i in range(40) %}{% set n.x = n.x ~ n.x %}{% endfor %}";
     template(hostile)(world.folder.path(), &mut spec.clone());
     admit(&world.context, &spec).await.unwrap();
+}
+
+/// To open a pipe waits for who writes into it.
+#[cfg(unix)]
+#[tokio::test]
+async fn pipes_are_refused_and_nobody_waits() {
+    for name in ["prompts.jsonl", "teacher/config.json", "teacher/tokenizer.json", "teacher/model.safetensors"] {
+        let pipe = move |folder: &Path, _: &mut JobSpec| {
+            let path = folder.join(name);
+            std::fs::remove_file(&path).unwrap();
+            assert!(std::process::Command::new("mkfifo").arg(&path).status().unwrap().success());
+        };
+        check(Code::FileUnreadable, &format!("{name}: it is no regular file"), pipe).await;
+    }
 }
 
 #[tokio::test]

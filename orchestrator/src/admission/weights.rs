@@ -2,12 +2,12 @@
 
 use std::{
     collections::BTreeSet,
-    fs::File,
     io::Read as _,
     path::{Component, Path},
 };
 
 use retort_core::{Code, Error, Result};
+use retort_model::open_regular;
 use serde_json::Value;
 
 /// Largest header and index read, bytes.
@@ -30,7 +30,7 @@ pub fn check(folder: &Path) -> Result<()> {
 
 fn check_file(path: &Path) -> Result<()> {
     let failed = |error| Error::io(path, error);
-    let mut file = File::open(path).map_err(failed)?;
+    let mut file = open_regular(path)?;
     let size = file.metadata().map_err(failed)?.len();
     if size < 8 {
         return Err(truncated(path, size, 8));
@@ -68,7 +68,7 @@ fn check_file(path: &Path) -> Result<()> {
 fn indexed_files(index: &Path) -> Result<BTreeSet<String>> {
     let failed = |error| Error::io(index, error);
     let mut text = Vec::new();
-    let file = File::open(index).map_err(failed)?;
+    let file = open_regular(index)?;
     file.take(MAX_INDEX_BYTES + 1).read_to_end(&mut text).map_err(failed)?;
     if text.len() as u64 > MAX_INDEX_BYTES {
         return Err(malformed(index, &format!("it takes more than {MAX_INDEX_BYTES} bytes")));

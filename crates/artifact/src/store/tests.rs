@@ -409,10 +409,7 @@ async fn full_disk_body() {
     let error = store.put_new("a/large", Bytes::from(vec![2; 400_000])).await.unwrap_err();
     assert_eq!(error.code, Code::DiskFull, "{}", error.chain());
     let place = store.root().join("a/large").display().to_string();
-    assert_eq!(
-        error.message,
-        format!("{place}: the disk is full; free some space, then start again: finished work is kept")
-    );
+    assert_eq!(error.message, format!("{place}: the disk is full; free some space: finished work is kept"));
     let large = tempfile::NamedTempFile::new_in("/dev/shm").unwrap();
     std::fs::write(large.path(), vec![3; 400_000]).unwrap();
     assert_eq!(store.put_new_file("a/file", large.path()).await.unwrap_err().code, Code::DiskFull);

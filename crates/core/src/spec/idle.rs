@@ -42,6 +42,14 @@ impl JobSpec {
                     .to_owned(),
             ));
         }
+        for (key, ratio) in [("norm_ratio", train.guard.norm_ratio), ("loss_ratio", train.guard.loss_ratio)] {
+            if ratio > 0.0 && ratio < 1.0 {
+                return Err(invalid(format!(
+                    "train.guard.{key} is {ratio}, so that usual steps would count as leaps and be left out; give at \
+                     least 1, or 0 for no guard"
+                )));
+            }
+        }
         train.loss.check_idle()?;
         train.parallel.as_ref().map_or(Ok(()), Parallel::check_idle)
     }

@@ -179,9 +179,11 @@ fn whole_number(field: Option<&Field>, bounds: Option<(u64, u64)>) -> String {
     let Some((least, most)) = bounds else {
         return format!("a whole number up to {}, not a negative one", u32::MAX);
     };
+    // In f64 whole numbers are exact below 2^53.
+    let largest = most.min((1 << 53) - 1);
     let meant = field
         .and_then(|field| field.value.parse::<f64>().ok())
-        .filter(|value| value.fract() == 0.0 && (least as f64..=most as f64).contains(value));
+        .filter(|value| value.fract() == 0.0 && (least as f64..=largest as f64).contains(value));
     let way_out = meant.map(|meant| format!("; write {}", meant.abs())).unwrap_or_default();
     format!("a whole number from {least} to {most}{way_out}")
 }
