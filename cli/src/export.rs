@@ -94,7 +94,7 @@ impl Source {
 /// store and the disk say.
 pub async fn export(store: &Store, source: &Source, out: &Path, force: bool) -> Result<Exported> {
     let out = std::path::absolute(out).map_err(|error| Error::io(out, error))?;
-    check_target(&out, force)?;
+    check_target(&out, &source.name, force)?;
     let entries = files(store, source).await?;
     let staging = Staging::beside(&out)?;
     let mut names = BTreeSet::new();

@@ -21,7 +21,7 @@ pub fn render(plan: &proto::Plan) -> String {
     }
     row("teacher", format!("{} parameters", count(plan.teacher_parameters)));
     row("student", student(plan));
-    row("store", format!("at most {}", bytes(plan.max_store_bytes)));
+    row("soft targets", format!("at most {}", bytes(plan.max_store_bytes)));
     let training = plan.training.as_ref();
     for place in training.map_or(&[][..], |training| &training.places[..]) {
         let checkpointed = training.is_some_and(|training| training.checkpoints_activations);
@@ -140,7 +140,7 @@ mod tests {
   micro-batches        1,024 tokens on a CPU, 16,384 on a GPU
   teacher              134,515,008 parameters
   student              24,300,000 parameters
-  store                at most 5.0 MB
+  soft targets         at most 5.0 MB
   memory, CPU in f32   {memory}
   memory, GPU in bf16  {memory}
 "

@@ -67,7 +67,7 @@ impl Run {
         let spec = spec_file::read(&self.spec)?;
         let home = self.home.resolve()?;
         let out = self.out.clone().unwrap_or_else(|| home.exports().join(&spec.name));
-        export::check_target(&out, false)?;
+        export::check_target(&out, &spec.name, false)?;
         // Not first after the training. The home's own folder is the home's matter.
         if self.out.is_some() || home.exports().is_dir() {
             export::check_place(&out)?;

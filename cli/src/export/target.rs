@@ -54,11 +54,11 @@ impl Receipt {
     }
 }
 
-/// Whether an export may go there: to nothing, an empty folder, or an earlier export. Files that
-/// the earlier export did not write are somebody's: they go only where `force` says so.
+/// Whether an export of `model` may go there: to nothing, an empty folder, or an earlier export of it. Another model's
+/// export, and files that the earlier export did not write, are somebody's: they go only where `force` says so.
 ///
 /// Errors: `ObjectExists`, naming what is in the way.
-pub fn check_target(out: &Path, force: bool) -> Result<()> {
+pub fn check_target(out: &Path, model: &str, force: bool) -> Result<()> {
     let refuse =
         |what: &str, way_out: &str| Err(Error::new(Code::ObjectExists, format!("{} {what}; {way_out}", out.display())));
     let empty = match std::fs::read_dir(out) {
@@ -75,6 +75,10 @@ pub fn check_target(out: &Path, force: bool) -> Result<()> {
     match Receipt::read(out)? {
         None => refuse("holds files that are no earlier export", "name another folder with --out, or remove it"),
         Some(_) if force => Ok(()),
+        Some(receipt) if receipt.source.name != model => refuse(
+            &format!("holds an export of {}", receipt.source.title()),
+            "name another folder with --out, or let `retort model export --force` replace it",
+        ),
         Some(receipt) => match stranger(out, Path::new(""), &receipt)? {
             None => Ok(()),
             Some(file) => refuse(

@@ -87,13 +87,20 @@ async fn files_that_no_export_wrote_are_kept() {
     let error = export(&store, &source, &out, false).await.unwrap_err();
     assert_eq!(error.code, Code::ObjectExists);
     assert!(error.message.contains("extra/my-notes.txt"), "{}", error.message);
-    check_target(&out, true).unwrap();
+    check_target(&out, "a", true).unwrap();
     assert_eq!(std::fs::read_to_string(out.join("extra/my-notes.txt")).unwrap(), "mine");
 
     // A receipt of before files were listed.
     let unlisted = serde_json::to_string(&source).unwrap();
     std::fs::write(out.join("retort-export.json"), unlisted).unwrap();
-    check_target(&out, false).unwrap();
+    check_target(&out, "a", false).unwrap();
+
+    // Another model's export is that model's.
+    let other = Source { name: "b".to_owned(), version: Some(1), key: "models/a/000001/".to_owned() };
+    let error = export(&store, &other, &out, false).await.unwrap_err();
+    assert_eq!(error.code, Code::ObjectExists);
+    assert!(error.message.contains("holds an export of a version 1; name another folder"), "{}", error.message);
+    check_target(&out, "b", true).unwrap();
 
     // Force replaces an export, but no folder that never was one.
     store_with(&folder.path().join("store"), &[("models/a/000002/config.json", "new")]).await;

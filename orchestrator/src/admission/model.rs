@@ -26,7 +26,11 @@ impl Folder {
             if !found {
                 return Err(Error::new(
                     Code::FileNotFound,
-                    format!("{field}: {} {what}; `retort model import` makes one from a GGUF file", path.display()),
+                    format!(
+                        "{field}: {} {what}; give the path of one, or, to the command line, the name of one in \
+                         $RETORT_MODELS; `retort model import` makes one from a GGUF file",
+                        path.display()
+                    ),
                 ));
             }
         }

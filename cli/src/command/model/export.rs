@@ -32,7 +32,8 @@ pub struct Export {
     /// gguf: how matrices are stored [default: q8_0]
     #[arg(long = "type", value_enum, value_name = "TYPE")]
     kind: Option<Type>,
-    /// Replace a file that is there; or an earlier export even though files that it did not write lie in its folder
+    /// Replace a file that is there; or an earlier export although it is another model's, or files that it did not write
+    /// lie in its folder
     #[arg(long)]
     force: bool,
     /// Object store: a folder or a URL [default: that of the home]

@@ -182,7 +182,7 @@ impl Session<'_> {
     fn farewell(&self, place: &Place) -> String {
         if place.cluster.is_some() {
             format!(
-                "stopping; finished work is kept. To go on: retort run {} --home {}{}",
+                "stopping; shards and checkpoints are kept. To go on: retort run {} --home {}{}",
                 self.args.spec.display(),
                 self.home.path().display(),
                 self.args.cluster.given()
