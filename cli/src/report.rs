@@ -39,7 +39,7 @@ pub fn render(job: &proto::Job, around: &Surroundings) -> String {
     if let Some(report) = &job.report {
         for section in [
             cost(job, report),
-            quality(report),
+            quality(job, report),
             tags(report),
             forecast(report),
             gates(report),
@@ -180,7 +180,7 @@ fn width(pruning: &proto::Pruning) -> Option<String> {
     (!parts.is_empty()).then(|| format!("{}; of importance on {} rows", parts.join(", "), pruning.calibration_rows))
 }
 
-fn quality(report: &proto::Report) -> String {
+fn quality(job: &proto::Job, report: &proto::Report) -> String {
     let (Some(before), Some(after)) = (&report.before, &report.after) else { return String::new() };
     let row = |cells: [String; 4]| cells.to_vec();
     let rows = [
@@ -215,7 +215,24 @@ fn quality(report: &proto::Report) -> String {
     if after.kl > before.kl {
         text.push_str("The student is worse than before training: a lower train.learning_rate may help.\n");
     }
+    if let Some(point) = passed_by(job, report) {
+        text.push_str(&format!(
+            "At step {} its KL was lower, {}: train.promote best takes that checkpoint.\n",
+            count(point.step.into()),
+            fixed(point.kl)
+        ));
+    }
     text
+}
+
+/// The checkpoint with the lowest held-out KL, where the last one, which was judged, is more than a hundredth above it.
+fn passed_by<'a>(job: &proto::Job, report: &'a proto::Report) -> Option<&'a proto::CurvePoint> {
+    let train = job.spec.as_ref()?.train.as_ref()?;
+    let curve = &report.forecast.as_ref()?.curve;
+    let last = curve.last()?;
+    let comparable = curve.iter().filter(|point| point.tokens == last.tokens);
+    let best = comparable.min_by(|a, b| a.kl.total_cmp(&b.kl))?;
+    (train.promote() != proto::Promote::Best && last.kl > 1.01 * best.kl).then_some(best)
 }
 
 fn tags(report: &proto::Report) -> String {

@@ -70,7 +70,7 @@ fn models(spec: &mut JobSpec) -> Vec<&mut String> {
 }
 
 /// The folder of this name in `$RETORT_MODELS`, when there is one.
-fn imported(name: &str) -> Option<String> {
+pub(crate) fn imported(name: &str) -> Option<String> {
     if name.contains('/') || name.starts_with('.') {
         return None;
     }

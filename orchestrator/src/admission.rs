@@ -6,7 +6,6 @@
 mod model;
 mod paths;
 mod prompts;
-mod weights;
 
 use bytes::Bytes;
 use retort_artifact::{prompts as prompt_sets, sha256_hex};
@@ -66,7 +65,7 @@ fn check(spec: &JobSpec, file: &PromptFile) -> Result<Admitted> {
     prompt_sets::check_splits(&file.name, &rows)?;
 
     let teacher = Folder::open("teacher.model", &spec.teacher.model)?;
-    weights::check(teacher.path())?;
+    teacher.require_weights()?;
     let (student, positions) = student(spec, &teacher)?;
     no_larger(&student, &teacher.config)?;
     if !spec.export.gguf.is_empty() {
@@ -151,7 +150,7 @@ fn student(spec: &JobSpec, teacher: &Folder) -> Result<(Config, u64)> {
                 ));
             }
             student.require_same_tokens(teacher)?;
-            weights::check(student.path())?;
+            student.require_weights()?;
             let positions = positions.min(student.positions());
             Ok((student.config, positions))
         }

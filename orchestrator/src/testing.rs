@@ -404,7 +404,7 @@ pub fn config(vocab_size: u64) -> serde_json::Value {
     })
 }
 
-/// A folder with config, a tokenizer of `words` words and the unknown one, and weights.
+/// A folder with config, a tokenizer of `words` words and the unknown one, and weights of zeros.
 pub fn write_model(folder: &Path, config: &serde_json::Value, words: usize) -> PathBuf {
     std::fs::create_dir_all(folder).unwrap();
     std::fs::write(folder.join("config.json"), config.to_string()).unwrap();
@@ -419,9 +419,18 @@ pub fn write_model(folder: &Path, config: &serde_json::Value, words: usize) -> P
     });
     std::fs::write(folder.join("tokenizer.json"), tokenizer.to_string()).unwrap();
     std::fs::write(folder.join("chat_template.jinja"), "{{ messages[0].content }}").unwrap();
-    let data = vec![0u8; 64];
-    let tensor = safetensors::tensor::TensorView::new(safetensors::Dtype::F32, vec![4, 4], &data).unwrap();
-    let weights = safetensors::serialize([("model.norm.weight", tensor)], None).unwrap();
-    std::fs::write(folder.join("model.safetensors"), weights).unwrap();
+    // A config that is refused has no tensors.
+    let table = retort_model::Config::from_dir(folder).map_or_else(|_| Vec::new(), |config| config.tensors());
+    let zeros = vec![0u8; 4 * table.iter().map(|(_, shape)| numbers(shape)).max().unwrap_or(0)];
+    let tensors = table.iter().map(|(name, shape)| {
+        let sizes = shape.iter().map(|&size| size as usize).collect();
+        let bytes = &zeros[..4 * numbers(shape)];
+        (name, safetensors::tensor::TensorView::new(safetensors::Dtype::F32, sizes, bytes).unwrap())
+    });
+    std::fs::write(folder.join("model.safetensors"), safetensors::serialize(tensors, None).unwrap()).unwrap();
     folder.to_owned()
+}
+
+fn numbers(shape: &[i64]) -> usize {
+    shape.iter().product::<i64>() as usize
 }

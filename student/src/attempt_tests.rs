@@ -130,7 +130,9 @@ fn judged(world: &World) -> Vec<(u32, f64)> {
 async fn the_best_checkpoint_is_kept_and_judged_whoever_was_killed() {
     let mut world = World::published().await;
     // Too fast: the end is not the best.
-    world.train = "learning_rate: 0.3, schedule: constant, keep: {last: 1}, promote: best".to_owned();
+    world.train =
+        "learning_rate: 0.3, adam_embedding_epsilon: 1e-8, schedule: constant, keep: {last: 1}, promote: best"
+            .to_owned();
     world.stop_after_checkpoints(4, Stop::Fenced);
     assert_eq!(world.run(&world.train_attempt(1)).await.unwrap_err().code, Code::AttemptFenced);
     world.never_stop();

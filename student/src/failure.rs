@@ -31,7 +31,6 @@ pub(crate) fn llama(error: impl Into<retort_llama::Error>) -> Error {
         Llama::NotFound { .. } => Code::FileNotFound,
         Llama::Io { .. } if error.is_disk_full() => Code::DiskFull,
         Llama::Io { .. } => Code::FileUnreadable,
-        Llama::Truncated { .. } => Code::WeightsTruncated,
         Llama::Malformed { .. } => Code::ModelMalformed,
         Llama::Unsupported { .. } => Code::ModelUnsupported,
         Llama::TooLong(_) => Code::PromptTooLong,

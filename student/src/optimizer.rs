@@ -2,10 +2,13 @@
 //!
 //! "Decoupled Weight Decay Regularization", Loshchilov and Hutter, ICLR 2019, as PyTorch computes it.
 
-use retort_core::{Error, Result};
+use retort_core::{Error, Result, spec::Train};
 use tch::{Kind, TchError, Tensor, no_grad};
 
-use crate::failure::torch;
+use crate::{
+    failure::torch,
+    trainer::{EMBEDDINGS, HEAD},
+};
 
 /// Numbers updated at a time: what the update reads and writes of them fits a core's cache, so each
 /// array crosses the memory bus once an update.
@@ -16,6 +19,8 @@ pub struct Hyper {
     pub beta1: f64,
     pub beta2: f64,
     pub epsilon: f64,
+    /// Of the embeddings and the head.
+    pub embedding_epsilon: f64,
     /// Applied to matrices only: norms and biases keep their scale.
     pub weight_decay: f64,
     /// Of the running average of the weights; 0 for none.
@@ -23,9 +28,15 @@ pub struct Hyper {
 }
 
 impl Hyper {
-    /// Second moments follow over about 20 steps: runs here are short.
-    pub fn new(weight_decay: f64) -> Self {
-        Self { beta1: 0.9, beta2: 0.95, epsilon: 1e-8, weight_decay, average_decay: 0.0 }
+    pub fn of(train: &Train) -> Self {
+        Self {
+            beta1: train.adam_beta1,
+            beta2: train.adam_beta2,
+            epsilon: train.adam_epsilon,
+            embedding_epsilon: train.adam_embedding_epsilon,
+            weight_decay: train.weight_decay,
+            average_decay: train.ema_decay,
+        }
     }
 }
 
@@ -55,6 +66,7 @@ struct Slot {
     /// f32; the running average of the master.
     average: Option<Tensor>,
     decays: bool,
+    epsilon: f64,
 }
 
 impl AdamW {
@@ -256,7 +268,9 @@ impl Slot {
             return Err(Error::internal(format!("the parameter {name:?} is not contiguous")));
         }
         let decays = parameter.dim() > 1;
-        Ok(Self { name, parameter, master, gradient, is_autograds, first, second, average, decays })
+        let is_vocabulary = [EMBEDDINGS, HEAD].contains(&name.as_str());
+        let epsilon = if is_vocabulary { hyper.embedding_epsilon } else { hyper.epsilon };
+        Ok(Self { name, parameter, master, gradient, is_autograds, first, second, average, decays, epsilon })
     }
 
     fn is_f32(&self) -> bool {
@@ -282,7 +296,7 @@ impl Slot {
             let _ = second.f_lerp_(&gradient.f_square()?, 1.0 - rates.hyper.beta2)?;
             let mut divisor = second.f_sqrt()?;
             let mut divisor = divisor.f_mul_scalar_(rates.second_scale)?;
-            let mut divisor = divisor.f_add_scalar_(rates.hyper.epsilon)?;
+            let mut divisor = divisor.f_add_scalar_(self.epsilon)?;
             // -step_size * first / divisor, in the divisor's memory.
             let mut step = divisor.f_reciprocal_()?;
             let mut step = step.f_mul_(&first)?;
@@ -324,11 +338,11 @@ mod tests {
             let drawn = normal(shape, 1.0, (1, stream)).unwrap();
             (name.to_owned(), drawn.to_kind(kind).set_requires_grad(true))
         };
-        vec![leaf("matrix", &[300, 250], 0), leaf("norm", &[17], 1)]
+        vec![leaf("matrix", &[300, 250], 0), leaf("norm", &[17], 1), leaf(EMBEDDINGS, &[30, 20], 2)]
     }
 
     fn hyper() -> Hyper {
-        Hyper { weight_decay: 0.1, ..Hyper::new(0.0) }
+        Hyper { weight_decay: 0.1, ..Hyper::of(&Train::default()) }
     }
 
     /// A loss whose gradient changes with the step.
@@ -341,10 +355,11 @@ mod tests {
     #[test]
     fn updates_are_those_of_the_papers_formula() {
         let parameters = parameters(Kind::Float);
+        let hyper = Hyper { beta1: 0.8, beta2: 0.9, epsilon: 1e-3, embedding_epsilon: 0.7, ..hyper() };
         let own = |parameters: &[(String, Tensor)]| -> Vec<(String, Tensor)> {
             parameters.iter().map(|(name, tensor)| (name.clone(), tensor.shallow_clone())).collect()
         };
-        let mut optimizer = AdamW::new(own(&parameters), hyper()).unwrap();
+        let mut optimizer = AdamW::new(own(&parameters), hyper).unwrap();
         let zeros =
             || parameters.iter().map(|(_, p)| p.detach().to_kind(Kind::Double).zeros_like()).collect::<Vec<_>>();
         let mut expected: Vec<Tensor> =
@@ -357,11 +372,12 @@ mod tests {
             for (i, (_, parameter)) in parameters.iter().enumerate() {
                 let g = parameter.grad().to_kind(Kind::Double) * 0.5;
                 squares += 4.0 * g.square().sum(Kind::Double).double_value(&[]);
-                first[i] = &first[i] * 0.9 + &g * 0.1;
-                second[i] = &second[i] * 0.95 + g.square() * 0.05;
-                let corrected = &first[i] / (1.0 - 0.9f64.powi(step as i32));
-                let divisor = (&second[i] / (1.0 - 0.95f64.powi(step as i32))).sqrt() + 1e-8;
-                let decay = if i == 0 { 1.0 - LR * 0.1 } else { 1.0 };
+                first[i] = &first[i] * 0.8 + &g * 0.2;
+                second[i] = &second[i] * 0.9 + g.square() * 0.1;
+                let corrected = &first[i] / (1.0 - 0.8f64.powi(step as i32));
+                let epsilon = [1e-3, 1e-3, 0.7][i];
+                let divisor = (&second[i] / (1.0 - 0.9f64.powi(step as i32))).sqrt() + epsilon;
+                let decay = if i == 1 { 1.0 } else { 1.0 - LR * 0.1 };
                 expected[i] = &expected[i] * decay - corrected / divisor * LR;
             }
             assert!((norm / squares.sqrt() - 1.0).abs() < 1e-5);
@@ -441,6 +457,6 @@ mod tests {
         state[0].1 = Tensor::zeros([2, 2], (Kind::Float, Device::Cpu));
         assert!(optimizer.restore(1, &state).unwrap_err().contains("first.matrix"));
         state.pop();
-        assert!(optimizer.restore(1, &state).unwrap_err().contains("3 tensors"));
+        assert!(optimizer.restore(1, &state).unwrap_err().contains("5 tensors"));
     }
 }

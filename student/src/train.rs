@@ -2,6 +2,7 @@
 
 mod initial;
 mod keep;
+mod pace;
 
 use std::{
     path::{Path, PathBuf},
@@ -18,6 +19,7 @@ use retort_worker::{Attempt, ModelThread, TaskContext};
 use tokio::sync::mpsc;
 use tokio_util::sync::CancellationToken;
 
+use self::pace::Pace;
 use crate::{
     checkpoints::Uploader,
     curve::Curve,
@@ -253,6 +255,7 @@ impl<'a> Run<'a> {
         let mut loader = TaskGroup::new(CancellationToken::new());
         loader.spawn("loader", load_rows(data, first..self.steps, send));
         let mut reported: Option<Instant> = None;
+        let mut pace = Pace::default();
         for step in first..self.steps {
             let waits = Instant::now();
             let next = rows.recv().await;
@@ -271,6 +274,7 @@ impl<'a> Run<'a> {
             self.shards.extend(shards);
             let beside_checkpoint = self.uploader.is_busy();
             let report = self.step(examples, u64::from(step) >= first_pass).await?;
+            let rate = pace.after(report.tokens, report.seconds);
             tracing::debug!(
                 step = report.step,
                 seconds = report.seconds,
@@ -287,7 +291,6 @@ impl<'a> Run<'a> {
             let held_out_kl = held_out.map(|held_out| held_out.kl);
             if last || held_out_kl.is_some() || reported.is_none_or(|at| at.elapsed() >= REPORT_EVERY) {
                 reported = Some(Instant::now());
-                let rate = report.tokens as f64 / report.seconds.max(1e-9);
                 tracing::info!(
                     step = report.step,
                     steps = self.steps,

@@ -105,9 +105,9 @@ pub fn weight(examples: &[Example]) -> f64 {
 }
 
 /// Name of the input embeddings, which are the head too where both are tied.
-const EMBEDDINGS: &str = "model.embed_tokens.weight";
+pub(crate) const EMBEDDINGS: &str = "model.embed_tokens.weight";
 /// Name of a head of its own.
-const HEAD: &str = "lm_head.weight";
+pub(crate) const HEAD: &str = "lm_head.weight";
 
 #[derive(Debug)]
 pub struct Trainer {
@@ -128,9 +128,7 @@ pub struct Trainer {
 impl Trainer {
     /// At step 0, with `model`'s weights. Of one with adapters these alone train.
     pub fn new(model: Model, options: Options) -> Result<Self> {
-        let average_decay = options.train.ema_decay;
-        let hyper = Hyper { average_decay, ..Hyper::new(options.train.weight_decay) };
-        let optimizer = AdamW::new(trained(&model, &options.train), hyper)?;
+        let optimizer = AdamW::new(trained(&model, &options.train), Hyper::of(&options.train))?;
         let head = if model.config().tie_word_embeddings { EMBEDDINGS } else { HEAD };
         let keeps_both = options.train.freeze_embeddings || model.lora().is_some();
         let gradient = |name| if keeps_both { Ok(None) } else { optimizer.gradient(name).map(Some) };

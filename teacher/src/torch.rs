@@ -29,7 +29,6 @@ pub(crate) fn model(error: impl Into<retort_llama::Error>) -> Error {
         Llama::Folder(error) => return error,
         Llama::NotFound { .. } => Code::FileNotFound,
         Llama::Io { .. } => Code::FileUnreadable,
-        Llama::Truncated { .. } => Code::WeightsTruncated,
         Llama::Malformed { .. } => Code::ModelMalformed,
         Llama::Unsupported { .. } => Code::ModelUnsupported,
         Llama::TooLong(_) => Code::PromptTooLong,

@@ -6,7 +6,7 @@ use retort_model::Config;
 use retort_plan::{Assumptions, Cluster, Format, Gpu, Mode, Model, Work, plan};
 
 use super::Context;
-use crate::outcome::Outcome;
+use crate::{outcome::Outcome, spec_file};
 
 mod render;
 mod size;
@@ -30,7 +30,7 @@ const MOST_CONFIG_BYTES: u64 = 1 << 22;
 
 Known teachers: llama-2-7b, -13b, -70b; llama-3-8b, -70b; llama-3.1-8b, -70b, -405b; llama-3.2-1b, -3b.")]
 pub struct Plan {
-    /// A known name, a model's folder or its config.json
+    /// A known name, one in $RETORT_MODELS, a model's folder or its config.json
     #[arg(long, value_name = "NAME_OR_PATH")]
     teacher: String,
     #[command(flatten)]
@@ -172,11 +172,14 @@ impl Plan {
     }
 }
 
-/// Its name and config. What is there as a path is taken as one.
+/// Its name and config. What is there as a path is taken as one; a name in `$RETORT_MODELS` goes before ours.
 fn teacher(given: &str) -> Result<(String, Config)> {
     let path = Path::new(given);
     if path.is_dir() {
         return Ok((given.to_owned(), Config::from_dir(path)?));
+    }
+    if let Some(folder) = spec_file::imported(given).filter(|_| !path.exists()) {
+        return Ok((given.to_owned(), Config::from_dir(Path::new(&folder))?));
     }
     if !path.exists() && !given.contains(std::path::MAIN_SEPARATOR) {
         let model = Model::find(given)?;

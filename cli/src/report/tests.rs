@@ -276,6 +276,25 @@ fn what_was_pruned_is_said_in_two_lines() {
 }
 
 #[test]
+fn a_better_checkpoint_is_named() {
+    let point = |step, kl, tokens| proto::CurvePoint { step, kl, tokens, ..Default::default() };
+    let shown = |curve: Vec<proto::CurvePoint>, promote: proto::Promote| {
+        let mut job = job();
+        job.report.as_mut().unwrap().forecast = Some(proto::Forecast { curve, ..forecast() });
+        job.spec.as_mut().unwrap().train = Some(proto::TrainSpec { promote: promote.into(), ..Default::default() });
+        render(&job, &Surroundings::default())
+    };
+    let said = "At step 20 its KL was lower, 1.0000: train.promote best takes that checkpoint.\n";
+    // That of step 10 was judged on fewer tokens.
+    let curve = vec![point(10, 0.5, 50), point(20, 1.0, 100), point(30, 1.0625, 100)];
+    assert!(shown(curve.clone(), proto::Promote::Last).contains(said));
+    assert!(!shown(curve, proto::Promote::Best).contains("train.promote"));
+    let close = vec![point(20, 1.0, 100), point(30, 1.005, 100)];
+    assert!(!shown(close, proto::Promote::Last).contains("train.promote"));
+    assert!(!shown(Vec::new(), proto::Promote::Last).contains("train.promote"));
+}
+
+#[test]
 fn a_forecast_says_what_it_is_worth() {
     let shown = |forecast: proto::Forecast| {
         let mut job = job();

@@ -22,6 +22,12 @@ pub use soft_targets::{
 };
 pub use yaml::parse_yaml;
 
+const ADAM_BETA1: f64 = 0.9;
+/// Second moments follow over about 20 steps: runs here are short.
+const ADAM_BETA2: f64 = 0.95;
+const ADAM_EPSILON: f64 = 1e-8;
+const ADAM_EMBEDDING_EPSILON: f64 = 1e-6;
+
 /// What to distil, into what, and what counts as good enough.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
@@ -181,6 +187,19 @@ pub struct Train {
     #[serde(skip_serializing_if = "is_fifth")]
     pub decay_ratio: f64,
     pub weight_decay: f64,
+    /// Of AdamW's running means of the gradient and of its square. Each is left out of JSON where it is the default: a
+    /// checkpoint knows its spec by the hash of that.
+    #[serde(skip_serializing_if = "is_adam_beta1")]
+    pub adam_beta1: f64,
+    #[serde(skip_serializing_if = "is_adam_beta2")]
+    pub adam_beta2: f64,
+    /// Added to the root of the mean square that a gradient is divided by.
+    #[serde(skip_serializing_if = "is_adam_epsilon")]
+    pub adam_epsilon: f64,
+    /// The same of the embeddings and the head, whose rows of rare tokens have tiny gradients or, on sampled soft
+    /// targets, seldom jolts (docs/decisions/021).
+    #[serde(skip_serializing_if = "is_adam_embedding_epsilon")]
+    pub adam_embedding_epsilon: f64,
     pub clip_norm: f64,
     #[serde(deserialize_with = "section", skip_serializing_if = "is_default")]
     pub loss: Loss,
@@ -336,6 +355,10 @@ impl Default for Train {
             schedule: Schedule::default(),
             decay_ratio: 0.2,
             weight_decay: 0.01,
+            adam_beta1: ADAM_BETA1,
+            adam_beta2: ADAM_BETA2,
+            adam_epsilon: ADAM_EPSILON,
+            adam_embedding_epsilon: ADAM_EMBEDDING_EPSILON,
             clip_norm: 1.0,
             loss: Loss::default(),
             checkpoint_steps: 20,
@@ -373,6 +396,22 @@ fn is_default<T: Default + PartialEq>(value: &T) -> bool {
 
 fn is_fifth(value: &f64) -> bool {
     *value == 0.2
+}
+
+fn is_adam_beta1(value: &f64) -> bool {
+    *value == ADAM_BETA1
+}
+
+fn is_adam_beta2(value: &f64) -> bool {
+    *value == ADAM_BETA2
+}
+
+fn is_adam_epsilon(value: &f64) -> bool {
+    *value == ADAM_EPSILON
+}
+
+fn is_adam_embedding_epsilon(value: &f64) -> bool {
+    *value == ADAM_EMBEDDING_EPSILON
 }
 
 fn is_one<T: Copy + Into<f64>>(value: &T) -> bool {

@@ -36,6 +36,10 @@ train:
   warmup_ratio: 0.1
   schedule: wsd
   decay_ratio: 0.3
+  adam_beta1: 0.8
+  adam_beta2: 0.99
+  adam_epsilon: 0.001
+  adam_embedding_epsilon: 0.002
   micro_batch_tokens: 2048
   activation_checkpointing: true
   guard: {norm_ratio: 7}
@@ -102,9 +106,13 @@ export: {gguf: [q8_0, f16]}
         let train = sent.train.as_mut().unwrap();
         (train.loss, train.schedule, train.decay_ratio, train.guard) = (None, 0, None, None);
         (train.keep, train.promote) = (None, 0);
+        (train.adam_beta1, train.adam_beta2) = (None, None);
+        (train.adam_epsilon, train.adam_embedding_epsilon) = (None, None);
         let train = job_spec_from_proto(sent.clone()).unwrap().train;
         assert_eq!((train.loss, train.decay_ratio, train.guard), (Default::default(), 0.2, Default::default()));
         assert_eq!((train.keep, train.promote), (Default::default(), Default::default()));
+        assert_eq!((train.adam_beta1, train.adam_beta2), (0.9, 0.95));
+        assert_eq!((train.adam_epsilon, train.adam_embedding_epsilon), (1e-8, 1e-6));
         let mut unknown = sent.clone();
         unknown.train.as_mut().unwrap().promote = 99;
         assert!(job_spec_from_proto(unknown).unwrap_err().message.contains("train.promote 99"));
@@ -142,9 +150,9 @@ export: {gguf: [q8_0, f16]}
         let no_head = message("codec: head_draws, head: 40", "codec: random");
         assert!(no_head.contains("codec random keeps none"), "{no_head}");
         let unknown = message("label_ce: 0.7", "lable_ce: 0.7");
-        assert!(unknown.contains("label_ce") && unknown.contains("line 29"), "{unknown}");
+        assert!(unknown.contains("label_ce") && unknown.contains("line 33"), "{unknown}");
         let nothing = message("reverse_kl: 0.1", "reverse_kl: much");
-        assert!(nothing.contains("line 23"), "{nothing}");
+        assert!(nothing.contains("line 27"), "{nothing}");
     }
 
     #[test]

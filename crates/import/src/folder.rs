@@ -2,17 +2,15 @@
 //! `model.safetensors`, with the tokenizer files beside it.
 
 use std::collections::BTreeMap;
-use std::fs::File;
 use std::io::Read;
 use std::path::Path;
 
 use retort_core::{Code, Error, Result};
-use retort_model::{Config, Tokenizer};
+use retort_model::{Config, Tokenizer, WeightFolder, open_regular};
 use serde_json::Value;
 
-use crate::folder_weights::{self, FolderWeights, LocatedTensor};
+use crate::folder_weights::{FolderWeights, LocatedTensor};
 use crate::stage::{self, Found, IMPORTER, Receipt, Stage};
-use crate::stored::Stored;
 use crate::weights::{self, Entry, Sink};
 use crate::{Format, Imported, Phase, Progress, digest};
 
@@ -42,12 +40,12 @@ pub(crate) fn import(source: &Path, out: &Path, progress: &mut dyn FnMut(Progres
     let tokenizer = Tokenizer::from_dir(source)?;
     tokenizer.require_fits(config.vocab_size)?;
     tokenizer.probe_template()?;
-    let files = folder_weights::files(source)?;
+    let files = WeightFolder::open(source)?;
     let mut model = FolderWeights::locate(source, &config, &files)?;
     weights::order(&mut model.tensors, |tensor| tensor.entry.dtype);
 
     let source_sha256 = hash(source, &texts, &files, progress)?;
-    let format = Format::HuggingFace { weight_files: files.len() as u32 };
+    let format = Format::HuggingFace { weight_files: files.files().len() as u32 };
     let facts = Receipt {
         importer: IMPORTER,
         source: source.file_name().map_or_else(|| ".".into(), |name| name.to_string_lossy().into_owned()),
@@ -129,15 +127,16 @@ fn texts(source: &Path) -> Result<BTreeMap<String, Vec<u8>>> {
 fn hash(
     source: &Path,
     texts: &BTreeMap<String, Vec<u8>>,
-    files: &BTreeMap<String, Vec<Stored>>,
+    files: &WeightFolder,
     progress: &mut dyn FnMut(Progress),
 ) -> Result<String> {
     let mut total = 0;
     let mut paths = Vec::new();
-    for name in texts.keys().chain(files.keys()) {
+    let weights = files.files().iter().filter_map(|file| Path::new(file.place()).file_name()?.to_str());
+    for name in texts.keys().map(String::as_str).chain(weights) {
         let path = source.join(name);
         total += path.metadata().map_err(|error| Error::io(&path, error))?.len();
-        paths.push((name.as_str(), path));
+        paths.push((name, path));
     }
     let (mut done, mut list) = (0, Vec::new());
     for (name, path) in paths {
@@ -150,10 +149,9 @@ fn hash(
     Ok(digest::sha256_list(list.iter().map(|(name, sha256)| (*name, sha256.as_str()))))
 }
 
-pub(crate) fn read_text(path: &Path) -> Result<Vec<u8>> {
-    let file = File::open(path).map_err(|error| Error::io(path, error))?;
+fn read_text(path: &Path) -> Result<Vec<u8>> {
     let mut text = Vec::new();
-    file.take(TEXT_LIMIT + 1).read_to_end(&mut text).map_err(|error| Error::io(path, error))?;
+    open_regular(path)?.take(TEXT_LIMIT + 1).read_to_end(&mut text).map_err(|error| Error::io(path, error))?;
     if text.len() as u64 > TEXT_LIMIT {
         return Err(Error::new(
             Code::ModelMalformed,
@@ -163,7 +161,7 @@ pub(crate) fn read_text(path: &Path) -> Result<Vec<u8>> {
     Ok(text)
 }
 
-pub(crate) fn parse(path: &Path, text: &[u8]) -> Result<Value> {
+fn parse(path: &Path, text: &[u8]) -> Result<Value> {
     serde_json::from_slice(text)
         .map_err(|error| Error::new(Code::ModelMalformed, format!("{}: not valid JSON: {error}", path.display())))
 }

@@ -20,7 +20,6 @@ pub mod gguf;
 mod layout;
 mod outcome;
 mod stage;
-mod stored;
 mod weights;
 
 use std::path::Path;

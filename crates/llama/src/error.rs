@@ -11,9 +11,6 @@ pub enum Error {
     NotFound { path: String },
     #[error("{path}: {source}")]
     Io { path: String, source: std::io::Error },
-    /// A weights file ends before its header says it does.
-    #[error("{path}: truncated: expected {expected} bytes, found {actual}; download or copy the file again")]
-    Truncated { path: String, expected: u64, actual: u64 },
     /// The file is not what it claims to be.
     #[error("{place}: {reason}")]
     Malformed { place: String, reason: String },
@@ -28,7 +25,7 @@ pub enum Error {
     Invalid(String),
     #[error("{0}")]
     Device(String),
-    /// A folder's config, tokenizer or chat template: the code says what is wrong with it.
+    /// A folder's config, tokenizer, chat template or weights' headers: the code says what is wrong with it.
     #[error(transparent)]
     Folder(#[from] retort_core::Error),
     /// libtorch refused, most often for want of memory.

@@ -57,7 +57,7 @@ pub fn tensor_hashes(
 ) -> Result<Vec<TensorHash>> {
     let folder = Folder::open(dir)?;
     let names: Vec<&str> = folder.names().filter(|name| wanted(name)).collect();
-    let total = names.iter().filter_map(|name| folder.get(name)).map(|(_, bytes, _)| bytes.len() as u64).sum();
+    let total = names.iter().filter_map(|name| folder.get(name)).map(|(_, bytes)| bytes.len() as u64).sum();
     let read = AtomicU64::new(0);
     let sha256 = |bytes: &[u8]| {
         let mut hasher = Sha256::new();
@@ -73,7 +73,7 @@ pub fn tensor_hashes(
     let work = || {
         let mut done = Vec::new();
         while let Some(name) = names.get(next.fetch_add(1, Ordering::Relaxed)) {
-            let Some((entry, bytes, _)) = folder.get(name) else { continue };
+            let Some((entry, bytes)) = folder.get(name) else { continue };
             let shape = format!("{} {:?}", entry.dtype.name(), entry.shape);
             done.push(TensorHash { name: (*name).to_owned(), shape, sha256: sha256(bytes) });
         }
@@ -99,7 +99,7 @@ pub fn folder_print(dir: &Path) -> Result<String> {
     let mut hasher = Sha256::new();
     let (size, places) = PRINT;
     for name in folder.names() {
-        let Some((entry, bytes, _)) = folder.get(name) else { continue };
+        let Some((entry, bytes)) = folder.get(name) else { continue };
         hasher.update((name.len() as u64).to_le_bytes());
         hasher.update(name);
         hasher.update(format!("{} {:?} ", entry.dtype.name(), entry.shape));

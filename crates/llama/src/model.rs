@@ -99,9 +99,8 @@ impl Model {
     fn load_keeping(dir: &Path, device: Device, kind: Kind, keep: Keep) -> Result<Self> {
         let config = Config::from_dir(dir)?;
         let folder = Folder::open(dir)?;
+        folder.require_model(&config)?;
         let table = config.tensors();
-        folder.check(&table)?;
-        report_unused(&folder, &table);
         let mut named = Vec::with_capacity(table.len());
         let mut narrow = HashMap::new();
         tch::no_grad(|| -> Result<()> {
@@ -301,15 +300,6 @@ impl Model {
             })?;
         }
         Ok(hidden_bth)
-    }
-}
-
-fn report_unused(folder: &Folder, table: &[(String, Vec<i64>)]) {
-    let known: std::collections::HashSet<&str> = table.iter().map(|(name, _)| name.as_str()).collect();
-    let recomputed = |name: &str| name.ends_with(".rotary_emb.inv_freq") || name == "lm_head.weight";
-    let unused: Vec<_> = folder.names().filter(|name| !known.contains(name) && !recomputed(name)).collect();
-    if let Some(first) = unused.first() {
-        tracing::warn!(place = folder.place(), count = unused.len(), first, "tensors that the model does not use");
     }
 }
 

@@ -3,7 +3,7 @@
 use std::path::{Path, PathBuf};
 
 use retort_core::{Code, Error, Result};
-use retort_model::{Config, Tokenizer};
+use retort_model::{Config, Tokenizer, WeightFolder};
 
 use super::paths;
 
@@ -46,6 +46,11 @@ impl Folder {
     /// Tokens of context.
     pub fn positions(&self) -> u64 {
         self.config.max_position_embeddings.unsigned_abs()
+    }
+
+    /// That the weights' headers hold what the config asks for and nothing else.
+    pub fn require_weights(&self) -> Result<()> {
+        WeightFolder::open(&self.path)?.require_model(&self.config)
     }
 
     /// `file-not-found` for a teacher without one, `model-malformed` for one without a chat template: it

@@ -343,6 +343,23 @@ async fn pipes_are_refused_and_nobody_waits() {
 }
 
 #[tokio::test]
+async fn weights_of_another_config_are_refused() {
+    let layers = |of_weights: u64, of_config: u64| {
+        move |folder: &Path, _: &mut JobSpec| {
+            let with = |layers: u64| {
+                let mut config = config(16);
+                config["num_hidden_layers"] = json!(layers);
+                config
+            };
+            write_model(&folder.join("teacher"), &with(of_weights), 2);
+            std::fs::write(folder.join("teacher/config.json"), with(of_config).to_string()).unwrap();
+        }
+    };
+    check(Code::ModelMalformed, "model.safetensors: lacks tensor \"model.layers.2.", layers(2, 3)).await;
+    check(Code::ModelUnsupported, "has no place for tensor \"model.layers.2.", layers(3, 2)).await;
+}
+
+#[tokio::test]
 async fn weights_that_end_early_are_refused() {
     let truncate = |bytes: u64| {
         move |folder: &Path, _: &mut JobSpec| {
@@ -356,7 +373,7 @@ async fn weights_that_end_early_are_refused() {
         let message = format!("model.safetensors: the file ends at byte {bytes} of ");
         check(Code::WeightsTruncated, &message, truncate(bytes)).await;
     }
-    check(Code::ModelMalformed, "no safetensors file", |folder, _| {
+    check(Code::ModelMalformed, "is this a safetensors file?", |folder, _| {
         std::fs::write(folder.join("teacher/model.safetensors"), "these are no weights at all").unwrap();
     })
     .await;
@@ -371,7 +388,7 @@ async fn weights_that_end_early_are_refused() {
         std::fs::write(teacher.join("model.safetensors.index.json"), index.to_string()).unwrap();
     })
     .await;
-    check(Code::ModelMalformed, "\"../secret\" is no file of this folder", |folder, _| {
+    check(Code::ModelMalformed, "\"../secret\", outside the folder", |folder, _| {
         let teacher = folder.join("teacher");
         std::fs::remove_file(teacher.join("model.safetensors")).unwrap();
         let index = json!({"weight_map": {"a": "../secret"}});

@@ -25,6 +25,7 @@ import train
 SETTINGS = {
     "threshold 0.025": {"codec": "threshold", "threshold": 0.025},
     "threshold 0.005": {"codec": "threshold", "threshold": 0.005},
+    "threshold 0.001": {"codec": "threshold", "threshold": 0.001},
     "head_draws 32, 16": {"codec": "head_draws", "head": 32, "draws": 16},
     "full": {"codec": "full"},
 }
@@ -43,6 +44,8 @@ def arguments():
     parser.add_argument("--freeze-embeddings", action="store_true")
     parser.add_argument("--batch-rows", type=int, default=4, help="rows of a step: fewer, of few tokens")
     parser.add_argument("--learning-rate", type=float, default=1e-3, help="the highest")
+    parser.add_argument("--embedding-epsilon", type=float, default=1e-6,
+                        help="AdamW's epsilon for the embeddings and the head, on both sides")
     parser.add_argument("--threads", type=int, default=os.cpu_count())
     parser.add_argument("--only", choices=["retort", "pytorch"], help="one side's trainings; without it both, and the table")
     parser.add_argument("--checkpoint-steps", type=int, default=50, help="retort: steps between checkpoints")
@@ -68,6 +71,7 @@ class Comparison:
             "weight_decay": 0.01,
             "clip_norm": 1.0,
             "freeze_embeddings": options.freeze_embeddings,
+            "adam_embedding_epsilon": options.embedding_epsilon,
         }
         tokenizer = AutoTokenizer.from_pretrained(options.model)
         self.rows = texts.make(options.archive, tokenizer, options.tokens, options.held_out)

@@ -42,10 +42,14 @@ def learning_rate(recipe, step, steps):
 
 
 def optimizer(model, recipe):
-    """AdamW; norms do not decay."""
+    """AdamW; norms do not decay. The head is the embeddings."""
     parameters = [p for p in model.parameters() if p.requires_grad]
+    embeddings = model.get_input_embeddings().weight
+    matrices = [p for p in parameters if p.dim() > 1 and p is not embeddings]
     groups = [
-        {"params": [p for p in parameters if p.dim() > 1], "weight_decay": recipe["weight_decay"]},
+        {"params": [embeddings] if embeddings.requires_grad else [], "weight_decay": recipe["weight_decay"],
+         "eps": recipe["adam_embedding_epsilon"]},
+        {"params": matrices, "weight_decay": recipe["weight_decay"]},
         {"params": [p for p in parameters if p.dim() <= 1], "weight_decay": 0.0},
     ]
     return torch.optim.AdamW(groups, betas=(0.9, 0.95), eps=1e-8)

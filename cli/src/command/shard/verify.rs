@@ -25,6 +25,9 @@ pub struct Verify {
 
 impl Verify {
     pub async fn run(self, context: &Context) -> Result<Outcome> {
+        if let Some(absent) = self.paths.iter().find(|path| !path.exists()) {
+            return Err(Error::io(absent, std::io::ErrorKind::NotFound.into()));
+        }
         let files = files::find(&self.paths)?;
         let (mut targets, mut first, mut wrong) = (0, None, 0u64);
         for file in &files {

@@ -35,6 +35,13 @@ impl JobSpec {
                 train.decay_ratio
             )));
         }
+        if train.schedule == Schedule::Wsd && train.decay_ratio == 0.0 {
+            return Err(invalid(
+                "train.decay_ratio 0 never lets the learning rate of train.schedule wsd fall; say schedule: constant, or \
+                 give a share of the steps"
+                    .to_owned(),
+            ));
+        }
         if train.promote == Promote::Best && train.checkpoint_steps == 0 {
             return Err(invalid(
                 "train.promote best does nothing with train.checkpoint_steps 0, whose one checkpoint is the last; raise \

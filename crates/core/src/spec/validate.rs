@@ -76,6 +76,10 @@ impl JobSpec {
             )));
         }
         within("train.weight_decay", train.weight_decay, 0.0, 10.0)?;
+        within("train.adam_beta1", train.adam_beta1, 0.0, 0.999_999)?;
+        within("train.adam_beta2", train.adam_beta2, 0.0, 0.999_999)?;
+        within("train.adam_epsilon", train.adam_epsilon, 1e-12, 1.0)?;
+        within("train.adam_embedding_epsilon", train.adam_embedding_epsilon, 1e-12, 1.0)?;
         within("train.clip_norm", train.clip_norm, 1e-6, 1e6)?;
         self.check_loss()?;
         within("train.guard.norm_ratio", train.guard.norm_ratio, 0.0, 1e9)?;

@@ -179,6 +179,7 @@ fn train_from_proto(train: proto::TrainSpec) -> Result<Train> {
             return Err(Error::new(Code::SpecInvalid, format!("train.promote {} is not known", train.promote)));
         }
     };
+    let default = Train::default();
     Ok(Train {
         passes: train.passes,
         batch_rows: train.batch_rows,
@@ -186,8 +187,12 @@ fn train_from_proto(train: proto::TrainSpec) -> Result<Train> {
         learning_rate: train.learning_rate,
         warmup_ratio: train.warmup_ratio,
         schedule,
-        decay_ratio: train.decay_ratio.unwrap_or(Train::default().decay_ratio),
+        decay_ratio: train.decay_ratio.unwrap_or(default.decay_ratio),
         weight_decay: train.weight_decay,
+        adam_beta1: train.adam_beta1.unwrap_or(default.adam_beta1),
+        adam_beta2: train.adam_beta2.unwrap_or(default.adam_beta2),
+        adam_epsilon: train.adam_epsilon.unwrap_or(default.adam_epsilon),
+        adam_embedding_epsilon: train.adam_embedding_epsilon.unwrap_or(default.adam_embedding_epsilon),
         clip_norm: train.clip_norm,
         loss: train.loss.map_or_else(Loss::default, loss_from_proto),
         checkpoint_steps: train.checkpoint_steps,

@@ -70,7 +70,7 @@ fn configurations_that_contradict_the_weights_or_have_no_words() {
         "num_hidden_layers",
         json!(1000),
         Code::ModelMalformed,
-        "\"model.layers.2.input_layernorm.weight\" is missing",
+        "lacks tensor \"model.layers.2.input_layernorm.weight\"",
     );
     changed("vocab_size", json!(300), Code::ModelMalformed, "has shape [270, 32]");
     changed("vocab_size", json!(16_000_000), Code::ModelMalformed, "15999734 rows of the embedding have no token");

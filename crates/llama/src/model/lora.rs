@@ -9,7 +9,7 @@ use tch::{Device, Kind, Tensor, no_grad};
 use super::{Model, PROJECTION, adapter::Adapter, block::Linear};
 use crate::{
     Error, Keep, Result,
-    weights::safetensors::{self, SafetensorsFile},
+    weights::{MappedFile, safetensors},
 };
 
 const CONFIG: &str = "adapter_config.json";
@@ -114,25 +114,25 @@ impl Model {
 
     /// Takes the adapters' numbers from a folder that [`Model::save_adapters`] wrote.
     pub fn load_adapters(&self, dir: &Path) -> Result<()> {
-        let file = SafetensorsFile::open(&dir.join(WEIGHTS))?;
+        let file = MappedFile::open(&dir.join(WEIGHTS))?;
         let own = self.adapters();
-        if file.names().count() != own.len() {
-            let (held, own) = (file.names().count(), own.len());
-            return Err(Error::malformed(file.place(), format!("holds {held} tensors; the adapters have {own}")));
+        let (place, held) = (file.header().place(), file.header().tensors().count());
+        if held != own.len() {
+            let own = own.len();
+            return Err(Error::malformed(place, format!("holds {held} tensors; the adapters have {own}")));
         }
         for (name, mut tensor) in own {
-            let Some((entry, bytes)) = file.get(&name) else {
-                return Err(Error::malformed(file.place(), format!("lacks tensor {name:?}")));
+            let Some((stored, bytes)) = file.get(&name) else {
+                return Err(Error::malformed(place, format!("lacks tensor {name:?}")));
             };
-            if entry.shape != tensor.size() || entry.dtype.is_scaled() {
-                let (shape, dtype) = (&entry.shape, entry.dtype.name());
-                let wanted = tensor.size();
+            if stored.shape != tensor.size() || stored.dtype.is_scaled() {
+                let (shape, dtype, wanted) = (&stored.shape, stored.dtype.name(), tensor.size());
                 return Err(Error::malformed(
-                    file.place(),
+                    place,
                     format!("tensor {name:?} is {dtype} of shape {shape:?}; the adapter's is {wanted:?}"),
                 ));
             }
-            let stored = Tensor::f_from_data_size(bytes, &entry.shape, entry.dtype.kind())?;
+            let stored = Tensor::f_from_data_size(bytes, &stored.shape, safetensors::kind_of(stored.dtype))?;
             no_grad(|| tensor.f_copy_(&stored))?;
         }
         Ok(())

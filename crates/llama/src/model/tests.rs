@@ -256,14 +256,14 @@ fn a_checkpoint_that_does_not_fit_its_config_is_refused() {
     refuse(Config { num_hidden_layers: 5, ..config() }, "lacks tensor \"model.layers.4.input_layernorm.weight\"");
     refuse(
         Config { vocab_size: 51, ..config() },
-        "tensor \"model.embed_tokens.weight\" has shape [50, 24]; config.json calls for [51, 24]",
+        "tensor \"model.embed_tokens.weight\" has shape [50, 24]; config.json asks for [51, 24]",
     );
     refuse(
         Config { num_key_value_heads: 4, ..config() },
         "\"model.layers.0.self_attn.k_proj.weight\" has shape [16, 24]",
     );
     // Sizes that would take a terabyte are compared, not allocated.
-    refuse(Config { vocab_size: 1 << 24, hidden_size: 1 << 17, ..config() }, "calls for [16777216, 131072]");
+    refuse(Config { vocab_size: 1 << 24, hidden_size: 1 << 17, ..config() }, "asks for [16777216, 131072]");
 }
 
 #[test]

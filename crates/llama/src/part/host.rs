@@ -103,9 +103,9 @@ impl HostPart {
         let config = Config::from_dir(dir)?;
         let folder = Folder::open(dir)?;
         let table = part.tensors(&config);
-        folder.check(&table)?;
+        folder.require(&table)?;
         let bytes_read =
-            table.iter().filter_map(|(name, _)| folder.get(name)).map(|(_, bytes, _)| bytes.len() as u64).sum();
+            table.iter().filter_map(|(name, _)| folder.get(name)).map(|(_, bytes)| bytes.len() as u64).sum();
         let has = |name: &str| table.iter().any(|(of, _)| of == name);
         let vector = |name: String| -> Result<Option<Vec<f32>>> {
             if !has(&name) {

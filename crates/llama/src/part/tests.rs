@@ -60,7 +60,7 @@ fn rewritten(from: &Path, change: impl Fn(&str, &[i64], &[u8]) -> Stored) -> Tem
         header.insert(name.to_owned(), about);
     };
     for name in source.names() {
-        let (entry, bytes, _) = source.get(name).unwrap();
+        let (entry, bytes) = source.get(name).unwrap();
         let (dtype, bytes, scales) = change(name, &entry.shape, bytes);
         put(name, dtype, &entry.shape, &bytes);
         if !scales.is_empty() {

@@ -53,9 +53,9 @@ impl TorchPart {
         let count = part.layers.len();
         let device_of = |layer: usize| devices[(layer - part.layers.start) * devices.len() / count.max(1)];
         let table = part.tensors(&config);
-        folder.check(&table)?;
+        folder.require(&table)?;
         let bytes_read =
-            table.iter().filter_map(|(name, _)| folder.get(name)).map(|(_, bytes, _)| bytes.len() as u64).sum();
+            table.iter().filter_map(|(name, _)| folder.get(name)).map(|(_, bytes)| bytes.len() as u64).sum();
         let has = |name: &str| table.iter().any(|(of, _)| of == name);
         let on =
             |device: Device, name: &str| if has(name) { folder.weight(name, device, kind).map(Some) } else { Ok(None) };

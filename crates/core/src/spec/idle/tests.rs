@@ -61,6 +61,12 @@ fn values_that_nothing_reads_are_refused() {
             "decay_ratio 0.5 does nothing without train.schedule wsd; say schedule: wsd, or leave the key out",
         ),
         (
+            "decay_ratio: 0, schedule: wsd",
+            "decay_ratio: 0.2, schedule: wsd",
+            "decay_ratio 0 never lets the learning rate of train.schedule wsd fall; say schedule: constant, or give a share \
+             of the steps",
+        ),
+        (
             "loss: {forward_kl: 1, jensen_shannon_beta: 0.9}",
             "loss: {jensen_shannon: 1, jensen_shannon_beta: 0.9}",
             "loss.jensen_shannon_beta 0.9 does nothing without jensen_shannon; give that a weight, or leave the key out",
