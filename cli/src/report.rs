@@ -230,7 +230,8 @@ fn passed_by<'a>(job: &proto::Job, report: &'a proto::Report) -> Option<&'a prot
     let train = job.spec.as_ref()?.train.as_ref()?;
     let curve = &report.forecast.as_ref()?.curve;
     let last = curve.last()?;
-    let comparable = curve.iter().filter(|point| point.tokens == last.tokens);
+    // There is no checkpoint of step 0.
+    let comparable = curve.iter().filter(|point| point.step > 0 && point.tokens == last.tokens);
     let best = comparable.min_by(|a, b| a.kl.total_cmp(&b.kl))?;
     (train.promote() != proto::Promote::Best && last.kl > 1.01 * best.kl).then_some(best)
 }

@@ -55,8 +55,8 @@ fn verify_names_each_file_that_is_not_sound() {
     let lines: Vec<Value> = stdout.lines().map(|line| serde_json::from_str(line).unwrap()).collect();
     assert_eq!((&lines[0]["sound"], &lines[1]["sound"]), (&Value::Bool(false), &Value::Bool(true)));
     assert_eq!(lines[0]["code"], "shard-corrupt");
-    let (code, stdout, _) = retort(&["shard", "verify", "/no/such/file"]);
-    assert!(code == 2 && stdout.starts_with("file-not-found  /no/such/file: "), "{stdout}");
+    let (code, _, stderr) = retort(&["shard", "verify", "/no/such/file"]);
+    assert!(code == 2 && stderr.contains("error[file-not-found]: /no/such/file: no such file or folder"), "{stderr}");
     let empty = tempfile::tempdir().unwrap();
     let (code, _, stderr) = retort(&["shard", "verify", empty.path().to_str().unwrap()]);
     assert!(code == 2 && stderr.contains("no *.parquet lies below it"), "{stderr}");

@@ -289,6 +289,8 @@ fn a_better_checkpoint_is_named() {
     let curve = vec![point(10, 0.5, 50), point(20, 1.0, 100), point(30, 1.0625, 100)];
     assert!(shown(curve.clone(), proto::Promote::Last).contains(said));
     assert!(!shown(curve, proto::Promote::Best).contains("train.promote"));
+    let before = vec![point(0, 0.5, 100), point(30, 1.0625, 100)];
+    assert!(!shown(before, proto::Promote::Last).contains("train.promote"));
     let close = vec![point(20, 1.0, 100), point(30, 1.005, 100)];
     assert!(!shown(close, proto::Promote::Last).contains("train.promote"));
     assert!(!shown(Vec::new(), proto::Promote::Last).contains("train.promote"));

@@ -132,7 +132,7 @@ fn hash(
 ) -> Result<String> {
     let mut total = 0;
     let mut paths = Vec::new();
-    let weights = files.files().iter().filter_map(|file| Path::new(file.place()).file_name()?.to_str());
+    let weights = files.files().iter().filter_map(|file| file.path().file_name()?.to_str());
     for name in texts.keys().map(String::as_str).chain(weights) {
         let path = source.join(name);
         total += path.metadata().map_err(|error| Error::io(&path, error))?.len();

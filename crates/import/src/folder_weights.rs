@@ -48,14 +48,15 @@ impl FolderWeights {
             let name = &expected.name;
             let absent = || Error::internal(format!("{}: no place for tensor \"{name}\"", files.place()));
             let (stored, at) = files.get(name).ok_or_else(absent)?;
-            let place = files.files()[at].place();
+            let file = &files.files()[at];
             let dtype = Dtype::parse(stored.dtype.name()).ok_or_else(|| {
                 let is = stored.dtype.name();
-                let message = format!("{place}: tensor \"{name}\" is {is}; import and export read F32, F16 and BF16");
+                let message =
+                    format!("{}: tensor \"{name}\" is {is}; import and export read F32, F16 and BF16", file.place());
                 Error::new(Code::ModelUnsupported, message)
             })?;
             let entry = Entry::new(expected.name, dtype, expected.shape)?;
-            tensors.push(LocatedTensor { entry, path: place.into(), offset: stored.offset });
+            tensors.push(LocatedTensor { entry, path: file.path().to_owned(), offset: stored.offset });
         }
         Ok(Self { layout, tensors })
     }

@@ -47,10 +47,11 @@ impl MappedFile {
 }
 
 fn map(file: &WeightFile) -> Result<Arc<Mmap>> {
+    let failed = |error| Error::io(file.path(), error);
+    let opened = std::fs::File::open(file.path()).map_err(failed)?;
     // SAFETY: the mapping is private and read only. Shrinking the file while a process reads it
     // is outside what can be defended here; weights are written under another name and renamed.
-    let map = unsafe { Mmap::map(file.file()) }.map_err(|error| Error::io(Path::new(file.place()), error))?;
-    Ok(Arc::new(map))
+    Ok(Arc::new(unsafe { Mmap::map(&opened) }.map_err(failed)?))
 }
 
 fn slice<'a>(map: &'a Mmap, stored: &StoredTensor) -> Option<&'a [u8]> {
@@ -124,7 +125,7 @@ impl Folder {
         self.numbers(&of, 1, count)?.read_row(0, &mut scales);
         if let Some(bad) = scales.iter().find(|scale| !scale.is_finite()) {
             let reason = format!("tensor {of:?} holds {bad}; a scale is a number");
-            return Err(Error::malformed(self.place(), reason));
+            return Err(Error::malformed(self.headers.place_of(&of), reason));
         }
         scales.resize(rows as usize, scales.first().copied().unwrap_or(0.0));
         Ok(scales)
@@ -136,7 +137,10 @@ impl Folder {
         match stored.shape[..] {
             [columns] => self.numbers(name, 1, columns as usize),
             [rows, columns] => self.numbers(name, rows as usize, columns as usize),
-            _ => Err(Error::unsupported(self.place(), format!("tensor {name:?} of shape {:?}", stored.shape))),
+            _ => Err(Error::unsupported(
+                self.headers.place_of(name),
+                format!("tensor {name:?} of shape {:?}", stored.shape),
+            )),
         }
     }
 

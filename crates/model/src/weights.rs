@@ -1,7 +1,7 @@
 //! What a folder's safetensors files hold, told from their headers: one file, or several and their index.
 //!
-//! Import, export, admission and the workers read headers here, so that all of them take or refuse the same folders.
-//! No tensor's bytes are read.
+//! Import, export, admission and the workers read headers here: a folder that is admitted is one that workers load.
+//! (Import and export want plain numbers besides, none in bytes with scales.) No tensor's bytes are read.
 
 mod safetensors;
 #[cfg(test)]
@@ -65,10 +65,11 @@ impl WeightFolder {
 
         let mut names = BTreeSet::new();
         for (tensor, file) in map {
-            let file = file.as_str().ok_or_else(|| wrong(format!("the file of tensor {tensor:?} is not a name")))?;
+            let file =
+                file.as_str().ok_or_else(|| wrong(format!("the file of tensor {} is not a name", shown(tensor))))?;
             let mut parts = Path::new(file).components();
             if !matches!((parts.next(), parts.next()), (Some(Component::Normal(name)), None) if name == file) {
-                return Err(wrong(format!("tensor {tensor:?} lies in {file:?}, outside the folder")));
+                return Err(wrong(format!("tensor {} lies in {}, outside the folder", shown(tensor), shown(file))));
             }
             names.insert(file);
         }
@@ -81,14 +82,9 @@ impl WeightFolder {
         for (tensor, file) in map {
             let at = order[file.as_str().unwrap_or_default()];
             if files[at].get(tensor).is_none() {
-                return Err(wrong(format!("tensor {tensor:?} is not in {}", files[at].place())));
+                return Err(wrong(format!("tensor {} is not in {}", shown(tensor), files[at].place())));
             }
             places.insert(tensor.clone(), at);
-        }
-        for (at, file) in files.iter().enumerate() {
-            if let Some((tensor, _)) = file.tensors().find(|(name, _)| places.get(*name) != Some(&at)) {
-                return Err(wrong(format!("does not say that tensor {tensor:?} is in {}", file.place())));
-            }
         }
         Ok(Self { files, places })
     }
@@ -113,6 +109,11 @@ impl WeightFolder {
         self.files.first().map_or("", WeightFile::place)
     }
 
+    /// The file that a tensor is in, for errors.
+    pub fn place_of(&self, name: &str) -> &str {
+        self.places.get(name).map_or(self.place(), |&at| self.files[at].place())
+    }
+
     /// That the tensors of this table, by name and shape, are there, each stored in bytes with its scale.
     ///
     /// # Errors
@@ -122,10 +123,9 @@ impl WeightFolder {
             let Some((stored, at)) = self.get(name) else {
                 return Err(malformed(self.place(), format!("lacks tensor {name:?} of shape {shape:?}")));
             };
-            let place = self.files[at].place();
             if stored.shape != *shape {
                 return Err(malformed(
-                    place,
+                    self.files[at].place(),
                     format!("tensor {name:?} has shape {:?}; config.json asks for {shape:?}", stored.shape),
                 ));
             }
@@ -144,14 +144,17 @@ impl WeightFolder {
     pub fn require_scale(&self, name: &str, rows: i64) -> Result<(String, usize)> {
         let of = format!("{name}_scale");
         let (scale, at) = self.get(&of).ok_or_else(|| {
-            malformed(self.place(), format!("tensor {name:?} is stored in bytes, and its scale {of:?} is missing"))
+            let (place, name, of) = (self.place_of(name), shown(name), shown(&of));
+            malformed(place, format!("tensor {name} is stored in bytes, and its scale {of} is missing"))
         })?;
-        let count: i64 = scale.shape.iter().product();
-        if (count != rows && count != 1) || scale.dtype.is_scaled() {
+        let count = scale.bytes / scale.dtype.bytes();
+        let is_number = matches!(scale.dtype, Dtype::F32 | Dtype::F16 | Dtype::Bf16);
+        if !is_number || (count != rows.unsigned_abs() && count != 1) {
             return Err(malformed(
                 self.files[at].place(),
                 format!(
-                    "tensor {of:?} is {} of shape {:?}; it must be one number, or {rows}, of F32 or BF16",
+                    "tensor {} is {} of shape {:?}; it must be one number, or {rows}, of F32, F16 or BF16",
+                    shown(&of),
                     scale.dtype.name(),
                     scale.shape
                 ),
@@ -160,31 +163,57 @@ impl WeightFolder {
         Ok((of, count as usize))
     }
 
-    /// That these are all of a model's weights and no others: what a config does not ask for would be left out, and
-    /// the model be another. Scales, saved buffers and the second copy of a tied head may be there.
+    /// That these are all of a model's weights, and nothing that changes what it computes is left over: what a config
+    /// does not ask for would be left out.
     ///
     /// # Errors
-    /// `model-malformed` as [`WeightFolder::require`] has it; `model-unsupported` for a weight too many.
+    /// `model-malformed` as [`WeightFolder::require`] has it; `model-unsupported` for a tensor too many, and for one in
+    /// F64.
     pub fn require_model(&self, config: &Config) -> Result<()> {
         let table = config.tensors();
         self.require(&table)?;
+        for (name, _) in &table {
+            if self.get(name).is_some_and(|(stored, _)| stored.dtype == Dtype::F64) {
+                let reason = format!("tensor {name:?} is F64; store it as F32 or BF16");
+                return Err(unsupported(self.place_of(name), reason));
+            }
+        }
         let known: HashSet<&str> = table.iter().map(|(name, _)| name.as_str()).collect();
-        let is_weight = |name: &str| {
-            (name.ends_with(".weight") || name.ends_with(".bias"))
-                && !(config.tie_word_embeddings && name == "lm_head.weight")
-        };
-        match self.names().find(|name| !known.contains(name) && is_weight(name)) {
+        match self.names().find(|name| !known.contains(name) && !self.may_be_left_out(name, config)) {
             Some(name) => Err(unsupported(
-                self.place(),
+                self.place_of(name),
                 format!(
-                    "config.json, of {} layers of a {}, has no place for tensor {name:?}; leaving it out would change the model",
+                    "config.json, of {} layers of a {}, has no place for tensor {}; leaving it out would change the model",
                     config.num_hidden_layers,
-                    config.architecture.class_name()
+                    config.architecture.class_name(),
+                    shown(name)
                 ),
             )),
             None => Ok(()),
         }
     }
+
+    /// What follows from the rest, is a scale that is read with its weight, or serves arithmetic or training that is not
+    /// done here.
+    fn may_be_left_out(&self, name: &str, config: &Config) -> bool {
+        let of_bytes = |name: &str| self.get(name).is_some_and(|(stored, _)| stored.dtype.is_scaled());
+        (config.tie_word_embeddings && name == "lm_head.weight")
+            || name.ends_with(".rotary_emb.inv_freq")
+            || name.strip_suffix("_scale").is_some_and(of_bytes)
+            // Of activations and of a cache in bytes.
+            || [".input_scale", ".input_scale_ub", ".k_scale", ".v_scale"].iter().any(|end| name.ends_with(end))
+            // Of reinforcement learning.
+            || name.starts_with("v_head.")
+    }
+}
+
+/// A text out of a file, at a length that a message can hold.
+fn cut(text: &str) -> String {
+    text.chars().take(200).collect()
+}
+
+fn shown(name: &str) -> String {
+    format!("{:?}", cut(name))
 }
 
 fn absent(dir: &Path) -> Error {

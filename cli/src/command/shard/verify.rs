@@ -25,8 +25,8 @@ pub struct Verify {
 
 impl Verify {
     pub async fn run(self, context: &Context) -> Result<Outcome> {
-        if let Some(absent) = self.paths.iter().find(|path| !path.exists()) {
-            return Err(Error::io(absent, std::io::ErrorKind::NotFound.into()));
+        for path in &self.paths {
+            std::fs::metadata(path).map_err(|error| Error::io(path, error))?;
         }
         let files = files::find(&self.paths)?;
         let (mut targets, mut first, mut wrong) = (0, None, 0u64);

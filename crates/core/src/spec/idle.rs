@@ -29,6 +29,15 @@ impl JobSpec {
                     .to_owned(),
             ));
         }
+        if train.adam_embedding_epsilon != Train::default().adam_embedding_epsilon
+            && (train.freeze_embeddings || self.student.lora.is_some())
+        {
+            return Err(invalid(format!(
+                "train.adam_embedding_epsilon {} does nothing where the embeddings stay as they are, as with \
+                 train.freeze_embeddings and with student.lora; leave the key out",
+                train.adam_embedding_epsilon
+            )));
+        }
         if train.decay_ratio != Train::default().decay_ratio && train.schedule != Schedule::Wsd {
             return Err(invalid(format!(
                 "train.decay_ratio {} does nothing without train.schedule wsd; say schedule: wsd, or leave the key out",

@@ -6,6 +6,8 @@ use tonic_types::{ErrorDetails, StatusExt as _};
 use crate::{Code, Error, Kind};
 
 const DOMAIN: &str = "retort.v1";
+/// Of a message, characters: a status travels in headers, which HTTP/2 peers limit to some 16 KiB, escaped.
+const MAX_MESSAGE: usize = 1500;
 
 pub fn to_status(error: &Error) -> Status {
     let grpc = match error.kind() {
@@ -21,7 +23,12 @@ pub fn to_status(error: &Error) -> Status {
         Kind::Internal => Grpc::Internal,
     };
     let details = ErrorDetails::with_error_info(error.code.as_str(), DOMAIN, std::collections::HashMap::new());
-    Status::with_error_details(grpc, error.chain(), details)
+    let mut message: String = error.chain();
+    if let Some((cut, _)) = message.char_indices().nth(MAX_MESSAGE) {
+        message.truncate(cut);
+        message.push('…');
+    }
+    Status::with_error_details(grpc, message, details)
 }
 
 /// Reads our code back; a status without one (a proxy's, a lost connection) is mapped by its gRPC code.

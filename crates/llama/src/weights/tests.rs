@@ -79,8 +79,8 @@ fn bytes_without_sound_scales_are_refused() {
     let three = [1.0f32; 3].map(f32::to_le_bytes).concat();
     for (scale, bytes, expect) in [
         (Value::Null, &[][..], "its scale \"w_scale\" is missing"),
-        (tensor("F32", &[3], 6, 18), &three[..], "it must be one number, or 2, of F32 or BF16"),
-        (tensor("I8", &[2], 6, 8), &[1, 1][..], "it must be one number, or 2, of F32 or BF16"),
+        (tensor("F32", &[3], 6, 18), &three[..], "it must be one number, or 2, of F32, F16 or BF16"),
+        (tensor("I8", &[2], 6, 8), &[1, 1][..], "it must be one number, or 2, of F32, F16 or BF16"),
         (tensor("F32", &[1], 6, 10), &nan[..], "holds NaN; a scale is a number"),
     ] {
         let folder = scaled(dir.path(), "F8_E4M3", &scale, bytes);

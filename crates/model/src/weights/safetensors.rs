@@ -3,15 +3,22 @@
 //! Everything a header claims is checked against the file's size: ranges lie inside, follow each other without gap or
 //! overlap, and hold as many bytes as shape and dtype need. Format: <https://huggingface.co/docs/safetensors>.
 
-use std::{collections::BTreeMap, fs::File, io::Read as _, path::Path};
+use std::{
+    collections::BTreeMap,
+    io::Read as _,
+    path::{Path, PathBuf},
+};
 
 use retort_core::{Code, Error, Result};
 use serde_json::Value;
 
+use super::{cut, shown};
 use crate::file::{malformed, open_regular, unsupported};
 
 /// The limit the format itself sets on a header.
 const MAX_HEADER_BYTES: u64 = 100_000_000;
+/// Sizes of a shape. A model's weights have two.
+const MAX_SIZES: usize = 8;
 
 /// Number formats of stored tensors that retort reads.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -37,11 +44,11 @@ pub struct StoredTensor {
     pub bytes: u64,
 }
 
-/// An open file whose header has been checked.
+/// A file whose header has been checked.
 #[derive(Debug)]
 pub struct WeightFile {
+    path: PathBuf,
     place: String,
-    file: File,
     tensors: BTreeMap<String, StoredTensor>,
 }
 
@@ -109,7 +116,7 @@ impl WeightFile {
         let mut header = Vec::new();
         (&mut file).take(header_bytes).read_to_end(&mut header).map_err(failed)?;
         let tensors = tensors(&place, &header, data_start, size)?;
-        Ok(Self { place, file, tensors })
+        Ok(Self { path: path.to_owned(), place, tensors })
     }
 
     /// Its path, for errors.
@@ -117,8 +124,8 @@ impl WeightFile {
         &self.place
     }
 
-    pub fn file(&self) -> &File {
-        &self.file
+    pub fn path(&self) -> &Path {
+        &self.path
     }
 
     /// By name, sorted.
@@ -151,7 +158,8 @@ fn tensors(place: &str, header: &[u8], data_start: u64, size: u64) -> Result<BTr
         if offset != end {
             let fault = if offset < end { "overlaps the tensor before it" } else { "leaves a gap before it" };
             let (begin, end) = (offset - data_start, end - data_start);
-            return Err(malformed(place, format!("tensor {name:?} {fault}: starts at {begin}, not {end}")));
+            let name = shown(name);
+            return Err(malformed(place, format!("tensor {name} {fault}: starts at {begin}, not {end}")));
         }
         end = offset.saturating_add(bytes);
     }
@@ -163,19 +171,27 @@ fn tensors(place: &str, header: &[u8], data_start: u64, size: u64) -> Result<BTr
 }
 
 fn tensor(place: &str, name: &str, value: &Value, data_start: u64) -> Result<StoredTensor> {
-    let wrong = |reason: String| malformed(place, format!("tensor {name:?}: {reason}"));
+    let wrong = |reason: String| malformed(place, format!("tensor {}: {reason}", shown(name)));
     let dtype = value.get("dtype").and_then(Value::as_str).ok_or_else(|| wrong("lacks \"dtype\"".into()))?;
     let dtype = Dtype::parse(dtype).ok_or_else(|| {
-        let shown: String = dtype.chars().take(40).collect();
+        let dtype: String = dtype.chars().take(40).collect();
         unsupported(
             place,
-            format!("tensor {name:?} is {shown}; supported are F32, F16, BF16, F64, and F8_E4M3 and I8 with scales"),
+            format!(
+                "tensor {} is {dtype}; supported are F32, F16, BF16, F64, and F8_E4M3 and I8 with scales",
+                shown(name)
+            ),
         )
     })?;
     let list = |field: &str| -> Result<Vec<u64>> {
         let list = value.get(field).and_then(Value::as_array).ok_or_else(|| wrong(format!("lacks \"{field}\"")))?;
+        if list.len() > MAX_SIZES {
+            return Err(wrong(format!("\"{field}\" holds {} numbers, more than {MAX_SIZES}", list.len())));
+        }
         list.iter()
-            .map(|number| number.as_u64().ok_or_else(|| wrong(format!("\"{field}\" holds {number}, no size"))))
+            .map(|number| {
+                number.as_u64().ok_or_else(|| wrong(format!("\"{field}\" holds {}, no size", cut(&number.to_string()))))
+            })
             .collect()
     };
     let shape = list("shape")?;

@@ -135,14 +135,36 @@ fn an_index_that_lies_is_refused() {
 }
 
 #[test]
-fn a_tensor_that_the_index_leaves_out_is_named() {
+fn a_tensor_that_the_index_leaves_out_is_not_there() {
     let dir = tempfile::tempdir().unwrap();
     let header = json!({ "a": tensor("F32", &[2], 0, 8), "b": tensor("F32", &[2], 8, 16) }).to_string();
     write(dir.path(), "one.safetensors", &header, 16);
     let index = json!({ "weight_map": { "a": "one.safetensors" } });
     std::fs::write(dir.path().join(INDEX), index.to_string()).unwrap();
-    let error = WeightFolder::open(dir.path()).unwrap_err();
-    assert!(error.message.contains("does not say that tensor \"b\" is in "), "{error}");
+    let folder = WeightFolder::open(dir.path()).unwrap();
+    assert_eq!(folder.names().collect::<Vec<_>>(), ["a"]);
+    let error = folder.require(&[("b".to_owned(), vec![2])]).unwrap_err();
+    assert!(error.message.contains("lacks tensor \"b\""), "{error}");
+}
+
+#[test]
+fn the_file_that_is_wrong_is_named() {
+    let dir = tempfile::tempdir().unwrap();
+    write(dir.path(), "one.safetensors", &json!({ "a": tensor("F32", &[2], 0, 8) }).to_string(), 8);
+    write(dir.path(), "two.safetensors", &json!({ "b": tensor("F32", &[2], 0, 8) }).to_string(), 8);
+    let index = json!({ "weight_map": { "a": "one.safetensors", "b": "two.safetensors" } });
+    std::fs::write(dir.path().join(INDEX), index.to_string()).unwrap();
+    let error = WeightFolder::open(dir.path()).unwrap().require(&[("b".to_owned(), vec![3])]).unwrap_err();
+    assert!(error.message.contains("two.safetensors: tensor \"b\" has shape [2]"), "{error}");
+}
+
+#[test]
+fn names_and_shapes_out_of_a_file_are_cut_in_messages() {
+    let dir = tempfile::tempdir().unwrap();
+    let long = "x".repeat(100_000);
+    let said =
+        error(dir.path(), &json!({ long: { "dtype": "F32", "shape": vec![0; 100_000], "data_offsets": [0, 0] } }), 0);
+    assert!(said.len() < 1000 && said.contains("\"shape\" holds 100000 numbers, more than 8"), "{said}");
 }
 
 #[test]
@@ -175,7 +197,12 @@ fn model(change: impl FnOnce(&mut BTreeMap<String, (String, Vec<i64>)>)) -> Resu
     change(&mut held);
     let (mut header, mut end) = (serde_json::Map::new(), 0);
     for (name, (dtype, shape)) in &held {
-        let bytes = shape.iter().product::<i64>() as u64 * if dtype == "F32" { 4 } else { 1 };
+        let width = match dtype.as_str() {
+            "F32" => 4u64,
+            "F64" => 8,
+            _ => 1,
+        };
+        let bytes = shape.iter().fold(width, |bytes, size| bytes.wrapping_mul(size.unsigned_abs()));
         let shape: Vec<u64> = shape.iter().map(|size| size.unsigned_abs()).collect();
         header.insert(name.clone(), tensor(dtype, &shape, end, end + bytes));
         end += bytes;
@@ -191,7 +218,10 @@ fn weights_are_those_that_the_config_asks_for() {
     // What follows from the rest.
     model(|held| {
         held.insert("lm_head.weight".into(), ("F32".into(), vec![6, 4]));
-        held.insert("model.layers.0.self_attn.rotary_emb.inv_freq".into(), ("F32".into(), vec![1]));
+        for name in ["self_attn.rotary_emb.inv_freq", "mlp.up_proj.input_scale_ub", "self_attn.k_scale"] {
+            held.insert(format!("model.layers.0.{name}"), ("F32".into(), vec![1]));
+        }
+        held.insert("v_head.summary.weight".into(), ("F32".into(), vec![1, 4]));
     })
     .unwrap();
     let down = "model.layers.1.mlp.down_proj.weight";
@@ -220,8 +250,27 @@ fn weights_are_those_that_the_config_asks_for() {
     refused(Code::ModelMalformed, "its scale \"model.layers.1.mlp.down_proj.weight_scale\" is missing", &|held| {
         held.insert(down.into(), ("I8".into(), vec![4, 8]));
     });
-    refused(Code::ModelMalformed, "must be one number, or 4, of F32 or BF16", &|held| in_bytes(3)(held));
-    for extra in ["model.layers.2.mlp.down_proj.weight", "model.layers.0.self_attn.q_proj.bias"] {
+    refused(Code::ModelMalformed, "must be one number, or 4, of F32, F16 or BF16", &|held| in_bytes(3)(held));
+    refused(Code::ModelMalformed, "is F64 of shape [4]; it must be one number", &|held| {
+        in_bytes(4)(held);
+        held.insert(scale.clone(), ("F64".into(), vec![4]));
+    });
+    // As numbers there are none, and as a product of i64 it is too large.
+    refused(Code::ModelMalformed, "is F8_E4M3 of shape [4294967296, 2147483648, 0]; it must be one number", &|held| {
+        in_bytes(4)(held);
+        held.insert(scale.clone(), ("F8_E4M3".into(), vec![1 << 32, 1 << 31, 0]));
+    });
+    refused(Code::ModelUnsupported, "is F64; store it as F32 or BF16", &|held| {
+        held.insert(down.into(), ("F64".into(), vec![4, 8]));
+    });
+    let of_no_bytes = scale.as_str();
+    for extra in [
+        "model.layers.2.mlp.down_proj.weight",
+        "model.layers.0.self_attn.q_proj.bias",
+        "model.layers.0.mlp.down_proj.pre_quant_scale",
+        "model.layers.0.self_attn.q_proj.lora_A",
+        of_no_bytes,
+    ] {
         let said = format!("of 2 layers of a LlamaForCausalLM, has no place for tensor \"{extra}\"; leaving it out");
         refused(Code::ModelUnsupported, &said, &|held| {
             held.insert(extra.into(), ("F32".into(), vec![4]));

@@ -61,6 +61,12 @@ fn values_that_nothing_reads_are_refused() {
             "decay_ratio 0.5 does nothing without train.schedule wsd; say schedule: wsd, or leave the key out",
         ),
         (
+            "adam_embedding_epsilon: 0.5, freeze_embeddings: true",
+            "adam_embedding_epsilon: 0.5",
+            "adam_embedding_epsilon 0.5 does nothing where the embeddings stay as they are, as with \
+             train.freeze_embeddings and with student.lora; leave the key out",
+        ),
+        (
             "decay_ratio: 0, schedule: wsd",
             "decay_ratio: 0.2, schedule: wsd",
             "decay_ratio 0 never lets the learning rate of train.schedule wsd fall; say schedule: constant, or give a share \
